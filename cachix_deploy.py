@@ -132,11 +132,11 @@ def _uuid_field(record: Any, name: str) -> str:
     return str(value).lower()
 
 
-def _path_field(record: Any, name: str, optional: bool = False) -> Any:
-    value = _field(record, name, str, optional)
-    if value is not None and not is_store_path(value):
-        raise Undecodable(f"`{name}` is not a store path")
-    return value
+def _path_field(record: Any, name: str) -> str:
+    value = _field(record, name, str)
+    if not is_store_path(value):
+        raise Undecodable(f"`{name}` is not a store path: {value[:300]!r}")
+    return str(value)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,10 @@ class AgentRegistered:
 
 @dataclass(frozen=True)
 class Deployment:
-    """The order to run `store_path`. `resumed`: the workspace believes that the agent had it already."""
+    """The order to run `store_path`. `resumed`: the workspace believes that the agent had it already.
+
+    The paths are checked where they are used, so that a wrong one gets a report instead of silence.
+    """
 
     store_path: str
     id: str
@@ -194,10 +197,10 @@ class Deployment:
     @classmethod
     def from_json(cls, record: Any) -> Deployment:
         return cls(
-            _path_field(record, "storePath"),
+            _field(record, "storePath", str),
             _uuid_field(record, "id"),
             _field(record, "index", int),
-            _path_field(record, "rollbackScript", optional=True),
+            _field(record, "rollbackScript", str, optional=True),
             bool(_field(record, "resumed", bool, optional=True)),
         )
 
