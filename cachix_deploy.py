@@ -35,14 +35,25 @@ Exit status: 0 done; 1 failed (any rollback is a failure); 64 wrong usage; 69 wo
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import os
 import platform
 import re
+import socket
 import sys
+import threading
+import time
+import urllib.parse
 import uuid
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+import websocket
+
+if TYPE_CHECKING:
+    import requests
 
 __version__ = "0.1.0"
 
@@ -333,6 +344,173 @@ class Spec:
 
 
 # --- connection ------------------------------------------------------------------------------------------------------
+
+CONNECT_TIMEOUT = 20.0  # seconds for name look-up, TCP, TLS and handshake together
+SYSTEM_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)
+
+
+def ca_bundle() -> Optional[str]:
+    """The file of trusted certificate authorities, for every connection of this program; None: certifi's own.
+
+    A zip application can't open certifi's file in place, so there Python's own default counts.
+    """
+    named = [os.environ.get(name) for name in ("SSL_CERT_FILE", "NIX_SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")]
+    for candidate in [*named, *SYSTEM_BUNDLES]:
+        if candidate and os.path.isfile(candidate):
+            return candidate
+    return None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A workspace as one token sees it. `name` is the agent's, and None for CI."""
+
+    host: str
+    token: str
+    name: Optional[str] = None
+
+    @classmethod
+    def create(cls, host: str, token: str, name: Optional[str] = None) -> Peer:
+        """Raises UsageError where `host` is no http or https URL."""
+        parts = urllib.parse.urlsplit(host if "://" in host else f"https://{host}")
+        try:
+            valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and not parts.query
+        except ValueError:
+            valid = False
+        if not valid:
+            raise UsageError(f"--host must be a URL such as https://cachix.org, not {host!r}")
+        return cls(urllib.parse.urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", "")), token, name)
+
+    def headers(self) -> dict[str, str]:
+        """What every request and handshake carries; an agent's also say who it is."""
+        known = {"Authorization": f"Bearer {self.token}"}
+        if self.name is not None:
+            known.update({"name": self.name, "version": PROTOCOL_VERSION, "system": nix_system()})
+        return {**known, "User-Agent": USER_AGENT}
+
+    def substituter(self, cache: Cache) -> str:
+        """The URL of the workspace's cache: its `uri`, else its name as a subdomain of the workspace."""
+        if cache.uri:
+            return cache.uri
+        parts = urllib.parse.urlsplit(self.host)
+        return f"{parts.scheme}://{cache.name}.{parts.netloc.rpartition('@')[2]}"
+
+    def public_key(self, cache: Cache) -> str:
+        """The cache's key as Nix wants it, NAME:BASE64."""
+        if ":" in cache.public_key:
+            return cache.public_key
+        return f"{cache.name}.{urllib.parse.urlsplit(self.host).hostname}-1:{cache.public_key}"
+
+
+def connect(peer: Peer, path: str, timeout: float = CONNECT_TIMEOUT) -> websocket.WebSocket:
+    """A websocket to `path` of the workspace. Raises Refused (the token), or Unreachable with what was wrong."""
+    bundle = ca_bundle()
+    socket_ = websocket.WebSocket(
+        enable_multithread=True, skip_utf8_validation=True, sslopt={} if bundle is None else {"ca_certs": bundle}
+    )
+    watchdog = threading.Timer(timeout, hang_up, (socket_,))  # its own timeout is per packet
+    watchdog.name, watchdog.daemon = "connect-deadline", True
+    watchdog.start()
+    headers = [f"{name}: {value}" for name, value in peer.headers().items()]
+    try:
+        socket_.connect(
+            "ws" + peer.host[4:] + path, header=headers, timeout=timeout, suppress_origin=True, redirect_limit=0
+        )
+    except websocket.WebSocketBadStatusException as error:
+        status = error.status_code
+        if status in (401, 403):
+            raise Refused(f"{peer.host} refused the token (HTTP {status}): check it, or create a new one") from None
+        location = (error.resp_headers or {}).get("location")
+        moved = f" and points to {location}, which is not followed: give it as --host" if location else ""
+        raise Unreachable(f"{peer.host}{path} answered HTTP {status} instead of a websocket{moved}") from None
+    except (OSError, ValueError, websocket.WebSocketException) as error:
+        hang_up(socket_)
+        raise Unreachable(f"no connection to {peer.host}{path}: {error or type(error).__name__}") from None
+    finally:
+        watchdog.cancel()
+    return socket_
+
+
+def hang_up(socket_: websocket.WebSocket) -> None:
+    """End a connection at once, from any thread: a read of it in another thread ends too."""
+    with contextlib.suppress(OSError, AttributeError):
+        socket_.sock.shutdown(socket.SHUT_RDWR)
+
+
+def close(socket_: websocket.WebSocket) -> None:
+    """Say goodbye (1000) and close; never raises, waits a second at most for the answer."""
+    with contextlib.suppress(OSError, ValueError, websocket.WebSocketException):
+        socket_.close(timeout=1)
+
+
+def round_trip(socket_: websocket.WebSocket, timeout: float) -> None:
+    """Send a ping and wait for its pong: what was sent before has arrived. Raises Unreachable."""
+    mark, deadline = uuid.uuid4().bytes, time.monotonic() + timeout
+    try:
+        socket_.settimeout(timeout)
+        socket_.ping(mark)
+        while True:
+            socket_.settimeout(max(0.01, deadline - time.monotonic()))
+            opcode, frame = socket_.recv_data_frame(control_frame=True)
+            if opcode == websocket.ABNF.OPCODE_PONG and frame.data == mark:
+                return
+            if opcode == websocket.ABNF.OPCODE_CLOSE:
+                raise Unreachable("the workspace closed the connection")
+    except (OSError, websocket.WebSocketException) as error:
+        raise Unreachable(f"no answer to a ping: {error or type(error).__name__}") from None
+
+
+def reach(peer: Peer, timeout: float) -> None:
+    """One look whether the workspace can be reached over a connection of its own. Raises Refused or Unreachable."""
+    socket_ = connect(peer, "/ws-deployment", timeout)
+    try:
+        round_trip(socket_, timeout)
+    finally:
+        close(socket_)
+
+
+def http(peer: Peer, method: str, path: str, timeout: float = 20.0, **kwargs: Any) -> requests.Response:
+    """One request, its answer read whole (at most 64 MiB). Raises Unreachable where none comes within `timeout` seconds.
+
+    Redirects are refused as any other status that the caller does not expect: the token would go elsewhere.
+    """
+    import requests
+
+    deadline = time.monotonic() + timeout
+    headers = {**peer.headers(), **kwargs.pop("headers", {})}
+    try:
+        answer = _session().request(
+            method, peer.host + path, headers=headers, timeout=timeout, stream=True, allow_redirects=False,
+            verify=ca_bundle() or True, **kwargs,
+        )
+        body = bytearray()
+        for chunk in answer.iter_content(1 << 16):
+            body += chunk
+            if time.monotonic() > deadline or len(body) > 1 << 26:
+                raise requests.Timeout(f"the answer took longer than {timeout:.0f} s, or has no end")
+        answer._content = bytes(body)
+    except (requests.RequestException, OSError, ValueError) as error:
+        raise Unreachable(f"{method} {peer.host}{path} failed: {error or type(error).__name__}") from None
+    return answer
+
+
+_sessions = threading.local()
+
+
+def _session() -> requests.Session:
+    """The calling thread's own session; proxies come from the environment, credentials never from a ~/.netrc."""
+    import requests
+
+    if not hasattr(_sessions, "value"):
+        _sessions.value = requests.Session()
+        _sessions.value.auth = lambda request: request
+    return _sessions.value  # type: ignore[no-any-return]
+
 
 # --- reports ---------------------------------------------------------------------------------------------------------
 
