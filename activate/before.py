@@ -1,0 +1,74 @@
+"""What ran before: found and kept from the garbage collector before anything changes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from types import ModuleType
+from typing import Any, Optional
+
+import activate
+from activate import journal, lock, nix
+from activate.process import CommandFailed, Error, ask, say
+
+LOCK_TIMEOUT = 4 * 3600.0  # seconds to wait for another deployment of the same machine profile
+
+
+def lock_machine(profile: str, log: int) -> lock.Lock:
+    """The lock of what the profile decides, for as long as this process lives. Raises Error or OSError."""
+    os.makedirs(os.path.dirname(profile), mode=0o755, exist_ok=True)
+    path = lock.machine_path(profile)
+    if lock.held(path):
+        say(log, f"waiting for another deployment of {profile} to end")
+    taken = lock.take(path, LOCK_TIMEOUT)
+    if taken is None:
+        raise Error(f"another deployment of {profile} did not end within {LOCK_TIMEOUT / 3600:.0f} hours")
+    return taken
+
+
+def facts(entry: journal.Journal, kind: ModuleType, profile: str, log: int) -> dict[str, Any]:
+    """The facts that the journal keeps of what ran before. The machine lock is held. Raises Error for a wrong kind."""
+    target = nix.target(profile)
+    if target is not None and os.path.isdir(target) and activate.detect(target) is not kind:
+        present = activate.detect(target).NAME
+        raise Error(f"{profile} holds a {present} and {entry.record.store_path} is a {kind.NAME}: it was not deployed")
+    previous = {
+        "previous_running": kind.running_path(profile),
+        "previous_profile": target,
+        "previous_generation": nix.generation(profile),
+    }
+    unrestored = rollback_failed(entry, profile)
+    if unrestored is not None:
+        previous = {name: getattr(unrestored, name) for name in previous}
+    root([p for p in (previous["previous_running"], previous["previous_profile"]) if p], entry, log)
+    return {"kind": kind.NAME, "profile": profile, **previous}
+
+
+def rollback_failed(entry: journal.Journal, profile: str) -> Optional[journal.Record]:
+    """The last deployment of this profile if its rollback failed: what ran before it is still what to go back to."""
+    known, _ = journal.load_all(os.path.dirname(os.path.dirname(entry.directory)))
+    ended = [j.record for j in known if j.record.profile == profile and j.record.id != entry.record.id]
+    return ended[-1] if ended and ended[-1].step == journal.ROLLBACK_FAILED else None
+
+
+def root(paths: list[str], entry: journal.Journal, log: int) -> None:
+    """Give what ran before a GC root each, as far as the download has not done so in its own step."""
+    missing = [path for path in dict.fromkeys(paths) if path not in entry.record.rooted]
+    if not missing:
+        return
+    with contextlib.suppress(CommandFailed):
+        argv = ["nix-store", "--realise", *missing, "--add-root", entry.path("previous"), "--indirect"]
+        if ask(argv, 600)[0] == 0:
+            return
+    say(log, f"warning: the garbage collector may take {' '.join(missing)}, and then there is no way back")
+
+
+def differences(change: nix.Change, kind: ModuleType) -> list[str]:
+    """What is not as it was before, a sentence each."""
+    running, profile = kind.running_path(change.profile), nix.target(change.profile)
+    problems = []
+    if running != change.previous_running:
+        problems.append(f"{running} runs instead of {change.previous_running}")
+    if profile != change.previous_profile:
+        problems.append(f"{change.profile} is {profile} instead of {change.previous_profile}")
+    return problems

@@ -1,0 +1,113 @@
+"""Closures from the binary cache into the store: what it will take, the download, and why it failed."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Optional
+
+from activate import nix
+from activate.process import Error, run, say
+
+DEADLINE = 6 * 3600.0  # seconds for one closure; a stalled transfer ends much earlier by Nix's own time limit
+LAST_LINES = 25
+UNITS = {"bytes": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+ESTIMATE = re.compile(r"\(([\d.]+) (\w+) download, ([\d.]+) (\w+) unpacked\)")
+PATH = re.compile(r"/nix/store/[0-9a-z]{32}-[0-9a-zA-Z+._?=-]+")
+# Order counts: a refused download also says `unable to download`.
+CLASSES = (
+    ("signature", r"not signed by any of the keys|does not have a valid signature|lacks a .*signature"),
+    ("corrupt", r"hash mismatch|bad_alloc|string is too long"),
+    ("credentials", r"HTTP error 40[13]|does not appear to be a binary cache"),
+    ("network", r"unable to download|Couldn't connect|Could not connect|Timeout was reached|Operation too slow"),
+    ("missing", r"don't know how to build these paths|is not valid|no substituter that can build it"),
+)
+
+
+class DownloadFailed(Error):
+    """A closure could not be had. `detail` has the last lines of what Nix said."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
+
+
+def parse_estimate(text: str) -> Optional[tuple[int, int]]:
+    """Bytes to download and bytes unpacked, as Nix's dry run tells them; None where nothing would be fetched."""
+    found = ESTIMATE.search(text)
+    if found is None:
+        return None
+    return int(float(found[1]) * UNITS.get(found[2], 1)), int(float(found[3]) * UNITS.get(found[4], 1))
+
+
+def human(size: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def classify(text: str) -> str:
+    """The class of a failed download by Nix's words; empty for one that is none of them."""
+    return next((name for name, pattern in CLASSES if re.search(pattern, text)), "")
+
+
+def explain(text: str, source: nix.Source, wanted: str) -> str:
+    """Why a download failed, in a sentence that says what to do."""
+    name = classify(text)
+    pattern = dict(CLASSES).get(name, "$.")
+    line = next((line for line in text.splitlines() if re.search(pattern, line)), "")
+    found = PATH.search(line)
+    path = found[0] if found else wanted
+    cache = source.substituter or "any substituter of this machine"
+    said = line.strip()[:300]
+    return {
+        "signature": f"the signature of {path} is by none of the keys {' '.join(source.keys) or 'that this machine trusts'}",
+        "corrupt": f"what {cache} serves for {path} is damaged, push it again: {said}",
+        "credentials": f"{cache} refused the credentials of this agent, or is no binary cache: {said}",
+        "network": f"the download from {cache} broke off: {said}",
+        "missing": f"{path} is not in {cache}: push it there first",
+    }.get(name, "the download failed")
+
+
+def room(paths: list[str], source: nix.Source, log: int) -> None:
+    """Refuse, before anything is downloaded, what does not fit. Raises DownloadFailed with both numbers."""
+    said = nix.realise_dry_run(paths, source)
+    estimate = parse_estimate(said)
+    if estimate is None:
+        return
+    fetched = len([line for line in said.splitlines() if PATH.fullmatch(line.strip())])
+    say(log, f"to download: {fetched} paths, {human(estimate[0])}, {human(estimate[1])} unpacked")
+    stat = os.statvfs(nix.STORE if os.path.isdir(nix.STORE) else "/")
+    free = stat.f_bavail * stat.f_frsize
+    if estimate[1] > free:
+        raise DownloadFailed(
+            f"the closure does not fit: it needs {human(estimate[1])} ({estimate[1]} bytes), the file system of "
+            f"{nix.STORE} has {human(free)} ({free} bytes) free: collect garbage or enlarge it"
+        )
+
+
+def download(paths: list[str], previous: list[str], link: str, source: nix.Source, log: int) -> bool:
+    """Have `paths` and their closures in the store, with a GC root each; whether `previous` got theirs too.
+
+    Raises DownloadFailed, or CommandFailed where Nix can't be run.
+    """
+    if nix.may_forbid_substitution() and nix.realise_present([*paths, *previous], link):
+        say(log, "in the store already: " + " ".join(paths))
+        return True
+    room(paths, source, log)
+    start = os.fstat(log).st_size
+    status = nix.realise(paths, link, source, lambda argv: run(argv, log, DEADLINE))
+    if status:
+        text = tail(log, start)
+        raise DownloadFailed(explain(text, source, paths[0]), "\n".join(text.splitlines()[-LAST_LINES:]))
+    return False
+
+
+def tail(log: int, start: int, most: int = 1 << 18) -> str:
+    """What the log says from byte `start` on; its last `most` bytes where that is more."""
+    end = os.fstat(log).st_size
+    start = max(start, end - most)
+    return os.pread(log, max(0, end - start), start).decode("utf-8", "replace") if end > start else ""

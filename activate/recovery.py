@@ -1,0 +1,53 @@
+"""What to do with a deployment that did not come to its end: a pure function of its journal and the facts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from activate import journal
+
+ADOPT, START, ROLL_BACK, COMMIT, ACTIVATE, END, REPORT = "adopt", "deploy", "roll-back", "commit", "activate", "end", "report"
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is true now: which deployment holds the deployment lock, what runs, what the profile points at."""
+
+    holder: Optional[str] = None
+    running: Optional[str] = None
+    target: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Action:
+    """What to do. For END: the final step and its reason; for the others `reason` is for the log."""
+
+    do: str
+    step: str = ""
+    reason: str = ""
+
+
+def next_action(record: journal.Record, facts: Facts) -> Action:
+    """The only way on from here: design.md, section 5."""
+    if facts.holder == record.id:
+        return Action(ADOPT)
+    if record.step in journal.FINAL:
+        return Action(REPORT)
+    spent = record.attempts >= ATTEMPTS
+    if record.step in journal.HARMLESS:
+        if spent:
+            return Action(END, journal.FAILED, f"it was interrupted {ATTEMPTS} times before anything was changed")
+        return Action(START, reason="it was interrupted before anything was changed")
+    if facts.running not in (record.store_path, record.previous_running, record.previous_profile):
+        other = f"it was interrupted, and {facts.running} runs now: somebody else has deployed, it is left alone"
+        return Action(END, journal.FAILED, other)
+    if record.step == journal.COMMITTING and not spent:
+        if facts.running == record.store_path:
+            return Action(COMMIT, reason="it was interrupted while it was committed")
+        return Action(ACTIVATE, reason="the machine restarted before the new system was the one that boots")
+    if record.step == journal.ROLLING_BACK and spent:
+        reason = f"{record.reason or 'it was interrupted'}; the rollback was interrupted {ATTEMPTS} times"
+        return Action(END, journal.ROLLBACK_FAILED, reason)
+    return Action(ROLL_BACK, reason="it was interrupted before it was confirmed")

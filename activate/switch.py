@@ -1,0 +1,197 @@
+"""The switch process: whatever changes the machine. It activates, checks, and commits or rolls back.
+
+It is started by an agent but does not depend on it: own session, own scope where systemd runs, the deployment lock
+inherited, the log a file. It ends early only by SIGTERM or when the system stops; the step on disk then stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import traceback
+from dataclasses import replace
+from typing import Any, Optional
+
+import activate
+from activate import before, download, durable, journal, lock, nix, verdict, watch
+from activate.process import CommandFailed, Error, ask, run, say
+
+
+class Stopping(Exception):
+    """The system stops, or this process is asked to: no further step."""
+
+
+class Untouched(Error):
+    """The deployment ends as failed and there is nothing to undo."""
+
+
+class Switch:
+    """One deployment on its way through the steps."""
+
+    def __init__(
+        self, entry: journal.Journal, log: int, settings: verdict.Settings, reach: watch.Reach, agent: watch.Agent
+    ) -> None:
+        self.journal, self.log, self.settings, self.reach, self.agent = entry, log, settings, reach, agent
+        self.stop = threading.Event()
+        self.machine_lock: Optional[lock.Lock] = None
+        self.kind = activate.profile
+
+    def run(self, argv: list[str]) -> int:
+        return run(argv, self.log, self.settings.activation_timeout)
+
+    def change(self) -> nix.Change:
+        """What is changed, and what ran before."""
+        record = self.journal.record
+        return nix.Change(
+            record.store_path, str(record.profile), record.previous_running, record.previous_profile,
+            record.previous_generation, committed=journal.COMMITTING in record.times,
+        )  # fmt: skip
+
+    def perform(self, action: str = "deploy") -> None:
+        """Take the deployment to its end: from the start, or as recovery decided. Raises Stopping."""
+        try:
+            self.prepare(anew=action == "deploy")
+        except (Error, OSError) as error:
+            self.finish(journal.FAILED, error)
+            return
+        try:
+            if action == "roll-back":
+                raise Error(self.journal.record.reason or "it was interrupted before it was confirmed")
+            self.forward(activate_first=action != "commit")
+        except Stopping:
+            raise
+        except Untouched as error:
+            self.finish(journal.FAILED, error)
+        except Exception as error:  # a mistake of this program is no reason to leave the machine unconfirmed
+            if not isinstance(error, (Error, OSError)):
+                say(self.log, traceback.format_exc())
+            self.roll_back(error)
+
+    def prepare(self, anew: bool) -> None:
+        """Lock the machine and, for a new deployment, enter `activating`. Raises Error where nothing was changed."""
+        record = self.journal.record
+        if anew:
+            self.kind = activate.detect(record.store_path)
+            profile = self.kind.profile_path(record.profile_name)
+            self.machine_lock = before.lock_machine(profile, self.log)
+            facts = before.facts(self.journal, self.kind, profile, self.log)
+            self.journal.record = replace(record, **facts)
+            self.enter(journal.ACTIVATING, boot_id=journal.boot_id())
+            return
+        try:
+            self.kind = activate.kind_named(str(record.kind))
+        except KeyError:
+            raise Error(f"this version does not know the kind {record.kind!r}") from None
+        self.machine_lock = before.lock_machine(str(record.profile), self.log)
+
+    def forward(self, activate_first: bool) -> None:
+        """Activate, check, commit; whatever goes wrong is raised."""
+        note = None
+        if activate_first:
+            note, boots_only = self.activate()
+            if not boots_only:
+                self.enter(journal.CHECKING)
+                self.check()
+                self.must_be_ours()
+        self.enter(journal.COMMITTING)
+        self.kind.commit(self.change(), self.run)
+        self.finish(journal.SUCCEEDED, Error(note) if note else None)
+
+    def activate(self) -> tuple[str, bool]:
+        """Activate, and judge how that went: a note for the report, and whether the system can only be booted."""
+        start = os.fstat(self.log).st_size
+        status = self.kind.activate(self.change(), self.run)
+        said = download.tail(self.log, start)
+        new_runs = self.kind.running_path(self.change().profile) == self.change().new
+        move, reason = verdict.judge(self.kind.NAME, status, new_runs, said, self.settings)
+        if move == verdict.RECHECK and self.units_recovered(verdict.failed_units(said)):
+            return "", False
+        if move in (verdict.RECHECK, verdict.UNDO):
+            raise Error(reason)
+        if move == verdict.UNTOUCHED:
+            raise Untouched(reason)
+        return reason, move == verdict.BOOT
+
+    def units_recovered(self, names: list[str]) -> bool:
+        """Look at failed units once more, after a while: a restart may have brought them up."""
+        say(self.log, f"some units failed, looking again in {self.settings.unit_recheck:.0f} s: {' '.join(names)}")
+        self.stop.wait(self.settings.unit_recheck)
+        with contextlib.suppress(CommandFailed):
+            states = ask(["systemctl", "is-active", *names], 30)[1].split() if names else []
+            say(self.log, f"they are now: {' '.join(states)}")
+            return verdict.recovered(names, states)
+        return False
+
+    def check(self) -> None:
+        """Is the machine still well? Raises Error where it is not."""
+        script = self.journal.record.rollback_script
+        if script is not None:
+            status = self.run([script])
+            if status:
+                raise Error(f"the rollback script {script} ended with status {status}")
+        watch.confirm(self.journal, self.agent, self.reach, self.settings.confirm_timeout, self.stop, self.log)
+
+    def must_be_ours(self) -> None:
+        """Raises Untouched where somebody else has deployed meanwhile: theirs is left alone."""
+        change = self.change()
+        running = self.kind.running_path(change.profile)
+        if running not in (change.new, change.previous_running, change.previous_profile):
+            raise Untouched(f"{running} runs now, so somebody else has deployed: it is left alone")
+
+    def roll_back(self, why: Exception) -> None:
+        """Restore what ran before, by no more than what is on this machine."""
+        change, reason = self.change(), str(why)
+        try:
+            self.must_be_ours()
+        except Untouched as other:
+            self.finish(journal.FAILED, Error(f"{reason}; {other}"))
+            return
+        now = (self.kind.running_path(change.profile), nix.target(change.profile))
+        if now == (change.previous_running, change.previous_profile) == (change.new, change.new):
+            self.finish(journal.FAILED, Error(f"{reason}; it ran before already, so there is nothing to roll back"))
+            return
+        self.look_whether_stopping(journal.ROLLING_BACK)
+        with contextlib.suppress(OSError):  # a state that can't be written is no reason to leave the machine as it is
+            self.journal.enter(journal.ROLLING_BACK, reason=reason)
+        self.agent.tell(journal.ROLLING_BACK)
+        say(self.log, f"rolling back: {reason}")
+        if change.previous_running is None and self.kind is not activate.profile:
+            problems = ["there is no previous system to go back to"]
+        else:
+            problems = self.kind.rollback(change, self.run) or before.differences(change, self.kind)
+        if problems:
+            self.finish(journal.ROLLBACK_FAILED, Error(f"{reason}; the rollback failed: {'; '.join(problems)}"))
+        else:
+            back = change.previous_running or "no profile, as before"
+            self.finish(journal.ROLLED_BACK, Error(f"{reason}; rolled back to {back}"))
+
+    def enter(self, step: str, **facts: Any) -> None:
+        """Go on to `step`: effects so far are durable, then it is written, then its effect may be had."""
+        self.look_whether_stopping(step)
+        self.sync()
+        self.journal.enter(step, **facts)
+        self.agent.tell(step)
+
+    def finish(self, step: str, why: Optional[Exception] = None) -> None:
+        """Write how it ended. The log ends here too, whatever a service may still write into it."""
+        try:
+            self.sync()
+            self.journal.enter(step, reason=None if why is None else str(why), log_size=os.fstat(self.log).st_size)
+        except (Error, OSError) as error:
+            if step == journal.SUCCEEDED:
+                raise
+            say(self.log, f"the end of the deployment could not be written: {error}")
+        self.agent.tell(step)
+
+    def look_whether_stopping(self, step: str) -> None:
+        """Raises Stopping before a step with an effect on the machine."""
+        if not self.stop.is_set() and step in (journal.ACTIVATING, journal.COMMITTING, journal.ROLLING_BACK):
+            with contextlib.suppress(CommandFailed):
+                if os.path.isdir("/run/systemd/system") and "stopping" in ask(["systemctl", "is-system-running"], 10)[1]:
+                    self.stop.set()
+        if self.stop.is_set():
+            raise Stopping
+
+    def sync(self) -> None:
+        durable.sync([nix.STORE, os.path.dirname(self.change().profile)])
