@@ -40,17 +40,26 @@ import datetime
 import json
 import os
 import platform
+import queue
+import random
 import re
+import select
+import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 import uuid
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Optional, Union
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional, Union
 
 import websocket
+
+import activate
+from activate import before, download, durable, journal, launch, lock, nix, recovery, verdict
+from activate.process import Error
 
 if TYPE_CHECKING:
     import requests
@@ -60,13 +69,9 @@ __version__ = "0.1.0"
 PROTOCOL_VERSION = "1.11.1"  # the release of Cachix whose protocol is spoken
 USER_AGENT = f"cachix-deploy/{__version__}"
 
+SWITCH_TIMEOUT = 48 * 3600.0  # seconds for one step of a switch process; its own deadlines are shorter
+
 # --- errors ----------------------------------------------------------------------------------------------------------
-
-
-class Error(Exception):
-    """What the user is told: a sentence that says what failed and what to do. `status` is the exit status."""
-
-    status = 1
 
 
 class UsageError(Error):
@@ -76,15 +81,29 @@ class UsageError(Error):
 
 
 class Unreachable(Error):
-    """The workspace does not answer, or not in its protocol."""
+    """The workspace does not answer, or not in its protocol. `retry_after`: seconds that it asked to be left alone."""
 
     status = 69
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Refused(Error):
     """The workspace refuses the token."""
 
     status = 77
+
+
+class AlreadyRunning(Error):
+    """An agent of this name runs on this machine."""
+
+    status = 75
+
+
+class Gone(Error):
+    """The workspace does not know a deployment: there is nobody to report it to."""
 
 
 class Undecodable(ValueError):
@@ -514,8 +533,1551 @@ def _session() -> requests.Session:
 
 # --- reports ---------------------------------------------------------------------------------------------------------
 
+LINE_BYTES = 1 << 16  # a line on the wire is at most this long
+BATCH_BYTES = 1 << 20
+CALL_TIMEOUT = 10.0  # seconds for one call of the reporter
+
+
+def cut(data: bytes, most: int, final: bool) -> tuple[list[bytes], int]:
+    """Wire lines of a log from the start of one on, at most `most`, and how many bytes they take.
+
+    What has no newline yet waits for it, until it is longer than a wire line or the log is `final`. Where the cuts are
+    depends on the log alone, so that a line keeps its index whenever it is sent.
+    """
+    lines: list[bytes] = []
+    start = 0
+    while start < len(data) and len(lines) < most:
+        end = data.find(b"\n", start, start + LINE_BYTES + 1)
+        if end >= 0:
+            lines.append(data[start:end])
+            start = end + 1
+        elif len(data) - start > LINE_BYTES:
+            lines.append(data[start : start + LINE_BYTES])
+            start += LINE_BYTES
+        elif final:
+            lines.append(data[start:])
+            start = len(data)
+        else:
+            break
+    return lines, start
+
+
+def printable(line: bytes) -> str:
+    """A log line as text; what is not UTF-8, and NUL, which databases refuse, is replaced."""
+    return line.decode("utf-8", "replace").replace("\0", "\ufffd")
+
+
+class HttpChannel:
+    """Reports to our workspace: every call is acknowledged, and may be repeated."""
+
+    def __init__(self, peer: Peer, deployment_id: str) -> None:
+        self.peer, self.id = peer, deployment_id
+
+    def call(self, method: str, path: str, timeout: float = CALL_TIMEOUT, **kwargs: Any) -> requests.Response:
+        """An answer that the protocol knows. Raises Refused, Unreachable, or Gone where the workspace has no such deployment."""
+        answer = http(self.peer, method, path, timeout, **kwargs)
+        if answer.status_code in (401, 403):
+            raise Refused(f"{self.peer.host} refused the token (HTTP {answer.status_code})")
+        if answer.status_code == 404 and answer.headers.get("Content-Type", "").startswith("application/json"):
+            raise Gone(f"{self.peer.host} does not know deployment {self.id}")
+        if answer.status_code not in (200, 409, 416):
+            raise Unreachable(f"{self.peer.host} answered HTTP {answer.status_code}", retry_after(answer))
+        return answer
+
+    def status(self, status: str, size: Optional[int], reason: Optional[str] = None, timeout: float = CALL_TIMEOUT) -> bool:
+        """Put a status; whether it counts, which it does not where the deployment was cancelled."""
+        body = {"status": status, "time": utc_now(), "closureSize": size, "reason": reason}
+        path = f"/api/v1/deploy/deployment/{self.id}/status"
+        return self.call("PUT", path, timeout, json=body).status_code != 409
+
+    def lines(self, index: int, lines: list[str], timeout: float = CALL_TIMEOUT) -> int:
+        """Append lines, the first of which has this index; the index that the workspace expects next."""
+        now = utc_now()
+        body = "".join(dumps(LogLine(line, now).to_json()) + "\n" for line in lines)
+        answer = self.call("PUT", f"/api/v1/deploy/log/{self.id}?offset={index}", timeout, data=body.encode())
+        try:
+            return int(_field(loads(answer.content), "next", int))
+        except Undecodable:
+            raise Unreachable(f"{self.peer.host} answered a log without `next`") from None
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def retry_after(answer: requests.Response) -> float:
+    """Seconds that an answer asks to wait, an hour at most; 0 where it asks for nothing (or by a date)."""
+    with contextlib.suppress(ValueError):
+        return min(3600.0, max(0.0, float(answer.headers.get("Retry-After", "0"))))
+    return 0.0
+
+
+class SocketChannel:
+    """Reports to Cachix: frames on two sockets. A frame has arrived when a ping that was sent after it is answered."""
+
+    def __init__(self, peer: Peer, deployment_id: str, agent_id: str) -> None:
+        self.peer, self.id, self.agent_id = peer, deployment_id, agent_id
+        self.sockets: dict[str, websocket.WebSocket] = {}
+
+    def send(self, path: str, frames: list[str]) -> None:
+        """Deliver text frames on the socket of `path`. Raises Unreachable or Refused."""
+        try:
+            if path not in self.sockets:
+                self.sockets[path] = connect(self.peer, path)
+            for frame in frames:
+                self.sockets[path].send(frame)
+            round_trip(self.sockets[path], CALL_TIMEOUT)
+        except (Error, OSError, websocket.WebSocketException) as error:
+            broken = self.sockets.pop(path, None)
+            if broken is not None:
+                broken.shutdown()
+            if isinstance(error, Error):
+                raise
+            raise Unreachable(f"{self.peer.host}{path}: {error or type(error).__name__}") from None
+
+    def status(self, status: str, size: Optional[int], reason: Optional[str] = None) -> bool:
+        """Send that the deployment started, or how it ended; Cachix has no room for a reason but the log."""
+        command: FromAgent = DeploymentStarted(self.id, utc_now(), size)
+        if status != IN_PROGRESS:
+            command = DeploymentFinished(self.id, utc_now(), status == SUCCEEDED)
+        self.send("/ws-deployment", [encode_from_agent(self.agent_id, command)])
+        return True
+
+    def lines(self, index: int, lines: list[str]) -> int:
+        """Append lines; the index after them."""
+        now = utc_now()
+        self.send(f"/api/v1/deploy/log/{self.id}", [dumps(LogLine(line, now).to_json()) for line in lines])
+        return index + len(lines)
+
+    def close(self) -> None:
+        for path in sorted(self.sockets):
+            close(self.sockets.pop(path))
+
+
+Channel = Union[HttpChannel, SocketChannel]
+
+
+@dataclass(frozen=True)
+class Reported:
+    """How far a deployment is reported: kept in reported.json, so that any restart goes on from here."""
+
+    started: bool = False
+    sized: bool = False
+    line: int = 0
+    offset: int = 0
+    logged: bool = False
+    ended: bool = False
+    size: Optional[int] = None
+    time: str = ""
+
+    @classmethod
+    def load(cls, path: str) -> Reported:
+        """What the file says; the beginning where it says nothing that can be read: reports may be repeated."""
+        try:
+            with open(path, "rb") as file:
+                record = loads(file.read(1 << 16))
+            size, flags = record.get("size"), ("started", "sized", "logged", "ended")
+            known = {name: record[name] is True for name in flags}
+            line, offset = int(record["line"]), int(record["offset"])
+            return cls(**known, line=line, offset=offset, size=size if isinstance(size, int) else None, time=utc_now())
+        except (OSError, Undecodable, AttributeError, KeyError, TypeError, ValueError):
+            return cls()
+
+    @property
+    def whole(self) -> bool:
+        return self.logged and self.ended
+
+
+class Delivery:
+    """One deployment on its way to the workspace: started, its log, its size, its end."""
+
+    def __init__(self, entry: journal.Journal, held: lock.Lock) -> None:
+        self.entry, self.held = entry, held
+        self.reported = Reported.load(entry.path("reported.json"))
+        self.channel: Optional[Channel] = None
+        self.failures, self.not_before = 0, 0.0
+        self.log_failed = False
+
+    @property
+    def final(self) -> bool:
+        return self.entry.record.step in journal.FINAL
+
+    def note(self, **facts: Any) -> None:
+        """Keep how far it is; in memory alone where the disk can't."""
+        self.reported = replace(self.reported, time=utc_now(), **facts)
+        path = self.entry.path("reported.json")
+        with contextlib.suppress(OSError):
+            with open(path + ".new", "w", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(self.reported)))
+            os.rename(path + ".new", path)
+
+    def ship(self, channel: Channel) -> None:
+        """Send what there is to send by now. A failing log holds back nothing else. Raises the first Error."""
+        self.channel = channel
+        steps = [self.ship_start, self.ship_log, self.ship_size, self.ship_end]
+        if self.log_failed:
+            steps = [self.ship_start, self.ship_size, self.ship_end, self.ship_log]
+        problems = []
+        for step in steps:
+            try:
+                step(channel)
+            except Error as error:
+                problems.append(error)
+        if problems:
+            raise problems[0]
+
+    def ship_start(self, channel: Channel) -> None:
+        if not (self.reported.started or self.reported.ended):
+            channel.status(IN_PROGRESS, None)
+            self.note(started=True)
+
+    def ship_size(self, channel: Channel) -> None:
+        if self.reported.size is not None and not (self.reported.sized or self.reported.ended):
+            channel.status(IN_PROGRESS, self.reported.size)
+            self.note(sized=True)
+
+    def ship_end(self, channel: Channel) -> None:
+        if self.final and not self.reported.ended:
+            record = self.entry.record
+            reason = "\n".join(text for text in (record.reason, record.detail) if text) or None
+            channel.status(SUCCEEDED if record.step == journal.SUCCEEDED else FAILED, self.reported.size, reason)
+            self.note(ended=True)
+
+    def ship_log(self, channel: Channel) -> None:
+        """Send the log as far as it has grown, for a few seconds at the most while the end waits behind it."""
+        until, self.log_failed = time.monotonic() + 5.0, True
+        while not self.reported.logged and time.monotonic() < until:
+            lines, offset = self.next_lines()
+            closing = self.final and offset >= self.log_end()
+            if closing and len(lines) < 5000:
+                lines.append(closing_line(self.entry.record))
+            else:
+                closing = False
+            if not lines:
+                break
+            self.acknowledge(channel.lines(self.reported.line, lines), len(lines), offset, closing)
+        self.log_failed = False
+
+    def acknowledge(self, expected: int, sent: int, offset: int, closing: bool) -> None:
+        """Go on behind lines that have arrived, or back to those that the workspace has lost."""
+        if expected >= self.reported.line + sent:
+            self.note(line=self.reported.line + sent, offset=offset, logged=closing)
+        else:
+            line, offset = 0, 0
+            while line < expected:
+                lines, size = cut(self.read(offset), expected - line, final=self.final)
+                if not lines:
+                    break
+                line, offset = line + len(lines), offset + size
+            self.note(line=line, offset=offset)
+
+    def log_end(self) -> int:
+        size = self.entry.record.log_size
+        if size is None:
+            with contextlib.suppress(OSError):
+                size = os.stat(self.entry.path("log")).st_size
+        return size or 0
+
+    def read(self, offset: int) -> bytes:
+        with contextlib.suppress(OSError), open(self.entry.path("log"), "rb") as file:
+            file.seek(offset)
+            return file.read(max(0, min(BATCH_BYTES, self.log_end() - offset)))
+        return b""
+
+    def next_lines(self) -> tuple[list[str], int]:
+        """The next lines to send and the offset behind them."""
+        data = self.read(self.reported.offset)
+        whole = self.final and self.reported.offset + len(data) >= self.log_end()
+        lines, size = cut(data, 5000, final=whole)
+        return [printable(line) for line in lines], self.reported.offset + size if data else self.log_end_or(size)
+
+    def log_end_or(self, size: int) -> int:
+        """Where nothing can be read any more, nothing more will come."""
+        return max(self.reported.offset + size, self.log_end() if self.final else 0)
+
+
+def closing_line(record: journal.Record) -> str:
+    """The line by which Cachix's `activate` knows that a log is complete."""
+    if record.step == journal.SUCCEEDED:
+        return SUCCESS_LINE
+    return f"{FAILURE_LINE} {record.reason or ''}".rstrip()
+
+
+class Reporter(threading.Thread):
+    """Ships the logs and the results of deployments. Their files are the queue; it sleeps while nothing is under way."""
+
+    def __init__(self, peer: Peer, waits: Waits) -> None:
+        super().__init__(name="reporter", daemon=True)
+        self.peer, self.waits = peer, waits
+        self.wake = threading.Event()
+        self.idle = threading.Event()
+        self.registered: Optional[AgentRegistered] = None
+        self.added: queue.SimpleQueue[journal.Journal] = queue.SimpleQueue()
+        self.deliveries: list[Delivery] = []
+
+    def add(self, entry: journal.Journal) -> None:
+        """Report this deployment from now on."""
+        self.idle.clear()
+        self.added.put(entry)
+        self.wake.set()
+
+    def register(self, registered: AgentRegistered) -> None:
+        """The workspace has said how it wants its reports."""
+        self.registered = registered
+        self.wake.set()
+
+    def measured(self, entry: journal.Journal, size: int) -> None:
+        """The closure's size in bytes is known."""
+        for delivery in list(self.deliveries):
+            if delivery.entry is entry:
+                delivery.note(size=size)
+        self.wake.set()
+
+    def channel(self, delivery: Delivery, registered: AgentRegistered) -> Channel:
+        """The way of reporting that the workspace asked for."""
+        if registered.reports == "http":
+            return HttpChannel(self.peer, delivery.entry.record.id)
+        if isinstance(delivery.channel, SocketChannel) and delivery.channel.agent_id == registered.id:
+            return delivery.channel
+        return SocketChannel(self.peer, delivery.entry.record.id, registered.id)
+
+    def run(self) -> None:
+        waiting: list[journal.Journal] = []
+        while True:
+            self.wake.wait(self.pause(bool(waiting)))
+            self.wake.clear()
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    waiting.append(self.added.get_nowait())
+            waiting = [entry for entry in waiting if not self.take(entry)]
+            if self.registered is not None:
+                for delivery in list(self.deliveries):
+                    self.attend(delivery, self.registered)
+            if not (self.deliveries or waiting) and self.added.empty():
+                self.idle.set()
+
+    def pause(self, waiting: bool) -> Optional[float]:
+        """Seconds until there may be something to do; None: only an event can bring that."""
+        now = time.monotonic()
+        due = [max(d.not_before - now, self.waits.tail) for d in self.deliveries if self.registered is not None]
+        return min([*due, *([5.0] if waiting else [])], default=None)
+
+    def take(self, entry: journal.Journal) -> bool:
+        """Begin with a deployment, unless another agent reports it at this moment."""
+        try:
+            held = lock.take(entry.path("reported.lock"))
+        except OSError:  # a state that can't be written is no reason to be silent
+            held = lock.Lock("", os.open(os.devnull, os.O_RDONLY))
+        if held is not None:
+            self.deliveries.append(Delivery(entry, held))
+        return held is not None
+
+    def attend(self, delivery: Delivery, registered: AgentRegistered) -> None:
+        """Ship what is there; a failure is tried again after a while."""
+        if time.monotonic() < delivery.not_before:
+            return
+        try:
+            delivery.ship(self.channel(delivery, registered))
+            delivery.failures = 0
+        except Gone as error:
+            tell(f"{error}: its report is given up")
+            delivery.note(logged=True, ended=True)
+        except Error as error:
+            pause = max(backoff(delivery.failures, self.waits), getattr(error, "retry_after", 0.0))
+            delivery.failures += 1
+            delivery.not_before = time.monotonic() + pause
+            tell(f"deployment {delivery.entry.record.id}: not reported yet, next attempt in {pause:.0f} s: {error}")
+        if delivery.final and delivery.reported.whole:
+            self.deliveries.remove(delivery)
+            if delivery.channel is not None:
+                delivery.channel.close()
+            delivery.held.close()
+            prune(os.path.dirname(os.path.dirname(delivery.entry.directory)))
+
+
+def prune(state: str) -> None:
+    """Remove old deployments that have ended and are reported."""
+    journals, _ = journal.load_all(state)
+    done = [j for j in journals if j.record.step in journal.FINAL and Reported.load(j.path("reported.json")).whole]
+    journal.prune(done)
+
+
 # --- agent -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Seconds (and their upper bounds) that the agent waits; CACHIX_DEPLOY_WAITS, a JSON object, shortens them in tests."""
+
+    ping: float = 30.0
+    silence: float = 60.0
+    backoff: float = 1.0
+    slowest: float = 60.0
+    healthy: float = 60.0
+    handover: float = 60.0
+    tail: float = 0.1
+    ready: float = 2.0
+    unit_recheck: float = 10.0
+
+    @classmethod
+    def from_environment(cls) -> Waits:
+        given = loads(os.environ.get("CACHIX_DEPLOY_WAITS", "{}"))
+        return cls(**{name: float(given[name]) for name in cls.__dataclass_fields__ if name in given})
+
+
+def backoff(failures: int, waits: Waits) -> float:
+    """Seconds before the next attempt: exponential, with full jitter, so that a fleet does not come back at once."""
+    return random.uniform(0, min(waits.slowest, waits.backoff * 2 ** min(failures, 16)))
+
+
+@dataclass(frozen=True)
+class AgentOptions:
+    """An agent's command line, checked."""
+
+    peer: Peer
+    profile: Optional[str]
+    bootstrap: bool
+    if_stopped: bool
+    settings: verdict.Settings
+    waits: Waits
+
+    @property
+    def name(self) -> str:
+        return str(self.peer.name)
+
+
+def open_log(entry: journal.Journal) -> int:
+    """The log file of a deployment, opened for appending; /dev/null where it can't be opened, which is said."""
+    try:
+        return os.open(entry.path("log"), os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        tell(f"the log of deployment {entry.record.id} is lost: {error}")
+        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+
+
+class Ended(Error):
+    """A deployment ends before it has changed anything."""
+
+    def __init__(self, step: str, reason: str) -> None:
+        super().__init__(reason)
+        self.step = step
+
+
+class Worker(threading.Thread):
+    """Takes deployments one at a time, downloads them, and follows their switch processes to the end."""
+
+    def __init__(self, options: AgentOptions, state: str, reporter: Reporter, stop: threading.Event) -> None:
+        super().__init__(name="worker", daemon=True)
+        self.options, self.state, self.reporter, self.stop = options, state, reporter, stop
+        self.queue: queue.Queue[Deployment] = queue.Queue()
+        self.registered: Optional[AgentRegistered] = None
+        self.switch: Optional[launch.SwitchProcess] = None
+        self.nix_config: dict[str, str] = {}
+        self.deployed = threading.Event()
+
+    def run(self) -> None:
+        self.nix_config = nix.show_config()
+        self.guarded(self.recover)
+        while not self.stop.is_set():
+            newest = self.queue.get()
+            while not self.queue.empty():
+                older, newest = newest, self.queue.get()
+                self.guarded(self.supersede, older, newest)
+            self.guarded(self.deploy, newest)
+
+    def guarded(self, do: Callable[..., None], *arguments: Any) -> None:
+        """Whatever goes wrong with one deployment, the agent takes the next."""
+        try:
+            do(*arguments)
+        except Exception as error:
+            complain(error)
+
+    def begin(self, deployment: Deployment) -> Optional[journal.Journal]:
+        """A new deployment, which is reported from now on; None for one that is known: its end is reported again."""
+        directory = os.path.join(self.state, "deployments", deployment.id)
+        entry = None
+        with contextlib.suppress(journal.Unreadable):
+            entry = journal.load(directory)
+        if entry is not None:
+            if entry.record.step in journal.FINAL:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path("reported.json"))
+                self.reporter.add(entry)
+            return None
+        record = journal.Record(
+            deployment.id, deployment.index, self.options.name, self.options.peer.host, deployment.store_path,
+            deployment.rollback_script, self.options.profile,
+        )  # fmt: skip
+        entry = journal.Journal(directory, record)
+        self.reporter.add(entry)
+        return entry
+
+    def supersede(self, older: Deployment, newer: Deployment) -> None:
+        entry = self.begin(older)
+        if entry is not None:
+            self.end(entry, journal.SUPERSEDED, f"deployment {newer.index} came before this one was begun")
+
+    def deploy(self, deployment: Deployment) -> None:
+        """See a deployment through."""
+        entry = self.begin(deployment)
+        if entry is None:
+            return
+        if deployment.resumed:
+            self.end(entry, journal.FAILED, "state lost: this machine has no journal of it, so nothing was executed")
+            return
+        tell(f"deployment {deployment.index}: {deployment.store_path}")
+        self.settle(entry)
+        self.deployed.set()
+
+    def recover(self) -> None:
+        """Bring to its end what an earlier agent has left, and report what it has not."""
+        remove_stale_netrcs(self.state)
+        journals, problems = journal.load_all(self.state)
+        for problem in problems:
+            tell(problem)
+        for entry in journals:
+            ours = (entry.record.agent, entry.record.host) == (self.options.name, self.options.peer.host)
+            if ours and not (entry.record.step in journal.FINAL and Reported.load(entry.path("reported.json")).whole):
+                self.reporter.add(entry)
+                self.guarded(self.settle, entry)
+
+    def settle(self, entry: journal.Journal) -> None:
+        """Do what recovery decides until the deployment has ended; one that is new is only its first case."""
+        path = lock.shared_path("deployment", self.options.name)
+        give_up = time.monotonic() + before.LOCK_TIMEOUT
+        while entry.record.step not in journal.FINAL and not self.stop.is_set():
+            held = lock.take(path, text=entry.record.id)
+            action = recovery.next_action(entry.record, self.facts(entry, None if held else lock.read(path)))
+            if held is not None:
+                try:
+                    self.act(entry, action, held)
+                finally:
+                    held.close()
+            elif action.do != recovery.ADOPT and time.monotonic() > give_up:
+                self.end(entry, journal.FAILED, f"another deployment of agent {self.options.name} did not end")
+            else:
+                self.stop.wait(0.5)
+                self.reload(entry)
+        self.reporter.wake.set()
+
+    def facts(self, entry: journal.Journal, holder: Optional[str]) -> recovery.Facts:
+        """What recovery needs to know besides the journal."""
+        kind = next((kind for kind in activate.KINDS if kind.NAME == entry.record.kind), activate.profile)
+        profile = str(entry.record.profile)
+        return recovery.Facts(holder, kind.running_path(profile), nix.target(profile))
+
+    def act(self, entry: journal.Journal, action: recovery.Action, held: lock.Lock) -> None:
+        """One action, under the deployment lock. What prevents it ends the deployment as long as nothing was changed."""
+        if action.reason:
+            tell(f"deployment {entry.record.index}: {action.reason}")
+        if action.do == recovery.END:
+            self.end(entry, action.step, action.reason)
+            return
+        try:
+            entry.enter(entry.record.step, attempts=entry.record.attempts + 1)
+            self.conduct(entry, action, held)
+        except Ended as ended:
+            self.end(entry, ended.step, str(ended))
+        except (Error, OSError) as error:
+            if self.stop.is_set():
+                with contextlib.suppress(OSError):  # the agent's own end counts as no attempt
+                    entry.enter(entry.record.step, attempts=entry.record.attempts - 1)
+            elif entry.record.step in journal.HARMLESS:
+                self.end(entry, journal.FAILED, str(error), getattr(error, "detail", None))
+            else:
+                complain(error)
+                self.stop.wait(5.0)
+
+    def conduct(self, entry: journal.Journal, action: recovery.Action, held: lock.Lock) -> None:
+        """Prepare what has to be, give the switch process the word, follow it. Raises Error."""
+        check_paths(entry.record)
+        config = {
+            "host": self.options.peer.host, "token": self.options.peer.token, "name": self.options.name,
+            "settings": asdict(self.options.settings), "directory": entry.directory,
+        }  # fmt: skip
+        self.switch = launch.SwitchProcess(entry.record.id, config, held, self.options.waits.ready)
+        try:
+            if action.do == recovery.START:
+                self.download(entry)
+                self.last_look(entry)
+            self.switch.go(action.do)
+            self.switch.step = journal.ACTIVATING
+            self.follow(entry, self.switch)
+        finally:
+            self.switch.close()
+            self.switch = None
+
+    def follow(self, entry: journal.Journal, switch: launch.SwitchProcess) -> None:
+        """Hear of each step until the process ends; the closure's size is asked for while the activation runs."""
+        with contextlib.suppress(Error):
+            self.reporter.measured(entry, nix.path_info_size(entry.record.store_path))
+        step: Optional[str] = ""
+        while step is not None:
+            step = switch.read(SWITCH_TIMEOUT)
+            switch.step = step or switch.step
+            self.reload(entry, switch.step)
+            self.reporter.wake.set()
+        ending = f": {entry.record.reason}" if entry.record.reason else ""
+        tell(f"deployment {entry.record.index}: {entry.record.step}{ending}")
+
+    def reload(self, entry: journal.Journal, step: str = "") -> None:
+        """Read what the switch process has written; what it said counts where it could not write."""
+        with contextlib.suppress(Error):
+            found = journal.load(entry.directory)
+            if found is not None:
+                entry.record = found.record
+        if step in journal.FINAL and entry.record.step != step:
+            entry.record = replace(entry.record, step=step, reason="its end could not be written, the log has it")
+
+    def end(self, entry: journal.Journal, step: str, reason: str, detail: Optional[str] = None) -> None:
+        """End a deployment that no switch process has to end."""
+        log = open_log(entry)
+        try:
+            if detail:
+                activate.process.say(log, reason)
+            entry.enter(step, reason=reason, detail=detail, log_size=os.fstat(log).st_size)
+        except OSError as error:
+            complain(Error(f"the end of deployment {entry.record.index} can't be written: {error}"))
+        finally:
+            os.close(log)
+        tell(f"deployment {entry.record.index}: {step}: {reason}")
+        self.reporter.wake.set()
+
+    def download(self, entry: journal.Journal) -> None:
+        """Have the closure and the rollback script in the store, with GC roots. Raises Error."""
+        entry.enter(journal.DOWNLOADING)
+        self.reporter.wake.set()
+        record = entry.record
+        paths = [record.store_path, *([record.rollback_script] if record.rollback_script else [])]
+        profiles = [kind.profile_path(record.profile_name) for kind in activate.KINDS]
+        links = [*profiles, *(kind.running_path(profile) for kind, profile in zip(activate.KINDS, profiles))]
+        previous = sorted({path for path in map(nix.target, filter(None, links)) if path and os.path.lexists(path)})
+        log = open_log(entry)
+        try:
+            with self.source() as source:
+                rooted = download.download(paths, previous, entry.path("new"), source, log)
+        finally:
+            os.close(log)
+        entry.enter(journal.READY, rooted=tuple(previous) if rooted else ())
+
+    @contextlib.contextmanager
+    def source(self) -> Iterator[nix.Source]:
+        """The workspace's cache for Nix, with a netrc that is there no longer than it is needed."""
+        cache = self.registered.cache if self.registered is not None else None
+        if cache is None:
+            yield nix.Source()
+            return
+        peer = self.options.peer
+        configured = self.nix_config.get("trusted-public-keys", "").split()
+        keys = tuple(dict.fromkeys([*configured, peer.public_key(cache)]))
+        url = peer.substituter(cache)
+        if cache.is_public:
+            yield nix.Source(url, keys)
+            return
+        held = write_netrc(self.state, url, peer.token, self.nix_config.get("netrc-file", ""))
+        try:
+            yield nix.Source(url, keys, held.path)
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(held.path)
+            held.close()
+
+    def last_look(self, entry: journal.Journal) -> None:
+        """Before anything changes: a successor, a cancellation and the agent's own end still count. Raises Error."""
+        if self.registered is not None and self.registered.reports == "http":
+            channel = HttpChannel(self.options.peer, entry.record.id)
+            with contextlib.suppress(Refused, Unreachable, Gone):
+                if not channel.status(IN_PROGRESS, None, timeout=5.0):
+                    raise Ended(journal.CANCELLED, "it was cancelled before it was activated")
+        if not self.queue.empty():
+            raise Ended(journal.SUPERSEDED, "a newer deployment came before this one was activated")
+        if self.stop.is_set():
+            raise Error("the agent ends")
+
+
+def check_paths(record: journal.Record) -> None:
+    """Nothing but the path of something that was built may become an argument of Nix. Raises Error."""
+    for path in (record.store_path, record.rollback_script):
+        if path is not None and not is_store_path(path):
+            raise Error(f"the workspace sent {path[:300]!r}, which is not a store path")
+        if path is not None and path.endswith(".drv"):
+            raise Error(f"{path} is a derivation, which would have to be built: deploy its output")
+
+
+def write_netrc(state: str, url: str, token: str, also: str) -> lock.Lock:
+    """A netrc for Nix that only this user can read, locked while it is in use: what is not locked is stale.
+
+    It replaces Nix' own netrc-file, so what that says of other hosts is kept.
+    """
+    machine = urllib.parse.urlsplit(url).hostname
+    others = ""
+    with contextlib.suppress(OSError, ValueError):
+        with open(also, encoding="utf-8") as file:
+            others = file.read(1 << 20)
+    os.makedirs(state, mode=0o700, exist_ok=True)
+    held = lock.take(os.path.join(state, f"netrc-{os.getpid()}-{uuid.uuid4().hex[:8]}"))
+    assert held is not None
+    os.pwrite(held.fd, f"machine {machine} password {token}\n{others}".encode(), 0)
+    return held
+
+
+def remove_stale_netrcs(state: str) -> None:
+    """Remove what an agent that was killed has left."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(state):
+            path = os.path.join(state, name)
+            if name.startswith("netrc-") and not lock.held(path):
+                os.unlink(path)
+
+
+class Stopped(Exception):
+    """The agent ends, by its own will or the operator's; `args` has the exit status."""
+
+
+class Agent:
+    """The main thread: the websocket of an agent's whole life."""
+
+    def __init__(self, options: AgentOptions, state: str) -> None:
+        self.options, self.state, self.waits = options, state, options.waits
+        self.stop = threading.Event()
+        self.reporter = Reporter(options.peer, options.waits)
+        self.worker = Worker(options, state, self.reporter, self.stop)
+        self.socket: Optional[websocket.WebSocket] = None
+        self.pending: list[Deployment] = []
+        self.replaced = False
+
+    def run(self) -> int:
+        """Stay connected until asked to stop; the exit status."""
+        self.reporter.start()
+        self.worker.start()
+        failures, first = 0, True
+        while not self.stop.is_set():
+            began, slowest = time.monotonic(), False
+            try:
+                self.socket = connect(self.options.peer, "/ws")
+                first = False
+                self.serve(self.socket)
+            except Stopped:
+                break
+            except Refused as error:
+                if first:
+                    raise
+                slowest = True
+                tell(f"{error}; still trying")
+            except Error as error:
+                if not self.stop.is_set():
+                    tell(str(error))
+            slowest = slowest or self.replaced
+            failures = 0 if time.monotonic() - began > self.waits.healthy else failures + 1
+            pause = self.waits.slowest if slowest else backoff(failures - 1, self.waits)
+            debug(f"connecting again in {pause:.1f} s")
+            self.stop.wait(pause)
+        return self.farewell()
+
+    def farewell(self) -> int:
+        """End by the agent's own will; a running switch goes on."""
+        self.stop.set()
+        activate.process.end_all()
+        switch = self.worker.switch
+        if switch is not None and switch.step not in (journal.ACTIVATING, journal.CHECKING):
+            with contextlib.suppress(OSError):
+                switch.write("bye")
+        if self.socket is not None:
+            close(self.socket)
+        return 0
+
+    def request_stop(self) -> None:
+        """Ask the main thread to end, from another one."""
+        self.stop.set()
+        if self.socket is not None:
+            hang_up(self.socket)
+
+    def serve(self, socket_: websocket.WebSocket) -> None:
+        """Receive until the connection ends, which is raised: Stopped, or Unreachable with the reason."""
+        heard = pinged = time.monotonic()
+        self.send_ping(socket_)
+        while True:
+            now = time.monotonic()
+            socket_.settimeout(max(0.01, min(pinged + self.waits.ping, heard + self.waits.silence) - now))
+            try:
+                opcode, frame = socket_.recv_data_frame(control_frame=True)
+                heard = time.monotonic()
+            except websocket.WebSocketTimeoutException:
+                now = time.monotonic()
+                if now >= heard + self.waits.silence:
+                    raise Unreachable(f"nothing was heard for {self.waits.silence:.0f} s, connecting again") from None
+                if now >= pinged + self.waits.ping:
+                    self.send_ping(socket_)
+                    pinged = now
+                continue
+            except (OSError, websocket.WebSocketException) as error:
+                raise Unreachable(f"the connection was lost: {error or type(error).__name__}") from None
+            if opcode == websocket.ABNF.OPCODE_CLOSE:
+                self.closed(frame.data)
+            elif opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
+                self.receive(frame.data)
+
+    def send_ping(self, socket_: websocket.WebSocket) -> None:
+        """Send a ping; one that can't be sent in time ends the connection."""
+        try:
+            socket_.settimeout(CALL_TIMEOUT)
+            socket_.ping()
+        except (OSError, websocket.WebSocketException) as error:
+            raise Unreachable(f"the connection was lost: {error or type(error).__name__}") from None
+
+    def closed(self, data: bytes) -> None:
+        """The workspace has closed the connection: only 1000, or no code, asks the agent to end."""
+        code = int.from_bytes(data[:2], "big") if len(data) >= 2 else 1000
+        reason = data[2:].decode("utf-8", "replace")
+        if code == 1000:
+            tell("the workspace asked this agent to stop")
+            raise Stopped
+        self.replaced = code == 4001
+        if self.replaced and self.options.bootstrap:
+            tell("another agent of this name has taken over")
+            self.drain()
+            raise Stopped
+        meaning = {1012: "it restarts", 4001: f"another agent named {self.options.name} has connected", 4003: "the token was revoked"}
+        raise Unreachable(f"the workspace closed the connection ({code}): {reason or meaning.get(code, 'no reason given')}")
+
+    def receive(self, data: bytes) -> None:
+        """Act on a message; one that can't be decoded is said and skipped."""
+        try:
+            message = decode_to_agent(data)
+        except (Undecodable, UnicodeDecodeError) as error:
+            tell(f"a message of the workspace was skipped: {error}")
+            return
+        if isinstance(message, AgentRegistered):
+            self.register(message)
+        else:
+            self.pending.append(message)
+        if self.worker.registered is not None:
+            for deployment in self.pending:
+                self.worker.queue.put(deployment)
+            self.pending.clear()
+
+    def register(self, message: AgentRegistered) -> None:
+        """The workspace knows this agent now."""
+        tell(f"{self.options.name} is connected to {self.options.peer.host}")
+        self.replaced = False
+        self.worker.registered = message
+        self.reporter.register(message)
+        said = {"pid": os.getpid(), "boot_id": journal.boot_id(), "time": time.time()}
+        try:
+            os.makedirs(self.state, mode=0o700, exist_ok=True)
+            durable.write_durably(os.path.join(self.state, f"registered-{self.options.name}.json"), json.dumps(said).encode())
+        except OSError as error:
+            complain(Error(f"{self.state} can't be written: {error}"))
+
+    def drain(self) -> None:
+        """Let the deployment that runs come to its end and its report arrive; new ones are not taken."""
+        while self.worker.switch is not None or not self.reporter.idle.is_set():
+            if self.stop.wait(0.2):
+                return
+
+
+def watch_signals(agent: Agent) -> None:
+    """SIGTERM and SIGINT end the agent, even while a name look-up holds its main thread."""
+    receives, sends = socket.socketpair()
+    sends.setblocking(False)
+    signal.set_wakeup_fd(sends.fileno(), warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+
+    def run(keep: socket.socket = sends) -> None:
+        while not {signal.SIGTERM, signal.SIGINT} & set(receives.recv(64)):
+            pass
+        tell("asked to stop")
+        agent.request_stop()
+        time.sleep(8.0)
+        agent.farewell()
+        os._exit(0)
+
+    threading.Thread(target=run, name="signals", daemon=True).start()
+
+
+def agent_command(options: AgentOptions) -> int:
+    """Run an agent until it is asked to stop."""
+    state = journal.state_directory()
+    agent = Agent(options, state)
+    if options.bootstrap:
+        watch_signals(agent)
+        threading.Thread(target=hand_over, args=(agent,), name="hand-over", daemon=True).start()
+        return agent.run()
+    path = lock.shared_path("agent", options.name)
+    try:
+        held = lock.take(path)
+        if held is None:
+            pid = lock.read(path.replace(".lock", ".pid"))
+            message = f"an agent named {options.name} runs already" + (f" (pid {pid})" if pid else "")
+            if options.if_stopped:
+                debug(message)
+                return 0
+            raise AlreadyRunning(f"{message}; choose another NAME, or stop it first")
+        with open(path.replace(".lock", ".pid"), "w", encoding="ascii") as file:
+            file.write(str(os.getpid()))
+    except OSError as error:
+        raise Error(f"{path} can't be locked: {error.strerror}; set XDG_CACHE_HOME to a directory that can be written") from None
+    watch_signals(agent)
+    return agent.run()
+
+
+def hand_over(agent: Agent) -> None:
+    """A bootstrapping agent ends when the machine's own agent has taken over; where none does, it stays."""
+    worker, name = agent.worker, agent.options.name
+    path = lock.shared_path("agent", name)
+    while not agent.stop.is_set():
+        worker.deployed.wait()
+        worker.deployed.clear()
+        tell(f"waiting up to {agent.waits.handover:.0f} s for the machine's own agent named {name} to take over")
+        until = time.monotonic() + agent.waits.handover
+        while time.monotonic() < until and not agent.stop.is_set():
+            if lock.held(path):
+                tell(f"the agent with pid {lock.read(path.replace('.lock', '.pid')) or '?'} has taken over")
+                agent.drain()
+                agent.request_stop()
+                return
+            time.sleep(0.2)
+        tell(f"no agent named {name} has started, so this one stays")
+
+
+def switch_command(deployment_id: str) -> int:
+    """The switch process: started by an agent, never by hand."""
+    from activate import switch, watch
+
+    agent = watch.Agent(0, 1)
+    line = agent.line(watch.START_TIMEOUT)
+    if line is None:
+        return 0
+    config = json.loads(line)
+    peer = Peer(config["host"], config["token"], config["name"])
+    settings = verdict.Settings(**config["settings"])
+    os.set_inheritable(config["lock"], False)
+    ca_bundle()
+    agent.tell("ready")
+    go = agent.line(watch.START_TIMEOUT)
+    if go is None or not go.startswith("go "):
+        return 0
+    entry = journal.load(config["directory"])
+    if entry is None or entry.record.id != deployment_id:
+        return 1
+    log = open_log(entry)
+    os.dup2(log, 2)
+    os.set_blocking(1, False)
+    process = switch.Switch(entry, log, settings, lambda timeout: reach(peer, timeout), agent)
+    signal.signal(signal.SIGTERM, lambda *_: process.stop.set())
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        process.perform(go[3:])
+    except switch.Stopping:
+        record = entry.record
+        with contextlib.suppress(OSError):  # an interruption by the system's end counts as no attempt
+            entry.enter(record.step, attempts=record.attempts - 1)
+    return 0
+
 
 # --- activate command ------------------------------------------------------------------------------------------------
 
+POLL_SECONDS = 2.0  # between two looks at a deployment, as Cachix's client does
+PATIENCE = 60.0  # seconds without a usable answer after which the workspace is out of reach
+ORDER_PATIENCE = 10.0  # the same while it has not answered at all: --host may be wrong
+QUIET_SECONDS = 3.0  # without a new line after the end of a deployment: its log is whole
+DRAIN_SECONDS = 120.0  # the longest time for which logs are shown after all have ended
+VIEWER_SILENCE = 30.0  # seconds until a ping, and once more until the connection counts as dead
+NAME_COLOURS = ("36", "33", "35", "34", "96", "93", "95", "94")
+STATUS_COLOURS = {SUCCEEDED: "32", FAILED: "31", CANCELLED: "33"}
+EXAMPLE_SPEC = '{"agents": {"NAME": "/nix/store/..."}}'
+ESCAPES = re.compile(
+    r"(?P<sgr>\x1b\[[0-9;:]*m)"  # colours and weights: the only ones that a line may keep
+    r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[PX^_][^\x1b]*\x1b\\"  # titles, links and other strings
+    r"|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]?"  # the cursor, the screen, the modes
+    r"|[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"  # control characters; what reverses the text
+)
+
+
+@dataclass(frozen=True)
+class ActivateOptions:
+    """The command line of `activate`, and the token that was found for it."""
+
+    host: str
+    token: Optional[str]
+    spec_path: str
+    agents: tuple[str, ...] = ()
+    asynchronous: bool = False
+    timeout: Optional[float] = None
+    verbose: bool = False
+
+
+class Busy(Unreachable):
+    """The workspace can't answer now; `pause` is how many seconds it asks to stay away, if it says."""
+
+    pause = 0.0
+
+
+@dataclass(frozen=True)
+class DeploymentState:
+    """What the workspace knows of a deployment."""
+
+    status: str = "Unknown"
+    started: Optional[str] = None
+    finished: Optional[str] = None
+    closure_size: Optional[int] = None
+
+    @classmethod
+    def from_json(cls, record: Any) -> DeploymentState:
+        started, finished = (_field(record, name, str, optional=True) for name in ("startedOn", "finishedOn"))
+        return cls(_field(record, "status", str), started, finished, _field(record, "closureSize", int, optional=True))
+
+    def seconds(self) -> Optional[float]:
+        """How long it ran, by the workspace's clock where it tells."""
+        found = [re.match(r"(\S{19})(\.\d+)?", time_ or "") for time_ in (self.started, self.finished)]
+        with contextlib.suppress(ValueError, TypeError):
+            begin, end = (datetime.datetime.fromisoformat(match[1]) for match in found)  # type: ignore[index]
+            begin_part, end_part = (float(match[2] or 0) for match in found)  # type: ignore[index]
+            return max(0.0, (end - begin).total_seconds() + end_part - begin_part)
+        return None
+
+
+def note(text: str) -> None:
+    """A message to the user on stderr; never raises."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(clean(text) + "\n")
+        sys.stderr.flush()
+
+
+def clean(text: str, colour: bool = False) -> str:
+    """`text` without what moves the cursor or changes the terminal; SGR colours stay where `colour` is set."""
+    kept = ESCAPES.sub(lambda found: (found["sgr"] or "") if colour else "", text)
+    return kept + "\x1b[0m" if "\x1b" in kept else kept
+
+
+class Screen:
+    """stdout, shared by the viewers: whole lines at once, never an exception. `broken`: nobody reads it any more."""
+
+    def __init__(self, verbose: bool) -> None:
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        self.verbose = verbose
+        self.colour = sys.stdout is not None and sys.stdout.isatty() and not plain
+        self.broken = False
+        self.lock = threading.Lock()
+
+    def paint(self, text: str, colour: Optional[str]) -> str:
+        return f"\x1b[{colour}m{text}\x1b[0m" if self.colour and colour else text
+
+    def say(self, line: str) -> None:
+        stream = sys.stdout
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        with self.lock:
+            if self.broken or stream is None:
+                return
+            try:
+                stream.write(line.encode(encoding, "backslashreplace").decode(encoding, "replace") + "\n")
+                stream.flush()
+            except (OSError, ValueError) as error:
+                self.broken = True
+                if not isinstance(error, BrokenPipeError):
+                    note(f"warning: stdout can't be written: {error}")
+                with contextlib.suppress(OSError, ValueError):  # or Python complains when it exits
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def decode_spec(raw: bytes, name: str) -> Spec:
+    """The deploy.json `raw`, which the user knows as `name`; raises Error with what is wrong in it, and where."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        record = dict(pairs)
+        for key, value in pairs:
+            if len(record) < len(pairs) and sum(key == other for other, _ in pairs) > 1:
+                raise Error(f"{name} has the key {json.dumps(key)} twice in one object, and only one would count")
+        return record
+
+    try:
+        return check_spec(json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique), name)
+    except UnicodeDecodeError as error:
+        raise Error(f"{name} is not UTF-8 text: byte {error.start} is 0x{raw[error.start]:02x}") from None
+    except json.JSONDecodeError as error:
+        raise Error(f"{name} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise Error(f"{name} is not JSON that can be read: {error}") from None
+
+
+def check_spec(record: Any, name: str) -> Spec:
+    """The deploy.json `record`; raises Error that lists all the values that are wrong."""
+    if not isinstance(record, dict):
+        raise Error(f"{name} must hold an object such as {EXAMPLE_SPEC}")
+    agents, scripts = record.get("agents"), record.get("rollbackScript")
+    if not isinstance(agents, dict) or not agents:
+        raise Error(f"{name} names no agents: `agents` must be an object as in {EXAMPLE_SPEC}")
+    if scripts is not None and not isinstance(scripts, dict):
+        raise Error(f'`rollbackScript` in {name} must be an object such as {{"x86_64-linux": "/nix/store/..."}}')
+    unnamed = [json.dumps(key) for key in (*agents, *(scripts or {})) if not key.strip() or not key.isprintable()]
+    if unnamed:
+        raise Error(f"{name} has names that are empty or can't be printed: {', '.join(unnamed)}")
+    parts = (("agents", agents), ("rollbackScript", scripts or {}))
+    values = [(f"{part}.{key} is", value) for part, entries in parts for key, value in entries.items()]
+    wrong = [f"{label} {json.dumps(value)[:200]}" for label, value in values if not is_store_path(value)]
+    if wrong:
+        raise Error(f"{name} may have store paths (/nix/store/HASH-NAME) only, but {', '.join(wrong)}")
+    for key in sorted(record.keys() - {"agents", "rollbackScript"}):
+        note(f"warning: {name} has an unknown key, which is ignored: {json.dumps(key)}")
+    return Spec(agents, scripts or {})
+
+
+def read_spec(options: ActivateOptions) -> Spec:
+    """What is to be deployed: the file, or those of its agents that were chosen."""
+    path = options.spec_path
+    name = "the specification on stdin" if path == "-" else path
+    try:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            spec = decode_spec(file.read(), name)
+    except OSError as error:
+        raise Error(f"{name} can't be read: {error.strerror or error}") from None
+    unknown = [agent for agent in options.agents if agent not in spec.agents]
+    if unknown:
+        raise UsageError(f"no agent {', '.join(unknown)} in {name}, which has {', '.join(sorted(spec.agents))}")
+    chosen = options.agents or tuple(spec.agents)
+    return Spec({agent: path for agent, path in spec.agents.items() if agent in chosen}, spec.rollback_scripts)
+
+
+def rejection(peer: Peer, answer: requests.Response) -> Error:
+    """The error for an answer that is no success, with what it says: our JSON, Cachix's, or plain text."""
+    status, said = answer.status_code, answer.content.decode("utf-8", "replace")
+    with contextlib.suppress(Undecodable):
+        record = loads(answer.content)
+        texts = [record.get("error"), record.get("message")] if isinstance(record, dict) else [record]
+        said = next((text for text in texts if isinstance(text, str)), said)
+    said = "" if said.lstrip().startswith("<") else clean(" ".join(said.split()))[:500]
+    said = f": {said}" if said else ""
+    if status in (401, 403):
+        return Refused(f"{peer.host} refused the token (HTTP {status}){said or ': check it, or create a new one'}")
+    if status in (408, 425, 429) or status >= 500:
+        busy, wait = Busy(f"{peer.host} answered HTTP {status}{said}"), answer.headers.get("Retry-After", "")
+        busy.pause = min(float(wait), PATIENCE / 2) if wait.isdecimal() else 0.0
+        return busy
+    if 300 <= status < 400:
+        target = answer.headers.get("Location", "another address")
+        return UsageError(f"{peer.host} points to {target}, which is not followed: give it as --host (HTTP {status})")
+    return Error(f"{peer.host} refused the request (HTTP {status}){said}")
+
+
+def decode_answer(peer: Peer, answer: requests.Response) -> Any:
+    """The JSON of a successful answer. Raises Undecodable, or Error for any other answer."""
+    if not 200 <= answer.status_code < 300:
+        raise rejection(peer, answer)
+    return loads(answer.content)
+
+
+def no_workspace(peer: Peer, problem: Undecodable) -> Unreachable:
+    """The error for an answer that is not of the protocol, such as the page of a proxy."""
+    return Unreachable(f"{peer.host} answered, but not as a workspace does: {problem}")
+
+
+def post_order(peer: Peer, path: str, spec: Spec, deadline: float) -> requests.Response:
+    """Send the order until it is answered. It names the state that is wanted: to send it twice does no harm."""
+    body, kind = dumps(spec.to_json()).encode(), {"Content-Type": "application/json;charset=utf-8"}
+    begin, pause = time.monotonic(), 1.0
+    while True:
+        try:
+            answer = http(peer, "POST", path, data=body, headers=kind)
+            problem = rejection(peer, answer)
+            if not isinstance(problem, Busy):
+                return answer
+        except Unreachable as error:
+            problem = error
+        pause = max(pause, getattr(problem, "pause", 0.0))
+        patience = PATIENCE if isinstance(problem, Busy) else ORDER_PATIENCE
+        if time.monotonic() + pause > min(begin + patience, deadline):
+            raise problem
+        note(f"{problem}; trying again in {pause:.0f} s")
+        time.sleep(pause)
+        pause = min(2 * pause, 10.0)
+
+
+def order(peer: Peer, spec: Spec, deadline: float) -> dict[str, tuple[str, str]]:
+    """Ask the workspace to deploy: id and URL for each agent. Where v2 is unknown by v1, which tells no ids (empty)."""
+    answer = post_order(peer, "/api/v2/deploy/activate", spec, deadline)
+    if answer.status_code == 404:
+        answer = post_order(peer, "/api/v1/deploy/activate", spec, deadline)
+    if answer.status_code == 404:
+        raise Unreachable(f"{peer.host} is no workspace: it knows neither v2 nor v1 of the API (HTTP 404)")
+    try:
+        made = _field(decode_answer(peer, answer), "agents", dict)
+        values = {agent: _field(made, agent, (dict, str)) for agent in spec.agents}
+        return {
+            agent: ("", value) if isinstance(value, str) else (_uuid_field(value, "id"), _field(value, "url", str))
+            for agent, value in values.items()
+        }
+    except Undecodable as problem:
+        raise no_workspace(peer, problem) from None
+
+
+class Follower:
+    """A deployment under way: what the workspace said of it last, and the thread that shows its log."""
+
+    def __init__(self, peer: Peer, agent: str, id: str, url: str, screen: Screen, wake: threading.Event) -> None:
+        self.peer, self.agent, self.id, self.url, self.screen = peer, agent, id, url, screen
+        self.label = agent
+        self.wake = wake  # tells the main thread that `due` was brought forward
+        self.nudge = threading.Event()  # tells the viewer that the deployment has ended
+        self.state = DeploymentState()
+        self.began = self.heard = time.monotonic()
+        self.due = self.took = 0.0
+        self.shown = 0
+        self.stopped = False
+        self.socket: Optional[websocket.WebSocket] = None
+        self.thread: Optional[threading.Thread] = None
+
+    @property
+    def ended(self) -> bool:
+        return self.state.status in TERMINAL
+
+    def poll(self, timeout: float) -> None:
+        """Ask for the status once, and begin to show the log of what is not cancelled already. Raises Error."""
+        self.due = time.monotonic() + POLL_SECONDS
+        answer = http(self.peer, "GET", f"/api/v1/deploy/deployment/{self.id}", timeout)
+        before = self.state.status
+        try:
+            self.state = DeploymentState.from_json(decode_answer(self.peer, answer))
+        except Undecodable as problem:
+            raise no_workspace(self.peer, problem) from None
+        if self.state.status == IN_PROGRESS != before:
+            self.began = time.monotonic()
+        if self.thread is None and self.state.status != CANCELLED:
+            self.thread = threading.Thread(target=self.view, name=f"view-{self.id}", daemon=True)
+            self.thread.start()
+        if self.ended:
+            self.heard, seconds = time.monotonic(), self.state.seconds()
+            if self.thread is not None:
+                self.took = self.heard - self.began if seconds is None else seconds
+            self.nudge.set()
+
+    def view(self) -> None:
+        """The thread: show the log until it is whole, over as many connections as that takes."""
+        delay, complained = 1.0, False
+        while not self.stopped:
+            late, known, whole = self.ended, self.shown, False
+            try:
+                whole = self.stream() or (late and self.shown == known)
+                self.due = 0.0  # the end of the log is most likely that of the deployment
+                self.wake.set()
+            except (Refused, Unreachable) as error:
+                if self.screen.verbose or not complained:
+                    note(f"warning: no log of {self.agent} at present: {error}")
+                complained = True
+            delay = 1.0 if self.shown > known else min(30.0, 2 * delay)
+            if not (whole and self.ended) and self.nudge.wait(delay * random.uniform(0.5, 1.0)):
+                self.nudge.clear()
+            if whole and self.ended:
+                return
+
+    def stream(self) -> bool:
+        """Show what one connection brings, but for lines shown before. True where the workspace closed it in order."""
+        self.socket = socket_ = connect(self.peer, f"/api/v1/deploy/log/{self.id}?view=true")
+        count, pinged = 0, False
+        try:
+            socket_.settimeout(VIEWER_SILENCE)
+            while not self.stopped:
+                try:
+                    opcode, frame = socket_.recv_data_frame(control_frame=True)
+                except websocket.WebSocketTimeoutException:
+                    if pinged:
+                        break
+                    socket_.ping()
+                    pinged = True
+                    continue
+                pinged = False
+                if opcode == websocket.ABNF.OPCODE_CLOSE:
+                    return frame.data[:2] in (b"", b"\x03\xe8")  # no code, or 1000
+                if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
+                    count, self.heard = count + 1, time.monotonic()
+                    if count > self.shown:
+                        self.shown = count
+                        self.show(frame.data)
+        except (OSError, ValueError, websocket.WebSocketException) as error:
+            if self.screen.verbose and not self.stopped:
+                note(f"the connection for the log of {self.agent} broke: {error or type(error).__name__}")
+        finally:
+            socket_.shutdown()  # type: ignore[no-untyped-call]
+        return False
+
+    def show(self, data: bytes) -> None:
+        """Print a line of the log; one with carriage returns (a progress bar) as several."""
+        try:
+            text = _field(loads(data), "line", str)
+        except Undecodable as error:
+            return note(f"warning: a line of the log of {self.agent} is skipped: {error}")
+        for part in [part for part in re.split(r"[\r\n]+", text) if part] or [""]:
+            if not self.stopped:
+                self.screen.say(f"{self.label} | {clean(part, self.screen.colour)}".rstrip(" "))
+        if self.screen.broken:
+            self.wake.set()
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.nudge.set()
+        if self.socket is not None:
+            hang_up(self.socket)
+
+
+def wait_for(followers: list[Follower], screen: Screen, wake: threading.Event, deadline: float) -> None:
+    """Poll the deployments to their ends, or to the deadline. Raises Unreachable after PATIENCE, any other Error at once."""
+    answered, failures, now = time.monotonic(), 0, time.monotonic()
+    pending = followers
+    while pending and not screen.broken and now < deadline:
+        try:
+            for follower in sorted(pending, key=lambda follower: follower.due):
+                if follower.due <= (now := time.monotonic()) < deadline:
+                    follower.poll(min(20.0, max(1.0, deadline - now)))
+                    answered, failures = time.monotonic(), 0
+        except Unreachable as problem:
+            if time.monotonic() - answered >= PATIENCE:
+                raise Unreachable(f"no answer for {PATIENCE:.0f} s, the deployments go on unseen: {problem}") from None
+            failures += 1
+            if failures == 1:
+                note(f"{problem}; trying again")
+            pause = getattr(problem, "pause", 0.0) or min(2.0**failures, 15.0)
+            time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+        now = time.monotonic()
+        pending = [follower for follower in pending if not follower.ended]
+        if pending and not failures:
+            wake.wait(max(0.0, min(deadline, *(follower.due for follower in pending)) - now))
+            wake.clear()
+
+
+def show_rest(followers: list[Follower], screen: Screen, deadline: float) -> None:
+    """Wait until each log is whole: its viewer saw the end, or nothing came for QUIET_SECONDS."""
+    limit = min(deadline, time.monotonic() + DRAIN_SECONDS)
+    for follower in followers:
+        while follower.thread is not None and follower.thread.is_alive() and not screen.broken:
+            left = min(limit, follower.heard + QUIET_SECONDS) - time.monotonic()
+            if left <= 0:
+                break
+            follower.thread.join(left)
+
+
+def table(rows: list[list[str]]) -> list[list[str]]:
+    """The cells of `rows`, padded so that columns stand one below the other."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
+
+
+def summarize(screen: Screen, followers: list[Follower]) -> None:
+    """One line for each agent: how its deployment ended, how long that took, the closure's size, where to look."""
+    from activate.download import human
+
+    rows = []
+    for follower in followers:
+        size, took = follower.state.closure_size, f"{follower.took:.1f} s"
+        if follower.took >= 60:
+            took = str(datetime.timedelta(seconds=round(follower.took)))
+        cells = [took if follower.took else "-", "-" if size is None else human(size), follower.url]
+        rows.append([follower.agent, clean(follower.state.status), *cells])
+    screen.say("")
+    for row, follower in zip(table(rows), followers):
+        row[1] = screen.paint(row[1], STATUS_COLOURS.get(follower.state.status))
+        screen.say("  ".join(row).rstrip())
+
+
+def follow(followers: list[Follower], screen: Screen, wake: threading.Event, deadline: float) -> None:
+    """Show the logs until all have ended. Raises Error where an end is not known."""
+    try:
+        wait_for(followers, screen, wake, deadline)
+        show_rest([follower for follower in followers if follower.ended], screen, deadline)
+    finally:
+        for follower in followers:
+            follower.stop()
+        limit = time.monotonic() + 1.0
+        for follower in followers:
+            if follower.thread is not None:  # none may be writing when Python exits
+                follower.thread.join(max(0.0, limit - time.monotonic()))
+    missing = [f"{follower.agent} is {follower.state.status}" for follower in followers if not follower.ended]
+    if missing and not screen.broken:
+        raise Error(f"gave up waiting at the --timeout: {', '.join(missing)}; the deployments go on")
+
+
+def activate_command(options: ActivateOptions) -> int:
+    """Deploy a deploy.json and follow it to its end; the exit status. Raises Error.
+
+    Where the workspace only knows v1 of the API nothing can be waited for: that is an error, but with --async.
+    """
+    if not options.token:
+        raise UsageError("no token: put it into CACHIX_ACTIVATE_TOKEN, or into a file for --token-file")
+    deadline = time.monotonic() + (float("inf") if options.timeout is None else options.timeout)
+    peer, spec = Peer.create(options.host, options.token), read_spec(options)
+    screen, wake = Screen(options.verbose), threading.Event()
+    try:
+        made = order(peer, spec, deadline)
+        followers = [Follower(peer, agent, id, clean(url), screen, wake) for agent, (id, url) in made.items()]
+        screen.say(f"Deploying by {peer.host}:")
+        for index, row in enumerate(table([[f.agent, f.url, spec.agents[f.agent]] for f in followers])):
+            row[0] = followers[index].label = screen.paint(row[0], NAME_COLOURS[index % len(NAME_COLOURS)])
+            screen.say("  ".join(row))
+        if options.asynchronous:
+            return 0
+        if not all(follower.id for follower in followers):
+            raise Error(f"{peer.host} started them, but tells no ids to wait for (v1 of its API): follow the URLs")
+        try:
+            follow(followers, screen, wake, deadline)
+        finally:
+            summarize(screen, followers)
+        return 0 if all(follower.state.status == SUCCEEDED for follower in followers) else 1
+    except KeyboardInterrupt:
+        note("interrupted: the deployments that were started go on")
+        return 130
+
+
 # --- main ------------------------------------------------------------------------------------------------------------
+
+LONG_OPTIONS = tuple(re.findall(r"^  (?:-\w )?(--[a-z-]+)", __doc__ or "", re.MULTILINE))
+verbose = False
+
+
+def tell(message: str) -> None:
+    """A message for the operator, one line on stderr; never raises."""
+    with contextlib.suppress(OSError, ValueError):
+        print(" ".join(message.split("\n")), file=sys.stderr, flush=True)
+
+
+def debug(message: str) -> None:
+    """A message for --verbose."""
+    if verbose:
+        tell(message)
+
+
+def complain(error: Exception) -> None:
+    """Tell of an error that does not end the program; a mistake of ours, and everything with --verbose, by traceback."""
+    tell(f"error: {error or type(error).__name__}")
+    if verbose or not isinstance(error, (Error, OSError)):
+        with contextlib.suppress(OSError, ValueError):
+            traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
+
+
+def normalized(argv: list[str]) -> list[str]:
+    """The command line as docopt takes it. Raises UsageError.
+
+    docopt takes unambiguous prefixes, so that a mistyped `--token SECRET` would be a `--token-file`; it refuses
+    `"--host URL"` as one argument, which home-manager's module passes. Empty arguments are dropped.
+    """
+    words: list[str] = []
+    for word in argv:
+        head, blank, rest = word.partition(" ")
+        words += [head, rest] if blank and head in LONG_OPTIONS else [word]
+    words = [word for word in words if word]
+    takes = {option for option in LONG_OPTIONS if f"{option}=" in (__doc__ or "")}
+    value_next = False
+    for word in words:
+        if word == "--":
+            break
+        name = word.partition("=")[0]
+        if not value_next and word.startswith("--") and name not in LONG_OPTIONS:
+            hint = "; tokens come from the environment or --token-file" if name.startswith("--tok") else ""
+            raise UsageError(f"there is no option {name[:40]}{hint}: see --help")
+        value_next = not value_next and word in takes
+    return words
+
+
+def parse(argv: list[str]) -> dict[str, Any]:
+    """The command line as a dictionary; raises UsageError with what is wrong, or SystemExit for --help and --version."""
+    import docopt
+
+    try:
+        return dict(docopt.docopt(__doc__, argv=normalized(argv), version=f"cachix-deploy {__version__}"))
+    except docopt.DocoptExit as error:
+        said = str(error).splitlines()[0] if not str(error).startswith("Usage:") else "the arguments fit no command"
+        raise UsageError(f"{said}: see --help") from None
+
+
+def seconds(options: dict[str, Any], name: str) -> float:
+    """The value of an option that is a number of seconds. Raises UsageError."""
+    try:
+        value = float(options[name])
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1e7:
+        raise UsageError(f"{name} must be a number of seconds above 0, not {options[name]!r}")
+    return value
+
+
+def choice(options: dict[str, Any], name: str, allowed: tuple[str, ...]) -> str:
+    """The value of an option that is one of a few words. Raises UsageError."""
+    if options[name] not in allowed:
+        raise UsageError(f"{name} must be {' or '.join(allowed)}, not {options[name]!r}")
+    return str(options[name])
+
+
+def read_token(variable: str, file_option: Optional[str]) -> str:
+    """The token: of --token-file, the environment, or a credential of systemd by the variable's name. Raises UsageError."""
+    credential = os.path.join(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), variable)
+    token = os.environ.get(variable, "")
+    path = file_option or (credential if not token and os.path.exists(credential) else None)
+    if path is not None:
+        try:
+            with open(path, encoding="utf-8") as file:
+                token = file.read(1 << 16)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the token file {path} can't be read: {error}") from None
+        token = token.strip().removeprefix(f"{variable}=") if sys.version_info >= (3, 9) else token
+    token = token.strip().strip("\"'")
+    if not token:
+        raise UsageError(f"there is no token: set {variable}, or give --token-file=FILE")
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise UsageError("the token has blanks or characters that no token has")
+    return token
+
+
+def agent_options(options: dict[str, Any]) -> AgentOptions:
+    """An agent's command line. Raises UsageError."""
+    name = options["NAME"] or socket.gethostname().partition(".")[0]
+    for what, value in (("NAME", name), ("PROFILE", options["PROFILE"] or name)):
+        if not is_agent_name(value):
+            raise UsageError(f"{what} {value!r} is not usable: letters, digits, `-`, `_` and `.`, at most 128 of them")
+    token = read_token("CACHIX_AGENT_TOKEN", options["--token-file"])
+    waits = Waits.from_environment()
+    settings = verdict.Settings(
+        seconds(options, "--confirm-timeout"),
+        seconds(options, "--activation-timeout"),
+        choice(options, "--on-unit-failure", ("rollback", "tolerate")),
+        choice(options, "--on-reboot-needed", ("fail", "boot")),
+        waits.unit_recheck,
+    )
+    peer = Peer.create(options["--host"], token, name)
+    return AgentOptions(peer, options["PROFILE"], options["--bootstrap"], options["--if-stopped"], settings, waits)
+
+
+def activate_options(options: dict[str, Any]) -> ActivateOptions:
+    """The command line of `activate`. Raises UsageError."""
+    timeout = seconds(options, "--timeout") if options["--timeout"] is not None else None
+    return ActivateOptions(
+        host=options["--host"],
+        token=read_token("CACHIX_ACTIVATE_TOKEN", options["--token-file"]),
+        spec_path=options["SPEC"],
+        agents=tuple(options["--agent"]),
+        asynchronous=options["--async"],
+        timeout=timeout,
+        verbose=options["--verbose"],
+    )
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Run a command line and return its exit status."""
+    global verbose
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if len(argv) == 2 and argv[0] == "switch":
+            return switch_command(argv[1])
+        options = parse(argv)
+        verbose = options["--verbose"]
+        if options["agent"]:
+            return agent_command(agent_options(options))
+        return activate_command(activate_options(options))
+    except Error as error:
+        tell(f"error: {error}")
+        if verbose:
+            traceback.print_exc()
+        return error.status
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

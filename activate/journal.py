@@ -96,6 +96,8 @@ class Journal:
 
     def enter(self, step: str, **facts: Any) -> None:
         """Write that `step` begins, and what is known by now; only then may its effect be had. Raises OSError."""
+        if step != self.record.step and step in (ACTIVATING, COMMITTING, ROLLING_BACK):
+            facts.setdefault("attempts", 0)
         times = {**self.record.times, step: time.time()}
         self.record = dataclasses.replace(self.record, step=step, times=times, **facts)
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
