@@ -58,7 +58,8 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional, Union
 import websocket
 
 import activate
-from activate import before, download, durable, journal, launch, lock, nix, recovery, verdict
+from activate import conduct, download, durable, journal, lock, nix, verdict
+from activate.nix import is_store_path as is_store_path
 from activate.process import Error
 
 if TYPE_CHECKING:
@@ -68,8 +69,6 @@ __version__ = "0.1.0"
 
 PROTOCOL_VERSION = "1.11.1"  # the release of Cachix whose protocol is spoken
 USER_AGENT = f"cachix-deploy/{__version__}"
-
-SWITCH_TIMEOUT = 48 * 3600.0  # seconds for one step of a switch process; its own deadlines are shorter
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
@@ -112,7 +111,6 @@ class Undecodable(ValueError):
 
 # --- wire values: protocol.md, and nothing else, decides the names below ---------------------------------------------
 
-STORE_PATH = re.compile(r"/nix/store/[0-9abcdfghijklmnpqrsvwxyz]{32}-[0-9a-zA-Z+\-_?=][0-9a-zA-Z+\-._?=]{0,210}")
 AGENT_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 PENDING, IN_PROGRESS = "Pending", "InProgress"
@@ -120,11 +118,6 @@ SUCCEEDED, FAILED, CANCELLED = "Succeeded", "Failed", "Cancelled"
 TERMINAL = frozenset({SUCCEEDED, FAILED, CANCELLED})
 SUCCESS_LINE = "Successfully activated the deployment."
 FAILURE_LINE = "Failed to activate the deployment."
-
-
-def is_store_path(text: object) -> bool:
-    """Whether `text` is a store path itself, by Nix's grammar: no option, no file below one, nothing outside the store."""
-    return isinstance(text, str) and STORE_PATH.fullmatch(text) is not None
 
 
 def is_agent_name(text: object) -> bool:
@@ -437,9 +430,8 @@ def connect(peer: Peer, path: str, timeout: float = CONNECT_TIMEOUT) -> websocke
     watchdog.start()
     headers = [f"{name}: {value}" for name, value in peer.headers().items()]
     try:
-        socket_.connect(
-            "ws" + peer.host[4:] + path, header=headers, timeout=timeout, suppress_origin=True, redirect_limit=0
-        )
+        url = "ws" + peer.host[4:] + path
+        socket_.connect(url, header=headers, timeout=timeout, suppress_origin=True, redirect_limit=0)  # type: ignore[no-untyped-call]
     except websocket.WebSocketBadStatusException as error:
         status = error.status_code
         if status in (401, 403):
@@ -458,7 +450,7 @@ def connect(peer: Peer, path: str, timeout: float = CONNECT_TIMEOUT) -> websocke
 def hang_up(socket_: websocket.WebSocket) -> None:
     """End a connection at once, from any thread: a read of it in another thread ends too."""
     with contextlib.suppress(OSError, AttributeError):
-        socket_.sock.shutdown(socket.SHUT_RDWR)
+        socket_.sock.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
 
 
 def close(socket_: websocket.WebSocket) -> None:
@@ -629,7 +621,7 @@ class SocketChannel:
         except (Error, OSError, websocket.WebSocketException) as error:
             broken = self.sockets.pop(path, None)
             if broken is not None:
-                broken.shutdown()
+                broken.shutdown()  # type: ignore[no-untyped-call]
             if isinstance(error, Error):
                 raise
             raise Unreachable(f"{self.peer.host}{path}: {error or type(error).__name__}") from None
@@ -945,23 +937,6 @@ class AgentOptions:
         return str(self.peer.name)
 
 
-def open_log(entry: journal.Journal) -> int:
-    """The log file of a deployment, opened for appending; /dev/null where it can't be opened, which is said."""
-    try:
-        return os.open(entry.path("log"), os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        tell(f"the log of deployment {entry.record.id} is lost: {error}")
-        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-
-
-class Ended(Error):
-    """A deployment ends before it has changed anything."""
-
-    def __init__(self, step: str, reason: str) -> None:
-        super().__init__(reason)
-        self.step = step
-
-
 class Worker(threading.Thread):
     """Takes deployments one at a time, downloads them, and follows their switch processes to the end."""
 
@@ -970,9 +945,16 @@ class Worker(threading.Thread):
         self.options, self.state, self.reporter, self.stop = options, state, reporter, stop
         self.queue: queue.Queue[Deployment] = queue.Queue()
         self.registered: Optional[AgentRegistered] = None
-        self.switch: Optional[launch.SwitchProcess] = None
         self.nix_config: dict[str, str] = {}
         self.deployed = threading.Event()
+        peer = options.peer
+        config = {"host": peer.host, "token": peer.token, "name": peer.name, "settings": asdict(options.settings)}
+        self.conductor = conduct.Conductor(
+            conduct.Surroundings(
+                options.name, config, options.waits.ready, stop, self.source, self.last_look,
+                reporter.wake.set, reporter.measured, tell,
+            )
+        )  # fmt: skip
 
     def run(self) -> None:
         self.nix_config = nix.show_config()
@@ -1014,7 +996,7 @@ class Worker(threading.Thread):
     def supersede(self, older: Deployment, newer: Deployment) -> None:
         entry = self.begin(older)
         if entry is not None:
-            self.end(entry, journal.SUPERSEDED, f"deployment {newer.index} came before this one was begun")
+            self.conductor.end(entry, journal.SUPERSEDED, f"deployment {newer.index} came before this one was begun")
 
     def deploy(self, deployment: Deployment) -> None:
         """See a deployment through."""
@@ -1022,15 +1004,15 @@ class Worker(threading.Thread):
         if entry is None:
             return
         if deployment.resumed:
-            self.end(entry, journal.FAILED, "state lost: this machine has no journal of it, so nothing was executed")
+            self.conductor.end(entry, journal.FAILED, "state lost: this machine has no journal of it, so nothing was executed")
             return
         tell(f"deployment {deployment.index}: {deployment.store_path}")
-        self.settle(entry)
+        self.conductor.settle(entry)
         self.deployed.set()
 
     def recover(self) -> None:
         """Bring to its end what an earlier agent has left, and report what it has not."""
-        remove_stale_netrcs(self.state)
+        download.remove_stale_netrcs(self.state)
         journals, problems = journal.load_all(self.state)
         for problem in problems:
             tell(problem)
@@ -1038,126 +1020,7 @@ class Worker(threading.Thread):
             ours = (entry.record.agent, entry.record.host) == (self.options.name, self.options.peer.host)
             if ours and not (entry.record.step in journal.FINAL and Reported.load(entry.path("reported.json")).whole):
                 self.reporter.add(entry)
-                self.guarded(self.settle, entry)
-
-    def settle(self, entry: journal.Journal) -> None:
-        """Do what recovery decides until the deployment has ended; one that is new is only its first case."""
-        path = lock.shared_path("deployment", self.options.name)
-        give_up = time.monotonic() + before.LOCK_TIMEOUT
-        while entry.record.step not in journal.FINAL and not self.stop.is_set():
-            held = lock.take(path, text=entry.record.id)
-            action = recovery.next_action(entry.record, self.facts(entry, None if held else lock.read(path)))
-            if held is not None:
-                try:
-                    self.act(entry, action, held)
-                finally:
-                    held.close()
-            elif action.do != recovery.ADOPT and time.monotonic() > give_up:
-                self.end(entry, journal.FAILED, f"another deployment of agent {self.options.name} did not end")
-            else:
-                self.stop.wait(0.5)
-                self.reload(entry)
-        self.reporter.wake.set()
-
-    def facts(self, entry: journal.Journal, holder: Optional[str]) -> recovery.Facts:
-        """What recovery needs to know besides the journal."""
-        kind = next((kind for kind in activate.KINDS if kind.NAME == entry.record.kind), activate.profile)
-        profile = str(entry.record.profile)
-        return recovery.Facts(holder, kind.running_path(profile), nix.target(profile))
-
-    def act(self, entry: journal.Journal, action: recovery.Action, held: lock.Lock) -> None:
-        """One action, under the deployment lock. What prevents it ends the deployment as long as nothing was changed."""
-        if action.reason:
-            tell(f"deployment {entry.record.index}: {action.reason}")
-        if action.do == recovery.END:
-            self.end(entry, action.step, action.reason)
-            return
-        try:
-            entry.enter(entry.record.step, attempts=entry.record.attempts + 1)
-            self.conduct(entry, action, held)
-        except Ended as ended:
-            self.end(entry, ended.step, str(ended))
-        except (Error, OSError) as error:
-            if self.stop.is_set():
-                with contextlib.suppress(OSError):  # the agent's own end counts as no attempt
-                    entry.enter(entry.record.step, attempts=entry.record.attempts - 1)
-            elif entry.record.step in journal.HARMLESS:
-                self.end(entry, journal.FAILED, str(error), getattr(error, "detail", None))
-            else:
-                complain(error)
-                self.stop.wait(5.0)
-
-    def conduct(self, entry: journal.Journal, action: recovery.Action, held: lock.Lock) -> None:
-        """Prepare what has to be, give the switch process the word, follow it. Raises Error."""
-        check_paths(entry.record)
-        config = {
-            "host": self.options.peer.host, "token": self.options.peer.token, "name": self.options.name,
-            "settings": asdict(self.options.settings), "directory": entry.directory,
-        }  # fmt: skip
-        self.switch = launch.SwitchProcess(entry.record.id, config, held, self.options.waits.ready)
-        try:
-            if action.do == recovery.START:
-                self.download(entry)
-                self.last_look(entry)
-            self.switch.go(action.do)
-            self.switch.step = journal.ACTIVATING
-            self.follow(entry, self.switch)
-        finally:
-            self.switch.close()
-            self.switch = None
-
-    def follow(self, entry: journal.Journal, switch: launch.SwitchProcess) -> None:
-        """Hear of each step until the process ends; the closure's size is asked for while the activation runs."""
-        with contextlib.suppress(Error):
-            self.reporter.measured(entry, nix.path_info_size(entry.record.store_path))
-        step: Optional[str] = ""
-        while step is not None:
-            step = switch.read(SWITCH_TIMEOUT)
-            switch.step = step or switch.step
-            self.reload(entry, switch.step)
-            self.reporter.wake.set()
-        ending = f": {entry.record.reason}" if entry.record.reason else ""
-        tell(f"deployment {entry.record.index}: {entry.record.step}{ending}")
-
-    def reload(self, entry: journal.Journal, step: str = "") -> None:
-        """Read what the switch process has written; what it said counts where it could not write."""
-        with contextlib.suppress(Error):
-            found = journal.load(entry.directory)
-            if found is not None:
-                entry.record = found.record
-        if step in journal.FINAL and entry.record.step != step:
-            entry.record = replace(entry.record, step=step, reason="its end could not be written, the log has it")
-
-    def end(self, entry: journal.Journal, step: str, reason: str, detail: Optional[str] = None) -> None:
-        """End a deployment that no switch process has to end."""
-        log = open_log(entry)
-        try:
-            if detail:
-                activate.process.say(log, reason)
-            entry.enter(step, reason=reason, detail=detail, log_size=os.fstat(log).st_size)
-        except OSError as error:
-            complain(Error(f"the end of deployment {entry.record.index} can't be written: {error}"))
-        finally:
-            os.close(log)
-        tell(f"deployment {entry.record.index}: {step}: {reason}")
-        self.reporter.wake.set()
-
-    def download(self, entry: journal.Journal) -> None:
-        """Have the closure and the rollback script in the store, with GC roots. Raises Error."""
-        entry.enter(journal.DOWNLOADING)
-        self.reporter.wake.set()
-        record = entry.record
-        paths = [record.store_path, *([record.rollback_script] if record.rollback_script else [])]
-        profiles = [kind.profile_path(record.profile_name) for kind in activate.KINDS]
-        links = [*profiles, *(kind.running_path(profile) for kind, profile in zip(activate.KINDS, profiles))]
-        previous = sorted({path for path in map(nix.target, filter(None, links)) if path and os.path.lexists(path)})
-        log = open_log(entry)
-        try:
-            with self.source() as source:
-                rooted = download.download(paths, previous, entry.path("new"), source, log)
-        finally:
-            os.close(log)
-        entry.enter(journal.READY, rooted=tuple(previous) if rooted else ())
+                self.guarded(self.conductor.settle, entry)
 
     @contextlib.contextmanager
     def source(self) -> Iterator[nix.Source]:
@@ -1173,7 +1036,7 @@ class Worker(threading.Thread):
         if cache.is_public:
             yield nix.Source(url, keys)
             return
-        held = write_netrc(self.state, url, peer.token, self.nix_config.get("netrc-file", ""))
+        held = download.write_netrc(self.state, url, peer.token, self.nix_config.get("netrc-file", ""))
         try:
             yield nix.Source(url, keys, held.path)
         finally:
@@ -1187,46 +1050,11 @@ class Worker(threading.Thread):
             channel = HttpChannel(self.options.peer, entry.record.id)
             with contextlib.suppress(Refused, Unreachable, Gone):
                 if not channel.status(IN_PROGRESS, None, timeout=5.0):
-                    raise Ended(journal.CANCELLED, "it was cancelled before it was activated")
+                    raise conduct.Ended(journal.CANCELLED, "it was cancelled before it was activated")
         if not self.queue.empty():
-            raise Ended(journal.SUPERSEDED, "a newer deployment came before this one was activated")
+            raise conduct.Ended(journal.SUPERSEDED, "a newer deployment came before this one was activated")
         if self.stop.is_set():
             raise Error("the agent ends")
-
-
-def check_paths(record: journal.Record) -> None:
-    """Nothing but the path of something that was built may become an argument of Nix. Raises Error."""
-    for path in (record.store_path, record.rollback_script):
-        if path is not None and not is_store_path(path):
-            raise Error(f"the workspace sent {path[:300]!r}, which is not a store path")
-        if path is not None and path.endswith(".drv"):
-            raise Error(f"{path} is a derivation, which would have to be built: deploy its output")
-
-
-def write_netrc(state: str, url: str, token: str, also: str) -> lock.Lock:
-    """A netrc for Nix that only this user can read, locked while it is in use: what is not locked is stale.
-
-    It replaces Nix' own netrc-file, so what that says of other hosts is kept.
-    """
-    machine = urllib.parse.urlsplit(url).hostname
-    others = ""
-    with contextlib.suppress(OSError, ValueError):
-        with open(also, encoding="utf-8") as file:
-            others = file.read(1 << 20)
-    os.makedirs(state, mode=0o700, exist_ok=True)
-    held = lock.take(os.path.join(state, f"netrc-{os.getpid()}-{uuid.uuid4().hex[:8]}"))
-    assert held is not None
-    os.pwrite(held.fd, f"machine {machine} password {token}\n{others}".encode(), 0)
-    return held
-
-
-def remove_stale_netrcs(state: str) -> None:
-    """Remove what an agent that was killed has left."""
-    with contextlib.suppress(OSError):
-        for name in os.listdir(state):
-            path = os.path.join(state, name)
-            if name.startswith("netrc-") and not lock.held(path):
-                os.unlink(path)
 
 
 class Stopped(Exception):
@@ -1277,7 +1105,7 @@ class Agent:
         """End by the agent's own will; a running switch goes on."""
         self.stop.set()
         activate.process.end_all()
-        switch = self.worker.switch
+        switch = self.worker.conductor.switch
         if switch is not None and switch.step not in (journal.ACTIVATING, journal.CHECKING):
             with contextlib.suppress(OSError):
                 switch.write("bye")
@@ -1370,7 +1198,7 @@ class Agent:
 
     def drain(self) -> None:
         """Let the deployment that runs come to its end and its report arrive; new ones are not taken."""
-        while self.worker.switch is not None or not self.reporter.idle.is_set():
+        while self.worker.conductor.switch is not None or not self.reporter.idle.is_set():
             if self.stop.wait(0.2):
                 return
 
@@ -1460,7 +1288,7 @@ def switch_command(deployment_id: str) -> int:
     entry = journal.load(config["directory"])
     if entry is None or entry.record.id != deployment_id:
         return 1
-    log = open_log(entry)
+    log = conduct.open_log(entry)
     os.dup2(log, 2)
     os.set_blocking(1, False)
     process = switch.Switch(entry, log, settings, lambda timeout: reach(peer, timeout), agent)
@@ -1505,7 +1333,6 @@ class ActivateOptions:
     agents: tuple[str, ...] = ()
     asynchronous: bool = False
     timeout: Optional[float] = None
-    verbose: bool = False
 
 
 class Busy(Unreachable):
@@ -1538,13 +1365,6 @@ class DeploymentState:
         return None
 
 
-def note(text: str) -> None:
-    """A message to the user on stderr; never raises."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(clean(text) + "\n")
-        sys.stderr.flush()
-
-
 def clean(text: str, colour: bool = False) -> str:
     """`text` without what moves the cursor or changes the terminal; SGR colours stay where `colour` is set."""
     kept = ESCAPES.sub(lambda found: (found["sgr"] or "") if colour else "", text)
@@ -1554,9 +1374,8 @@ def clean(text: str, colour: bool = False) -> str:
 class Screen:
     """stdout, shared by the viewers: whole lines at once, never an exception. `broken`: nobody reads it any more."""
 
-    def __init__(self, verbose: bool) -> None:
+    def __init__(self) -> None:
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-        self.verbose = verbose
         self.colour = sys.stdout is not None and sys.stdout.isatty() and not plain
         self.broken = False
         self.lock = threading.Lock()
@@ -1576,7 +1395,7 @@ class Screen:
             except (OSError, ValueError) as error:
                 self.broken = True
                 if not isinstance(error, BrokenPipeError):
-                    note(f"warning: stdout can't be written: {error}")
+                    tell(f"warning: stdout can't be written: {error}")
                 with contextlib.suppress(OSError, ValueError):  # or Python complains when it exits
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -1619,7 +1438,7 @@ def check_spec(record: Any, name: str) -> Spec:
     if wrong:
         raise Error(f"{name} may have store paths (/nix/store/HASH-NAME) only, but {', '.join(wrong)}")
     for key in sorted(record.keys() - {"agents", "rollbackScript"}):
-        note(f"warning: {name} has an unknown key, which is ignored: {json.dumps(key)}")
+        tell(f"warning: {name} has an unknown key, which is ignored: {json.dumps(key)}")
     return Spec(agents, scripts or {})
 
 
@@ -1651,11 +1470,11 @@ def rejection(peer: Peer, answer: requests.Response) -> Error:
     if status in (401, 403):
         return Refused(f"{peer.host} refused the token (HTTP {status}){said or ': check it, or create a new one'}")
     if status in (408, 425, 429) or status >= 500:
-        busy, wait = Busy(f"{peer.host} answered HTTP {status}{said}"), answer.headers.get("Retry-After", "")
-        busy.pause = min(float(wait), PATIENCE / 2) if wait.isdecimal() else 0.0
+        busy = Busy(f"{peer.host} answered HTTP {status}{said}")
+        busy.pause = min(retry_after(answer), PATIENCE / 2)
         return busy
     if 300 <= status < 400:
-        target = answer.headers.get("Location", "another address")
+        target = clean(answer.headers.get("Location", "another address"))
         return UsageError(f"{peer.host} points to {target}, which is not followed: give it as --host (HTTP {status})")
     return Error(f"{peer.host} refused the request (HTTP {status}){said}")
 
@@ -1688,7 +1507,7 @@ def post_order(peer: Peer, path: str, spec: Spec, deadline: float) -> requests.R
         patience = PATIENCE if isinstance(problem, Busy) else ORDER_PATIENCE
         if time.monotonic() + pause > min(begin + patience, deadline):
             raise problem
-        note(f"{problem}; trying again in {pause:.0f} s")
+        tell(f"{problem}; trying again in {pause:.0f} s")
         time.sleep(pause)
         pause = min(2 * pause, 10.0)
 
@@ -1761,8 +1580,7 @@ class Follower:
                 self.due = 0.0  # the end of the log is most likely that of the deployment
                 self.wake.set()
             except (Refused, Unreachable) as error:
-                if self.screen.verbose or not complained:
-                    note(f"warning: no log of {self.agent} at present: {error}")
+                (debug if complained else tell)(f"warning: no log of {self.agent} at present: {error}")
                 complained = True
             delay = 1.0 if self.shown > known else min(30.0, 2 * delay)
             if not (whole and self.ended) and self.nudge.wait(delay * random.uniform(0.5, 1.0)):
@@ -1794,8 +1612,8 @@ class Follower:
                         self.shown = count
                         self.show(frame.data)
         except (OSError, ValueError, websocket.WebSocketException) as error:
-            if self.screen.verbose and not self.stopped:
-                note(f"the connection for the log of {self.agent} broke: {error or type(error).__name__}")
+            if not self.stopped:
+                debug(f"the connection for the log of {self.agent} broke: {error or type(error).__name__}")
         finally:
             socket_.shutdown()  # type: ignore[no-untyped-call]
         return False
@@ -1805,7 +1623,7 @@ class Follower:
         try:
             text = _field(loads(data), "line", str)
         except Undecodable as error:
-            return note(f"warning: a line of the log of {self.agent} is skipped: {error}")
+            return tell(f"warning: a line of the log of {self.agent} is skipped: {error}")
         for part in [part for part in re.split(r"[\r\n]+", text) if part] or [""]:
             if not self.stopped:
                 self.screen.say(f"{self.label} | {clean(part, self.screen.colour)}".rstrip(" "))
@@ -1834,7 +1652,7 @@ def wait_for(followers: list[Follower], screen: Screen, wake: threading.Event, d
                 raise Unreachable(f"no answer for {PATIENCE:.0f} s, the deployments go on unseen: {problem}") from None
             failures += 1
             if failures == 1:
-                note(f"{problem}; trying again")
+                tell(f"{problem}; trying again")
             pause = getattr(problem, "pause", 0.0) or min(2.0**failures, 15.0)
             time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
         now = time.monotonic()
@@ -1863,14 +1681,12 @@ def table(rows: list[list[str]]) -> list[list[str]]:
 
 def summarize(screen: Screen, followers: list[Follower]) -> None:
     """One line for each agent: how its deployment ended, how long that took, the closure's size, where to look."""
-    from activate.download import human
-
     rows = []
     for follower in followers:
         size, took = follower.state.closure_size, f"{follower.took:.1f} s"
         if follower.took >= 60:
             took = str(datetime.timedelta(seconds=round(follower.took)))
-        cells = [took if follower.took else "-", "-" if size is None else human(size), follower.url]
+        cells = [took if follower.took else "-", "-" if size is None else download.human(size), follower.url]
         rows.append([follower.agent, clean(follower.state.status), *cells])
     screen.say("")
     for row, follower in zip(table(rows), followers):
@@ -1904,7 +1720,7 @@ def activate_command(options: ActivateOptions) -> int:
         raise UsageError("no token: put it into CACHIX_ACTIVATE_TOKEN, or into a file for --token-file")
     deadline = time.monotonic() + (float("inf") if options.timeout is None else options.timeout)
     peer, spec = Peer.create(options.host, options.token), read_spec(options)
-    screen, wake = Screen(options.verbose), threading.Event()
+    screen, wake = Screen(), threading.Event()
     try:
         made = order(peer, spec, deadline)
         followers = [Follower(peer, agent, id, clean(url), screen, wake) for agent, (id, url) in made.items()]
@@ -1922,7 +1738,7 @@ def activate_command(options: ActivateOptions) -> int:
             summarize(screen, followers)
         return 0 if all(follower.state.status == SUCCEEDED for follower in followers) else 1
     except KeyboardInterrupt:
-        note("interrupted: the deployments that were started go on")
+        tell("interrupted: the deployments that were started go on")
         return 130
 
 
@@ -2054,7 +1870,6 @@ def activate_options(options: dict[str, Any]) -> ActivateOptions:
         agents=tuple(options["--agent"]),
         asynchronous=options["--async"],
         timeout=timeout,
-        verbose=options["--verbose"],
     )
 
 

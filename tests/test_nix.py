@@ -1,0 +1,274 @@
+"""The exact command lines of Nix, and what is read from its answers."""
+
+import os
+
+import pytest
+
+from activate import download, home_manager, nix, nixos, profile
+from activate.process import CommandFailed
+
+NEW = "/nix/store/" + "a" * 32 + "-new"
+OLD = "/nix/store/" + "b" * 32 + "-old"
+OLDER = "/nix/store/" + "c" * 32 + "-older"
+
+
+class Recorder:
+    """Stands for `run`: keeps each argv, answers with the status that is set for its last word."""
+
+    def __init__(self, **statuses):
+        self.calls, self.statuses = [], statuses
+
+    def __call__(self, argv):
+        self.calls.append(argv)
+        return self.statuses.get(argv[-1], 0)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    calls = []
+
+    def ask(argv, timeout=0.0):
+        calls.append(argv)
+        return 0, f"{NEW}\t  12345\n", ""
+
+    monkeypatch.setattr(nix, "ask", ask)
+    monkeypatch.setattr(nix, "output", lambda argv, timeout=0.0: ask(argv, timeout)[1])
+    return calls
+
+
+TUNED = ["--max-jobs", "32", "--option", "max-substitution-jobs", "32", "--option", "http-connections", "128"]
+TUNED += ["--option", "stalled-download-timeout", "30", "--option", "fsync-store-paths", "true"]
+
+
+def test_realise_from_a_private_cache():
+    run = Recorder()
+    source = nix.Source("http://c:8/cache/main", ("k1:aaa", "k2:bbb"), "/state/netrc-1")
+    assert nix.realise([NEW, OLD], "/state/new", source, run) == 0
+    assert run.calls == [
+        ["nix-store", "--realise", NEW, OLD, "--add-root", "/state/new", "--indirect", *TUNED]
+        + ["--option", "extra-substituters", "http://c:8/cache/main", "--option", "trusted-public-keys", "k1:aaa k2:bbb"]
+        + ["--option", "narinfo-cache-negative-ttl", "0", "--option", "netrc-file", "/state/netrc-1"]
+    ]
+
+
+def test_realise_without_a_cache_leaves_the_machines_own_keys_alone():
+    run = Recorder()
+    nix.realise([NEW], "/state/new", nix.Source(), run)
+    tail = ["--option", "narinfo-cache-negative-ttl", "0"]
+    assert run.calls == [["nix-store", "--realise", NEW, "--add-root", "/state/new", "--indirect", *TUNED, *tail]]
+
+
+def test_questions(asked):
+    assert nix.realise_present([NEW, OLD], "/state/new")
+    assert nix.path_info_size(NEW) == 12345
+    nix.realise_dry_run([NEW], nix.Source())
+    assert asked == [
+        ["nix-store", "--realise", NEW, OLD, "--add-root", "/state/new", "--indirect"]
+        + ["--option", "substitute", "false", "--max-jobs", "0"],
+        ["nix", "path-info", "-S", NEW, "--option", "experimental-features", "nix-command"],
+        ["nix-store", "--realise", "--dry-run", NEW, *TUNED, "--option", "narinfo-cache-negative-ttl", "0"],
+    ]
+
+
+def test_show_config_under_its_old_and_its_new_name(monkeypatch):
+    def output(argv, timeout=0.0):
+        if argv[1] == "show-config":
+            raise CommandFailed(argv, "is not a recognised command")
+        return "netrc-file = /etc/nix/netrc\ntrusted-public-keys = a:1 b:2\nempty =\n"
+
+    monkeypatch.setattr(nix, "output", output)
+    expected = {"netrc-file": "/etc/nix/netrc", "trusted-public-keys": "a:1 b:2", "empty": ""}
+    assert nix.show_config() == expected
+
+
+def test_set_profile_makes_the_directory(tmp_path):
+    run = Recorder()
+    where = str(tmp_path / "profiles" / "system")
+    nix.set_profile(where, NEW, run)
+    assert run.calls == [["nix-env", "--profile", where, "--set", NEW]]
+    assert os.path.isdir(tmp_path / "profiles")
+
+
+def test_a_command_that_fails_is_an_error(tmp_path):
+    with pytest.raises(CommandFailed, match="ended with status 1"):
+        nix.switch_generation(str(tmp_path / "p"), 3, Recorder(**{"3": 1}))
+
+
+def change(tmp_path, now, previous, generation, committed=False):
+    """A profile that points at `now` through generation 2, and the change that is to be undone."""
+    where = str(tmp_path / "system")
+    if now is not None:
+        os.symlink(now, where + "-2-link")
+        os.symlink("system-2-link", where)
+    return nix.Change(NEW, where, previous, previous, generation, committed)
+
+
+def test_restore_profile_to_the_recorded_generation(tmp_path, monkeypatch):
+    undo = change(tmp_path, NEW, OLD, 1)
+
+    def run(argv):
+        assert argv == ["nix-env", "--profile", undo.profile, "--switch-generation", "1"]
+        os.symlink(OLD, undo.profile + "-1-link")
+        os.unlink(undo.profile)
+        os.symlink("system-1-link", undo.profile)
+        return 0
+
+    assert nix.restore_profile(undo, run)
+    assert nix.target(undo.profile) == OLD
+
+
+def test_restore_profile_whose_generation_is_gone(tmp_path):
+    run = Recorder(**{"1": 1})
+    undo = change(tmp_path, NEW, OLD, 1)
+    assert nix.restore_profile(undo, run)
+    assert run.calls[-1] == ["nix-env", "--profile", undo.profile, "--set", OLD]
+
+
+def test_restore_profile_that_did_not_exist_removes_it(tmp_path):
+    undo = change(tmp_path, NEW, None, None)
+    assert nix.restore_profile(undo, Recorder())
+    assert os.listdir(tmp_path) == []
+
+
+def test_restore_profile_that_is_as_it_was_does_nothing(tmp_path):
+    run = Recorder()
+    assert not nix.restore_profile(change(tmp_path, OLD, OLD, 2), run)
+    assert run.calls == []
+
+
+def test_target_stops_at_the_store_path(tmp_path):
+    os.symlink(NEW, tmp_path / "one")
+    os.symlink("one", tmp_path / "two")
+    assert nix.target(str(tmp_path / "two")) == NEW
+    assert nix.target(str(tmp_path / "missing")) is None
+    os.symlink("loop", tmp_path / "loop")
+    assert nix.target(str(tmp_path / "loop")) is None
+
+
+def test_generation(tmp_path):
+    os.symlink("system-17-link", tmp_path / "system")
+    os.symlink(NEW, tmp_path / "direct")
+    assert nix.generation(str(tmp_path / "system")) == 17
+    assert nix.generation(str(tmp_path / "direct")) is None
+    assert nix.generation(str(tmp_path / "missing")) is None
+
+
+def test_nixos_commits_the_profile_before_the_boot_loader(tmp_path):
+    run = Recorder()
+    do = nix.Change(NEW, str(tmp_path / "system"), OLD, OLD, 1)
+    assert nixos.activate(do, run) == 0
+    nixos.commit(do, run)
+    assert run.calls == [
+        [f"{NEW}/bin/switch-to-configuration", "test"],
+        ["nix-env", "--profile", do.profile, "--set", NEW],
+        [f"{NEW}/bin/switch-to-configuration", "boot"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("now", "committed", "calls"),
+    [
+        (OLD, False, [[f"{OLDER}/bin/switch-to-configuration", "test"]]),
+        (OLD, True, [[f"{OLD}/bin/switch-to-configuration", "boot"], [f"{OLDER}/bin/switch-to-configuration", "test"]]),
+    ],
+)
+def test_nixos_rollback_boots_the_profile_and_runs_what_ran(tmp_path, now, committed, calls):
+    run = Recorder()
+    undo = nix.Change(NEW, change(tmp_path, now, OLD, 2).profile, OLDER, OLD, 2, committed)
+    assert nixos.rollback(undo, run) == []
+    assert run.calls == calls
+
+
+def test_nixos_rollback_goes_on_after_a_failure(tmp_path):
+    run = Recorder(boot=1)
+    undo = nix.Change(NEW, change(tmp_path, OLD, OLD, 2).profile, OLD, OLD, 2, committed=True)
+    assert "could not be restored" in nixos.rollback(undo, run)[0]
+    assert run.calls[-1] == [f"{OLD}/bin/switch-to-configuration", "test"]
+
+
+def test_home_manager_rollback_shows_the_previous_generation_a_change(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    run = Recorder()
+    assert home_manager.rollback(nix.Change(NEW, "/p/home-manager", OLD, OLD, 1), run) == []
+    current = f"{tmp_path}/home-manager/gcroots/current-home"
+    expected = [["nix-store", "--realise", NEW, "--add-root", current, "--indirect"], [f"{OLD}/activate"]]
+    assert run.calls == expected
+
+
+def test_home_manager_profile_is_where_its_activation_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(nix, "PROFILES", str(tmp_path / "profiles"))
+    own, shared = tmp_path / "state/nix/profiles", tmp_path / "profiles/per-user/root"
+    monkeypatch.setattr(home_manager, "user", lambda: "root")
+    assert home_manager.profile_path(None) == f"{own}/home-manager"
+    shared.mkdir(parents=True)
+    assert home_manager.profile_path("other") == f"{shared}/home-manager"
+    own.mkdir(parents=True)
+    assert home_manager.profile_path(None) == f"{own}/home-manager"
+
+
+def test_profiles_by_name():
+    assert nixos.profile_path(None) == nixos.profile_path("system") == "/nix/var/nix/profiles/system"
+    assert nixos.profile_path("spare") == "/nix/var/nix/profiles/system-profiles/spare"
+    assert profile.profile_path(None) == "/nix/var/nix/profiles/system"
+    assert profile.profile_path("tools") == "/nix/var/nix/profiles/tools"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("these 3 paths will be fetched (0.04 MiB download, 0.05 MiB unpacked):", (41943, 52428)),
+        ("this path will be fetched (1.50 GiB download, 2.00 GiB unpacked):", (1610612736, 2147483648)),
+        ("these 2 paths will be fetched (0.00 KiB download, 512 KiB unpacked):", (0, 524288)),
+        ("", None),
+        ("don't know how to build these paths:\n  /nix/store/x", None),
+    ],
+)
+def test_estimate(text, expected):
+    assert download.parse_estimate(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("error: cannot add path 'P' because it lacks a signature by a trusted key", "signature"),
+        ("warning: substituter 'u' does not have a valid signature for path 'P'", "signature"),
+        ("error: path 'P' is not signed by any of the keys in trusted-public-keys", "signature"),
+        ("error: hash mismatch importing path 'P'", "corrupt"),
+        ("error: std::bad_alloc", "corrupt"),
+        ("error: unable to download 'http://c/x.narinfo': HTTP error 401", "credentials"),
+        ("error: 'http://c' does not appear to be a binary cache", "credentials"),
+        ("error: unable to download 'http://c/x.narinfo': Couldn't connect to server (7)", "network"),
+        ("error: unable to download 'http://c/x.nar': Timeout was reached (28)", "network"),
+        ("don't know how to build these paths:\n  P\nerror: build of 'P' failed", "missing"),
+        ("error: something new", ""),
+    ],
+)
+def test_classes_of_failure(said, name):
+    said = said.replace("'P'", f"'{NEW}'")
+    assert download.classify(said) == name
+    reason = download.explain(said, nix.Source("http://c", ("k:1",)), OLD)
+    if name == "signature":
+        assert reason == f"the signature of {NEW} is by none of the keys k:1"
+    assert "\n" not in reason
+
+
+@pytest.mark.parametrize(
+    ("path", "good"),
+    [
+        (NEW, True),
+        ("/nix/store/aaa", False),
+        ("--option", False),
+        (NEW + "/bin/sh", False),
+        ("/etc/passwd", False),
+        ("/nix/store/" + "e" * 32 + "-x", False),  # `e` is no letter of Nix's base 32
+        ("/nix/store/" + "a" * 32 + "-", False),
+        ("/nix/store/" + "a" * 32 + "-.hidden", False),
+        ("/nix/store/" + "a" * 32 + "-a\n", False),
+        ("/nix/store/" + "a" * 32 + "-" + "n" * 300, False),
+        (None, False),
+        (7, False),
+    ],
+)
+def test_store_path_grammar(path, good):
+    assert nix.is_store_path(path) is good
