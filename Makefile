@@ -1,0 +1,59 @@
+# What a person types. Everything it needs it sets up by itself, once: see the stamps in .make/.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint bench pyz clean
+
+help: ## list these targets
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1	\2/p' Makefile | expand -t 16
+
+setup: .make/venv .make/nix ## the virtual environment in .venv, and Nix where it is missing
+
+run: setup ## see the whole thing work: two hosts, a cache, a deployment, a rollback (build/run)
+	@$(BIN)/python -m tests.demo
+
+test: setup ## all tests, with real Nix; ARGS="-k name" chooses
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .make/venv ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+
+bench: setup ## speed and size, as ratios
+	@set -e; for f in bench/*.py; do $(BIN)/python "$$f"; done
+
+pyz: dist/cachix-deploy.pyz ## the agent and the CI command in one file, dist/cachix-deploy.pyz
+
+dist/cachix-deploy.pyz: .make/venv tools/pyz.py cachix_deploy.py $(wildcard activate/*.py)
+	@$(BIN)/python -W ignore::SyntaxWarning tools/pyz.py $@
+
+clean: ## remove all that was made here (Nix stays)
+	rm -rf .venv .make build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# pip says nothing unless it fails; the environment is made anew where an earlier attempt broke off.
+.make/venv: setup.cfg setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' \
+	  || { echo 'error: Python 3.9 or newer is needed: name one with `make PYTHON=...`' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo 'error: this Python can make no virtual environments: `apt-get install python3-venv`' >&2; exit 1; }
+	@echo 'setting up .venv ...'
+	@mkdir -p .make && rm -rf .venv && $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --use-pep517 --editable '.[workspace,test]' </dev/null >.make/pip.log 2>&1 \
+	  || { cat .make/pip.log; exit 1; }
+	@touch $@
+
+# The tests mount stores of their own over /nix, which Debian's package does not make.
+.make/nix:
+	@mkdir -p .make; if command -v nix-store >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo 'installing nix-bin ...'; \
+	  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends nix-bin; } \
+	    </dev/null >.make/nix.log 2>&1 || { cat .make/nix.log; exit 1; }; \
+	else echo 'error: Nix is missing: `sudo apt-get install nix-bin`, or see https://nixos.org/download' >&2; exit 1; fi
+	@[ -d /nix ] || mkdir /nix 2>/dev/null \
+	  || { echo 'error: the directory /nix is missing: `sudo mkdir /nix`' >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,67 @@
+"""Build the agent and the CI command, with all that they need, into one file that any Python 3.9 or newer runs."""
+
+from __future__ import annotations
+
+import os
+import py_compile
+import shutil
+import sys
+import sysconfig
+import tempfile
+import zipapp
+
+# What requests needs comes from the environment that the tests run in: the same versions.
+PACKAGES = ("requests", "urllib3", "idna", "certifi", "charset_normalizer", "websocket", "docopt.py")
+OWN = ("cachix_deploy.py", "activate")
+# Newer Pythons warn of docopt's source, which they compile at every start.
+MAIN = """import sys
+import warnings
+
+warnings.filterwarnings("ignore", category=SyntaxWarning)
+from cachix_deploy import main
+
+sys.exit(main())
+"""
+LEFT_OUT = shutil.ignore_patterns("*.so", "*.pyi", "py.typed", "__pycache__", "tests", "emscripten", "contrib")
+
+
+def copy(source: str, directory: str) -> None:
+    """Copy a module or a package, without what is compiled for one machine and what an agent never imports."""
+    target = os.path.join(directory, os.path.basename(source))
+    if os.path.isdir(source):
+        shutil.copytree(source, target, ignore=LEFT_OUT)
+    else:
+        shutil.copy(source, target)
+
+
+def compile_all(directory: str) -> None:
+    """Put byte code beside each source: Pythons of this version load it, all others compile the source themselves.
+
+    It is never compared with its source: both are in one file that is replaced as a whole.
+    """
+    for parent, _, files in os.walk(directory):
+        for name in [name for name in files if name.endswith(".py")]:
+            path = os.path.join(parent, name)
+            shown = os.path.relpath(path, directory)
+            mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+            py_compile.compile(path, path + "c", dfile=shown, doraise=True, invalidation_mode=mode)
+
+
+def main(target: str) -> None:
+    """Write the zip application `target`; it appears whole or not at all."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    site = sysconfig.get_path("purelib")
+    os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        for source in [*(os.path.join(root, name) for name in OWN), *(os.path.join(site, name) for name in PACKAGES)]:
+            copy(source, directory)
+        with open(os.path.join(directory, "__main__.py"), "w", encoding="utf-8") as file:
+            file.write(MAIN)
+        compile_all(directory)
+        zipapp.create_archive(directory, f"{target}.new", interpreter="/usr/bin/env python3", compressed=True)
+    os.chmod(f"{target}.new", 0o755)
+    os.rename(f"{target}.new", target)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
