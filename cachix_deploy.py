@@ -526,7 +526,7 @@ def _session() -> requests.Session:
 # --- reports ---------------------------------------------------------------------------------------------------------
 
 LINE_BYTES = 1 << 16  # a line on the wire is at most this long
-BATCH_BYTES = 1 << 20
+BATCH_BYTES, BATCH_LINES = 1 << 20, 5000
 CALL_TIMEOUT = 10.0  # seconds for one call of the reporter
 
 
@@ -682,8 +682,8 @@ class Reported:
 class Delivery:
     """One deployment on its way to the workspace: started, its log, its size, its end."""
 
-    def __init__(self, entry: journal.Journal, held: lock.Lock) -> None:
-        self.entry, self.held = entry, held
+    def __init__(self, entry: journal.Journal, held: lock.Lock, sizes: dict[str, int]) -> None:
+        self.entry, self.held, self.sizes = entry, held, sizes
         self.reported = Reported.load(entry.path("reported.json"))
         self.channel: Optional[Channel] = None
         self.failures, self.not_before = 0, 0.0
@@ -723,6 +723,8 @@ class Delivery:
             self.note(started=True)
 
     def ship_size(self, channel: Channel) -> None:
+        if self.reported.size is None and self.entry.record.id in self.sizes:
+            self.note(size=self.sizes[self.entry.record.id])
         if self.reported.size is not None and not (self.reported.sized or self.reported.ended):
             channel.status(IN_PROGRESS, self.reported.size)
             self.note(sized=True)
@@ -740,7 +742,7 @@ class Delivery:
         while not self.reported.logged and time.monotonic() < until:
             lines, offset = self.next_lines()
             closing = self.final and offset >= self.log_end()
-            if closing and len(lines) < 5000:
+            if closing and len(lines) < BATCH_LINES:
                 lines.append(closing_line(self.entry.record))
             else:
                 closing = False
@@ -763,11 +765,12 @@ class Delivery:
             self.note(line=line, offset=offset)
 
     def log_end(self) -> int:
-        size = self.entry.record.log_size
-        if size is None:
-            with contextlib.suppress(OSError):
-                size = os.stat(self.entry.path("log")).st_size
-        return size or 0
+        """Where the log ends by now, in bytes; what is written after the end of the deployment does not count."""
+        size = 0
+        with contextlib.suppress(OSError):
+            size = os.stat(self.entry.path("log")).st_size
+        limit = self.entry.record.log_size
+        return size if limit is None else min(size, limit)
 
     def read(self, offset: int) -> bytes:
         with contextlib.suppress(OSError), open(self.entry.path("log"), "rb") as file:
@@ -779,12 +782,8 @@ class Delivery:
         """The next lines to send and the offset behind them."""
         data = self.read(self.reported.offset)
         whole = self.final and self.reported.offset + len(data) >= self.log_end()
-        lines, size = cut(data, 5000, final=whole)
-        return [printable(line) for line in lines], self.reported.offset + size if data else self.log_end_or(size)
-
-    def log_end_or(self, size: int) -> int:
-        """Where nothing can be read any more, nothing more will come."""
-        return max(self.reported.offset + size, self.log_end() if self.final else 0)
+        lines, size = cut(data, BATCH_LINES, final=whole)
+        return [printable(line) for line in lines], self.reported.offset + size
 
 
 def closing_line(record: journal.Record) -> str:
@@ -805,6 +804,8 @@ class Reporter(threading.Thread):
         self.registered: Optional[AgentRegistered] = None
         self.added: queue.SimpleQueue[journal.Journal] = queue.SimpleQueue()
         self.deliveries: list[Delivery] = []
+        self.sizes: dict[str, int] = {}
+        self.idle.set()
 
     def add(self, entry: journal.Journal) -> None:
         """Report this deployment from now on."""
@@ -819,9 +820,7 @@ class Reporter(threading.Thread):
 
     def measured(self, entry: journal.Journal, size: int) -> None:
         """The closure's size in bytes is known."""
-        for delivery in list(self.deliveries):
-            if delivery.entry is entry:
-                delivery.note(size=size)
+        self.sizes[entry.record.id] = size
         self.wake.set()
 
     def channel(self, delivery: Delivery, registered: AgentRegistered) -> Channel:
@@ -860,7 +859,7 @@ class Reporter(threading.Thread):
         except OSError:  # a state that can't be written is no reason to be silent
             held = lock.Lock("", os.open(os.devnull, os.O_RDONLY))
         if held is not None:
-            self.deliveries.append(Delivery(entry, held))
+            self.deliveries.append(Delivery(entry, held, self.sizes))
         return held is not None
 
     def attend(self, delivery: Delivery, registered: AgentRegistered) -> None:
@@ -880,6 +879,7 @@ class Reporter(threading.Thread):
             tell(f"deployment {delivery.entry.record.id}: not reported yet, next attempt in {pause:.0f} s: {error}")
         if delivery.final and delivery.reported.whole:
             self.deliveries.remove(delivery)
+            self.sizes.pop(delivery.entry.record.id, None)
             if delivery.channel is not None:
                 delivery.channel.close()
             delivery.held.close()
@@ -947,6 +947,7 @@ class Worker(threading.Thread):
         self.registered: Optional[AgentRegistered] = None
         self.nix_config: dict[str, str] = {}
         self.deployed = threading.Event()
+        self.taken: set[str] = set()  # what is queued or under way: the workspace may send it again
         peer = options.peer
         config = {"host": peer.host, "token": peer.token, "name": peer.name, "settings": asdict(options.settings)}
         self.conductor = conduct.Conductor(
@@ -964,7 +965,15 @@ class Worker(threading.Thread):
             while not self.queue.empty():
                 older, newest = newest, self.queue.get()
                 self.guarded(self.supersede, older, newest)
+                self.taken.discard(older.id)
             self.guarded(self.deploy, newest)
+            self.taken.discard(newest.id)
+
+    def put(self, deployment: Deployment) -> None:
+        """Queue a deployment, once."""
+        if deployment.id not in self.taken:
+            self.taken.add(deployment.id)
+            self.queue.put(deployment)
 
     def guarded(self, do: Callable[..., None], *arguments: Any) -> None:
         """Whatever goes wrong with one deployment, the agent takes the next."""
@@ -1180,7 +1189,7 @@ class Agent:
             self.pending.append(message)
         if self.worker.registered is not None:
             for deployment in self.pending:
-                self.worker.queue.put(deployment)
+                self.worker.put(deployment)
             self.pending.clear()
 
     def register(self, message: AgentRegistered) -> None:
@@ -1191,7 +1200,6 @@ class Agent:
         self.reporter.register(message)
         said = {"pid": os.getpid(), "boot_id": journal.boot_id(), "time": time.time()}
         try:
-            os.makedirs(self.state, mode=0o700, exist_ok=True)
             durable.write_durably(os.path.join(self.state, f"registered-{self.options.name}.json"), json.dumps(said).encode())
         except OSError as error:
             complain(Error(f"{self.state} can't be written: {error}"))
@@ -1226,6 +1234,11 @@ def watch_signals(agent: Agent) -> None:
 def agent_command(options: AgentOptions) -> int:
     """Run an agent until it is asked to stop."""
     state = journal.state_directory()
+    for directory in (state, os.path.join(state, "deployments")):
+        try:
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+        except OSError as error:  # deployments will fail with that reason, which is better than no agent
+            complain(Error(f"{directory} can't be made ({error.strerror}): set STATE_DIRECTORY to one that can"))
     agent = Agent(options, state)
     if options.bootstrap:
         watch_signals(agent)
@@ -1404,11 +1417,11 @@ def decode_spec(raw: bytes, name: str) -> Spec:
     """The deploy.json `raw`, which the user knows as `name`; raises Error with what is wrong in it, and where."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
-        for key, value in pairs:
-            if len(record) < len(pairs) and sum(key == other for other, _ in pairs) > 1:
+        keys = sorted(key for key, _ in pairs)
+        for key, following in zip(keys, keys[1:]):
+            if key == following:
                 raise Error(f"{name} has the key {json.dumps(key)} twice in one object, and only one would count")
-        return record
+        return dict(pairs)
 
     try:
         return check_spec(json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique), name)
@@ -1623,7 +1636,8 @@ class Follower:
         try:
             text = _field(loads(data), "line", str)
         except Undecodable as error:
-            return tell(f"warning: a line of the log of {self.agent} is skipped: {error}")
+            tell(f"warning: a line of the log of {self.agent} is skipped: {error}")
+            return
         for part in [part for part in re.split(r"[\r\n]+", text) if part] or [""]:
             if not self.stopped:
                 self.screen.say(f"{self.label} | {clean(part, self.screen.colour)}".rstrip(" "))
@@ -1638,7 +1652,7 @@ class Follower:
 
 
 def wait_for(followers: list[Follower], screen: Screen, wake: threading.Event, deadline: float) -> None:
-    """Poll the deployments to their ends, or to the deadline. Raises Unreachable after PATIENCE, any other Error at once."""
+    """Poll the deployments to their ends, or to the deadline. Raises Unreachable after PATIENCE, else Error at once."""
     answered, failures, now = time.monotonic(), 0, time.monotonic()
     pending = followers
     while pending and not screen.broken and now < deadline:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import uuid
 from typing import Optional
+from urllib.parse import urlsplit
 
-from activate import nix
+from activate import lock, nix
 from activate.process import Error, run, say
 
 DEADLINE = 6 * 3600.0  # seconds for one closure; a stalled transfer ends much earlier by Nix's own time limit
@@ -111,3 +114,29 @@ def tail(log: int, start: int, most: int = 1 << 18) -> str:
     end = os.fstat(log).st_size
     start = max(start, end - most)
     return os.pread(log, max(0, end - start), start).decode("utf-8", "replace") if end > start else ""
+
+
+def write_netrc(state: str, url: str, token: str, also: str) -> lock.Lock:
+    """A netrc for Nix that only this user can read, locked while it is in use: what is not locked is stale.
+
+    It replaces Nix' own netrc-file, so what that says of other hosts is kept.
+    """
+    machine = urlsplit(url).hostname
+    others = ""
+    with contextlib.suppress(OSError, ValueError):
+        with open(also, encoding="utf-8") as file:
+            others = file.read(1 << 20)
+    os.makedirs(state, mode=0o700, exist_ok=True)
+    held = lock.take(os.path.join(state, f"netrc-{os.getpid()}-{uuid.uuid4().hex[:8]}"))
+    assert held is not None
+    os.pwrite(held.fd, f"machine {machine} password {token}\n{others}".encode(), 0)
+    return held
+
+
+def remove_stale_netrcs(state: str) -> None:
+    """Remove what an agent that was killed has left."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(state):
+            path = os.path.join(state, name)
+            if name.startswith("netrc-") and not lock.held(path):
+                os.unlink(path)

@@ -103,6 +103,13 @@ class Journal:
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
         write_durably(self.path("journal.json"), self.record.to_json())
 
+    def drop_roots(self) -> None:
+        """Let the garbage collector have what this deployment kept for itself: by now the profile keeps what counts."""
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.directory):
+                if os.path.islink(self.path(name)):
+                    os.unlink(self.path(name))
+
 
 def state_directory() -> str:
     """Where state lives: $STATE_DIRECTORY (systemd may name several: the first), root's own place, or the user's."""

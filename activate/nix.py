@@ -12,11 +12,17 @@ from activate.process import CommandFailed, Error, Run, ask, checked, output
 
 STORE = "/nix/store"
 PROFILES = "/nix/var/nix/profiles"
+STORE_PATH = re.compile(r"/nix/store/[0-9abcdfghijklmnpqrsvwxyz]{32}-[0-9a-zA-Z+\-_?=][0-9a-zA-Z+\-._?=]{0,210}")
 EXPERIMENTAL = ["--option", "experimental-features", "nix-command"]
 DOWNLOAD_OPTIONS = (
     ["--max-jobs", "32", "--option", "max-substitution-jobs", "32", "--option", "http-connections", "128"]
     + ["--option", "stalled-download-timeout", "30", "--option", "fsync-store-paths", "true"]
 )  # fmt: skip
+
+
+def is_store_path(text: object) -> bool:
+    """Whether `text` is a store path itself, by Nix's grammar: no option, no file below one, nothing outside the store."""
+    return isinstance(text, str) and STORE_PATH.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def next_action(record: journal.Record, facts: Facts) -> Action:
     if record.step in journal.HARMLESS:
         if spent:
             return Action(END, journal.FAILED, f"it was interrupted {ATTEMPTS} times before anything was changed")
-        return Action(START, reason="it was interrupted before anything was changed")
+        return Action(START, reason="it was interrupted before anything was changed" if record.attempts else "")
     if facts.running not in (record.store_path, record.previous_running, record.previous_profile):
         other = f"it was interrupted, and {facts.running} runs now: somebody else has deployed, it is left alone"
         return Action(END, journal.FAILED, other)

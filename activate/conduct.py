@@ -1,0 +1,184 @@
+"""A deployment on its way to its end, as the agent leads it: download, hand over to a switch process, follow that."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import Any, Callable, ContextManager, Optional
+
+import activate
+from activate import before, download, journal, launch, lock, nix, recovery
+from activate.process import Error, say
+
+SWITCH_TIMEOUT = 48 * 3600.0  # seconds for one step of a switch process; its own deadlines are shorter
+
+
+class Ended(Error):
+    """A deployment ends before it has changed anything."""
+
+    def __init__(self, step: str, reason: str) -> None:
+        super().__init__(reason)
+        self.step = step
+
+
+def open_log(entry: journal.Journal) -> int:
+    """The log file of a deployment, opened for appending; /dev/null where it can't be opened, which is said."""
+    try:
+        return os.open(entry.path("log"), os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        print(f"the log of deployment {entry.record.id} is lost: {error}", file=sys.stderr)
+        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+
+
+def check_paths(record: journal.Record) -> None:
+    """Nothing but the path of something that was built may become an argument of Nix. Raises Error."""
+    for path in (record.store_path, record.rollback_script):
+        if path is not None and not nix.is_store_path(path):
+            raise Error(f"the workspace sent {path[:300]!r}, which is not a store path")
+        if path is not None and path.endswith(".drv"):
+            raise Error(f"{path} is a derivation, which would have to be built: deploy its output")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What leading a deployment needs from the agent. `config` goes to the switch process: host, token, name, settings."""
+
+    name: str
+    config: dict[str, Any]
+    scope_timeout: float
+    stop: threading.Event
+    source: Callable[[], ContextManager[nix.Source]]
+    last_look: Callable[[journal.Journal], None]  # raises Ended, right before anything changes
+    changed: Callable[[], None]
+    measured: Callable[[journal.Journal, int], None]
+    tell: Callable[[str], None]
+
+
+class Conductor:
+    """Leads one deployment at a time to its end."""
+
+    def __init__(self, around: Surroundings) -> None:
+        self.around = around
+        self.switch: Optional[launch.SwitchProcess] = None
+
+    def settle(self, entry: journal.Journal) -> None:
+        """Do what recovery decides until the deployment has ended; one that is new is only its first case."""
+        path = lock.shared_path("deployment", self.around.name)
+        give_up = time.monotonic() + before.LOCK_TIMEOUT
+        while entry.record.step not in journal.FINAL and not self.around.stop.is_set():
+            held = lock.take(path, text=entry.record.id)
+            action = recovery.next_action(entry.record, self.facts(entry, None if held else lock.read(path)))
+            if held is not None:
+                try:
+                    self.act(entry, action, held)
+                finally:
+                    held.close()
+            elif action.do != recovery.ADOPT and time.monotonic() > give_up:
+                self.end(entry, journal.FAILED, f"another deployment of agent {self.around.name} did not end")
+            else:
+                self.around.stop.wait(0.5)
+                self.reload(entry)
+        if entry.record.step in journal.FINAL - {journal.ROLLBACK_FAILED}:  # that one's previous path is still needed
+            entry.drop_roots()
+        self.around.changed()
+
+    def facts(self, entry: journal.Journal, holder: Optional[str]) -> recovery.Facts:
+        """What recovery needs to know besides the journal."""
+        kind = next((kind for kind in activate.KINDS if kind.NAME == entry.record.kind), activate.profile)
+        profile = str(entry.record.profile)
+        return recovery.Facts(holder, kind.running_path(profile), nix.target(profile))
+
+    def act(self, entry: journal.Journal, action: recovery.Action, held: lock.Lock) -> None:
+        """One action, under the deployment lock. What prevents it ends the deployment as long as nothing was changed."""
+        if action.reason:
+            self.around.tell(f"deployment {entry.record.index}: {action.reason}")
+        if action.do == recovery.END:
+            self.end(entry, action.step, action.reason)
+            return
+        try:
+            entry.enter(entry.record.step, attempts=entry.record.attempts + 1)
+            self.conduct(entry, action, held)
+        except Ended as ended:
+            self.end(entry, ended.step, str(ended))
+        except (Error, OSError) as error:
+            if self.around.stop.is_set():
+                with contextlib.suppress(OSError):  # the agent's own end counts as no attempt
+                    entry.enter(entry.record.step, attempts=entry.record.attempts - 1)
+            elif entry.record.step in journal.HARMLESS:
+                self.end(entry, journal.FAILED, str(error), getattr(error, "detail", None))
+            else:
+                self.around.tell(f"error: {error}")
+                self.around.stop.wait(5.0)
+
+    def conduct(self, entry: journal.Journal, action: recovery.Action, held: lock.Lock) -> None:
+        """Prepare what has to be, give the switch process the word, follow it. Raises Error."""
+        check_paths(entry.record)
+        config = {**self.around.config, "directory": entry.directory}
+        self.switch = launch.SwitchProcess(entry.record.id, config, held, self.around.scope_timeout)
+        try:
+            if action.do == recovery.START:
+                self.download(entry)
+                self.around.last_look(entry)
+            self.switch.go(action.do)
+            self.switch.step = journal.ACTIVATING
+            self.follow(entry, self.switch)
+        finally:
+            self.switch.close()
+            self.switch = None
+
+    def follow(self, entry: journal.Journal, switch: launch.SwitchProcess) -> None:
+        """Hear of each step until the process ends; the closure's size is asked for while the activation runs."""
+        with contextlib.suppress(Error):
+            self.around.measured(entry, nix.path_info_size(entry.record.store_path))
+        step: Optional[str] = ""
+        while step is not None:
+            step = switch.read(SWITCH_TIMEOUT)
+            switch.step = step or switch.step
+            self.reload(entry, switch.step)
+            self.around.changed()
+        ending = f": {entry.record.reason}" if entry.record.reason else ""
+        self.around.tell(f"deployment {entry.record.index}: {entry.record.step}{ending}")
+
+    def reload(self, entry: journal.Journal, step: str = "") -> None:
+        """Read what the switch process has written; what it said counts where it could not write."""
+        with contextlib.suppress(Error):
+            found = journal.load(entry.directory)
+            if found is not None:
+                entry.record = found.record
+        if step in journal.FINAL and entry.record.step != step:
+            entry.record = replace(entry.record, step=step, reason="its end could not be written, the log has it")
+
+    def end(self, entry: journal.Journal, step: str, reason: str, detail: Optional[str] = None) -> None:
+        """End a deployment that no switch process has to end."""
+        log = open_log(entry)
+        try:
+            if detail:
+                say(log, reason)
+            entry.enter(step, reason=reason, detail=detail, log_size=os.fstat(log).st_size)
+        except OSError as error:
+            self.around.tell(f"the end of deployment {entry.record.index} can't be written: {error}")
+        finally:
+            os.close(log)
+        self.around.tell(f"deployment {entry.record.index}: {step}: {reason}")
+        self.around.changed()
+
+    def download(self, entry: journal.Journal) -> None:
+        """Have the closure and the rollback script in the store, with GC roots. Raises Error."""
+        entry.enter(journal.DOWNLOADING)
+        self.around.changed()
+        record = entry.record
+        paths = [record.store_path, *([record.rollback_script] if record.rollback_script else [])]
+        profiles = [kind.profile_path(record.profile_name) for kind in activate.KINDS]
+        links = [*profiles, *(kind.running_path(profile) for kind, profile in zip(activate.KINDS, profiles))]
+        previous = sorted({path for path in map(nix.target, filter(None, links)) if path and os.path.lexists(path)})
+        log = open_log(entry)
+        try:
+            with self.around.source() as source:
+                rooted = download.download(paths, previous, entry.path("new"), source, log)
+        finally:
+            os.close(log)
+        entry.enter(journal.READY, rooted=tuple(previous) if rooted else ())
