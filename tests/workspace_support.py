@@ -1,0 +1,308 @@
+"""What the workspace's tests share: a real server in a subprocess, and peers that write their frames themselves."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from workspace import Settings, tokens
+from workspace.tables import open_database
+
+ROOT = Path(__file__).resolve().parent.parent
+TRANSCRIPTS = Path(__file__).resolve().parent / "transcripts"
+DEADLINE = 10.0  # seconds for anything that a test waits for
+STORE_PATHS = [f"/nix/store/{letter * 32}-system-{letter}" for letter in "abcdf"]
+WITH_SETTINGS = """
+import sys
+from pathlib import Path
+from workspace import Settings, server
+listener = server.bind("127.0.0.1:0")
+sys.exit(server.serve(Settings(Path(sys.argv[1]), server.url_of(listener), **eval(sys.argv[2])), listener))
+"""
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+class Server:
+    """`cachix-workspace serve` on a free port, with a data directory of its own; `settings` reach what no option does."""
+
+    def __init__(self, data: Path, *options: str, **settings: float) -> None:
+        self.data = data
+        self.argv = [sys.executable, "-m", "workspace", "serve", f"--data={data}", "--listen=127.0.0.1:0", *options]
+        if settings:
+            self.argv = [sys.executable, "-c", WITH_SETTINGS, str(data), repr(settings)]
+        self.lines: list[str] = []
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            self.argv, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        heard = threading.Event()
+        threading.Thread(target=self._read, args=(self.process.stderr, heard), daemon=True).start()
+        assert heard.wait(DEADLINE), self.lines
+        url = [line for line in self.lines if line.startswith("listening on ")]
+        assert url, self.lines
+        self.url = url[-1].split()[-1]
+        self.port = int(self.url.rpartition(":")[2])
+
+    def _read(self, stream: Any, heard: threading.Event) -> None:
+        for line in stream:
+            self.lines.append(line.rstrip())
+            if line.startswith("listening on "):
+                heard.set()
+        heard.set()
+
+    def token(self, kind: str, secret: str | None = None) -> str:
+        return self.new_token(kind, secret)[1]
+
+    def new_token(self, kind: str, secret: str | None = None, days: float | None = None) -> tuple[int, str]:
+        database = open_database(Settings(self.data))
+        with database.write() as connection:
+            made = tokens.create(connection, kind, secret=secret, expires_in=days)
+        database.close()
+        return made
+
+    def command(self, *arguments: str, status: int = 0) -> str:
+        """stdout of `cachix-workspace ARGUMENTS`, run beside the server."""
+        return command(*arguments, f"--data={self.data}", status=status).stdout
+
+    def stop(self, signal: int = 15) -> int:
+        self.process.send_signal(signal)
+        return self.process.wait(DEADLINE)
+
+    def kill(self) -> None:
+        """As a power cut would: both processes at once, without a word."""
+        os.killpg(self.process.pid, 9)
+        self.process.wait(DEADLINE)
+
+
+def command(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "workspace", *arguments]
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=DEADLINE, check=False)
+    assert done.returncode == status, done
+    return done
+
+
+@contextlib.contextmanager
+def running(*options: str, **settings: float) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory() as directory:
+        server = Server(Path(directory, "data"), *options, **settings)
+        try:
+            yield server
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                server.kill()
+
+
+def wait_for(condition: Any, timeout: float = DEADLINE) -> Any:
+    """The first true value of `condition()`."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError("this was waited for in vain")
+
+
+# --- websockets, frame by frame --------------------------------------------------------------------------------------
+
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+OPCODES = {"text": TEXT, "close": CLOSE, "ping": PING, "pong": PONG}
+
+
+class Connection:
+    """A TCP connection on which a test writes bytes; frames that arrive are kept until their kind is asked for."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), DEADLINE)
+        self.buffer = b""
+        self.frames: deque[tuple[int, bytes]] = deque()
+        self.compressed = False
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def send_frame(self, opcode: int, payload: bytes, final: bool = True) -> None:
+        mask = b"\1\2\3\4"
+        size = len(payload)
+        length = (
+            bytes([0x80 | size])
+            if size < 126
+            else b"\xfe" + struct.pack("!H", size)
+            if size < 1 << 16
+            else b"\xff" + struct.pack("!Q", size)
+        )
+        masked = bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
+        self.send(bytes([(0x80 if final else 0) | opcode]) + length + mask + masked)
+
+    def send_text(self, value: Any) -> None:
+        self.send_frame(TEXT, (value if isinstance(value, str) else json.dumps(value)).encode())
+
+    def read(self, count: int, timeout: float = DEADLINE) -> bytes:
+        deadline = time.monotonic() + timeout
+        while len(self.buffer) < count:
+            self.socket.settimeout(max(0.001, deadline - time.monotonic()))
+            data = self.socket.recv(1 << 16)
+            if not data:
+                raise EOFError(self.buffer)
+            self.buffer += data
+        data, self.buffer = self.buffer[:count], self.buffer[count:]
+        return data
+
+    def read_head(self) -> str:
+        while b"\r\n\r\n" not in self.buffer:
+            data = self.socket.recv(1 << 16)
+            if not data:
+                raise EOFError(self.buffer)
+            self.buffer += data
+        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
+        return head.decode()
+
+    def read_body(self, head: str) -> bytes:
+        length = [line.split(":")[1] for line in head.split("\r\n") if line.lower().startswith("content-length")]
+        return self.read(int(length[0]))
+
+    def next_frame(self, timeout: float = DEADLINE) -> tuple[int, bytes]:
+        first, second = self.read(2, timeout)
+        assert first & 0x70 == 0, "compressed, or a reserved bit is set"
+        assert first & 0x80 and not second & 0x80, "fragmented or masked"
+        size = second & 0x7F
+        if size >= 126:
+            size = int.from_bytes(self.read(2 if size == 126 else 8), "big")
+        return first & 0x0F, self.read(size)
+
+    def expect(self, opcode: int, timeout: float = DEADLINE) -> bytes:
+        """The payload of the first frame of this kind; others wait for being asked for."""
+        for frame in self.frames:
+            if frame[0] == opcode:
+                self.frames.remove(frame)
+                return frame[1]
+        deadline = time.monotonic() + timeout
+        while True:
+            found = self.next_frame(deadline - time.monotonic())
+            if found[0] == opcode:
+                return found[1]
+            self.frames.append(found)
+
+    def expect_text(self, timeout: float = DEADLINE) -> Any:
+        return json.loads(self.expect(TEXT, timeout))
+
+    def expect_close(self, timeout: float = DEADLINE) -> int:
+        """The close code; the close is answered."""
+        payload = self.expect(CLOSE, timeout)
+        with contextlib.suppress(OSError):
+            self.send_frame(CLOSE, payload[:2])
+        return int.from_bytes(payload[:2], "big")
+
+    def is_silent(self, seconds: float = 0.3) -> bool:
+        """Whether no text comes for so long."""
+        try:
+            self.expect(TEXT, seconds)
+        except (TimeoutError, socket.timeout):
+            return True
+        return False
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def handshake(path: str, token: str, **headers: str) -> bytes:
+    known = {
+        "Host": "localhost",
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Key": base64.b64encode(b"0123456789abcdef").decode(),
+        "Sec-WebSocket-Version": "13",
+        "Authorization": f"Bearer {token}",
+        **{name.replace("_", "-"): value for name, value in headers.items()},
+    }
+    return f"GET {path} HTTP/1.1\r\n{''.join(f'{k}: {v}' + chr(13) + chr(10) for k, v in known.items())}\r\n".encode()
+
+
+def accept_key(key: str) -> str:
+    """What a server must answer to a Sec-WebSocket-Key."""
+    digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
+    return base64.b64encode(digest).decode()
+
+
+def open_socket(server: Server, path: str, token: str, **headers: str) -> Connection:
+    connection = Connection(server.port)
+    connection.send(handshake(path, token, **headers))
+    head = connection.read_head()
+    assert head.startswith("HTTP/1.1 101"), head
+    return connection
+
+
+class Peer:
+    """One workspace with an agent token and an activate token, and what agents and CI say to it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.agent_token, self.ci_token = server.token("agent"), server.token("activate")
+
+    def agent(self, name: str, path: str = "/ws", **headers: str) -> Connection:
+        known = {"name": name, "version": "1.11.1", "system": "x86_64-linux"}
+        return open_socket(self.server, path, self.agent_token, **{**known, **headers})
+
+    def registered(self, name: str) -> Connection:
+        connection = self.agent(name)
+        assert connection.expect_text()["method"] == "AgentRegistered"
+        return connection
+
+    def http(self, method: str, path: str, token: str | None = None, **options: Any) -> requests.Response:
+        headers = {"Authorization": f"Bearer {token or self.ci_token}", **options.pop("headers", {})}
+        return requests.request(method, self.server.url + path, headers=headers, timeout=DEADLINE, **options)
+
+    def activate(self, spec: dict[str, str], scripts: dict[str, str] | None = None) -> dict[str, str]:
+        """The deployments' ids by agent."""
+        body = {"agents": spec, **({"rollbackScript": scripts} if scripts else {})}
+        answer = self.http("POST", "/api/v2/deploy/activate?", json=body)
+        assert answer.status_code == 200, answer.text
+        return {name: made["id"] for name, made in answer.json()["agents"].items()}
+
+    def status(self, deployment: str) -> dict[str, Any]:
+        answer = self.http("GET", f"/api/v1/deploy/deployment/{deployment}?")
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def report(self, name: str, deployment: str, status: str, **more: Any) -> requests.Response:
+        body = {"status": status, "time": "2026-11-24T01:02:03.000004Z", "closureSize": None, "reason": None, **more}
+        path = f"/api/v1/deploy/deployment/{deployment}/status"
+        return self.http("PUT", path, self.agent_token, json=body, headers={"name": name})
+
+    def log(self, name: str, deployment: str, offset: int, lines: list[str]) -> requests.Response:
+        body = "".join(json.dumps({"line": line, "time": "2026-11-24T01:02:03Z"}) + "\n" for line in lines)
+        path = f"/api/v1/deploy/log/{deployment}?offset={offset}"
+        return self.http("PUT", path, self.agent_token, data=body.encode(), headers={"name": name})
+
+    def view(self, deployment: str) -> Connection:
+        return open_socket(self.server, f"/api/v1/deploy/log/{deployment}?view=true", self.ci_token)
+
+    def lines(self, deployment: str) -> list[str]:
+        lines: list[str] = []
+        while True:
+            answer = self.http("GET", f"/api/v1/deploy/log/{deployment}?offset={len(lines)}").json()
+            if not answer["lines"]:
+                return lines
+            lines += [line["line"] for line in answer["lines"]]
+            assert answer["next"] == len(lines)
