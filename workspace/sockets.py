@@ -162,7 +162,7 @@ class Socket(simple_websocket.Server):  # type: ignore[misc]
         if self.connected:
             with contextlib.suppress(Exception):  # the peer may be closing at this moment
                 self.wire.send(self.ws.send(CloseConnection(code, reason)))
-                self.thread.join(GOODBYE)
+        self.thread.join(GOODBYE)  # also where the peer closed first: the reader may be about to answer
         self.wire.hang_up()
         self.connected = False
         self._taken.set()

@@ -1,0 +1,302 @@
+"""What the server libraries do not do by themselves: ends, slots, stalled peers, crashes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+from workspace_support import (
+    DEADLINE,
+    PING,
+    PONG,
+    ROOT,
+    STORE_PATHS,
+    TEXT,
+    Connection,
+    Peer,
+    command,
+    environment,
+    handshake,
+    open_socket,
+    running,
+    wait_for,
+)
+
+from workspace import Settings
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_all_sockets_are_told_of_a_restart(number: int) -> None:
+    with running() as server:
+        peer = Peer(server)
+        agent = peer.registered("web")
+        made = peer.activate({"web": STORE_PATHS[0]})["web"]
+        opened = [agent, peer.agent("web", "/ws-deployment"), peer.agent("web", f"/api/v1/deploy/log/{made}")]
+        opened.append(peer.view(made))
+        silent = Connection(server.port)  # never says anything
+        begun = time.monotonic()
+        server.process.send_signal(number)
+        assert [connection.expect_close(3) for connection in opened] == [1012] * 4
+        assert server.process.wait(DEADLINE) == 0 and time.monotonic() - begun < 5
+        silent.close()
+
+
+def test_a_peer_that_answers_nothing_does_not_delay_the_end() -> None:
+    with running() as server:
+        peer = Peer(server)
+        peer.registered("web")
+        begun = time.monotonic()
+        assert server.stop() == 0 and time.monotonic() - begun < 5.5
+
+
+def test_a_handler_that_fails_closes_with_1011(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+from workspace import Settings, server, sockets
+def fail(*_): raise RuntimeError("on purpose")
+sockets.Handlers.deployment = fail
+listener = server.bind("127.0.0.1:0")
+sys.exit(server.serve(Settings(Path(sys.argv[1])), listener))
+"""
+    with running() as server:
+        server.kill()
+        server.argv = [sys.executable, "-c", program, str(server.data)]
+        server.start()
+        connection = Peer(server).agent("web", "/ws-deployment")
+        assert connection.expect_close() == 1011
+        with pytest.raises(EOFError) as end:
+            connection.read(1)
+        assert end.value.args == (b"",), "something was written after the close"
+        assert any("on purpose" in line for line in wait_for(lambda: [*server.lines[1:]]))
+
+
+def test_the_rest_of_the_slots_is_for_plain_requests() -> None:
+    with running("--max-connections=8") as server:
+        peer = Peer(server)
+        held = [peer.registered(f"web-{number}") for number in range(6)]
+        refused = Connection(server.port)
+        refused.send(handshake("/ws", peer.agent_token, name="web-6"))
+        head = refused.read_head()
+        assert head.startswith("HTTP/1.1 503") and "Retry-After" in head
+        assert peer.http("GET", "/").status_code == 200
+        held.pop().close()
+        wait_for(lambda: _registers(peer, "web-7"))
+
+
+def _registers(peer: Peer, name: str) -> bool:
+    try:
+        peer.registered(name)
+        return True
+    except AssertionError:
+        return False
+
+
+def test_no_compression_is_agreed_to() -> None:
+    with running() as server:
+        peer = Peer(server)
+        connection = Connection(server.port)
+        offer = {"Sec-WebSocket-Extensions": "permessage-deflate; client_max_window_bits"}
+        connection.send(handshake("/ws", peer.agent_token, name="web", **offer))
+        assert "extensions" not in connection.read_head().lower()
+        assert connection.expect_text()["method"] == "AgentRegistered"
+
+
+def test_frames_of_several_threads_stay_whole() -> None:
+    """A viewer that pings while it is sent lines: pongs come from another thread than the lines."""
+    with running() as server:
+        peer = Peer(server)
+        peer.registered("web")
+        made = peer.activate({"web": STORE_PATHS[0]})["web"]
+        viewer = peer.view(made)
+        pings, lines = 2000, 20_000
+
+        def ping() -> None:
+            for number in range(pings):
+                viewer.send_frame(PING, b"%d" % number * 20)
+
+        thread = threading.Thread(target=ping)
+        thread.start()
+        for first in range(0, lines, 2000):
+            peer.log("web", made, first, [f"{first + number} " + "x" * 200 for number in range(2000)])
+        seen, pongs = 0, 0
+        while seen < lines or pongs < pings:
+            opcode, payload = viewer.next_frame()
+            if opcode == TEXT:
+                assert json.loads(payload)["line"].split()[0] == str(seen)
+                seen += 1
+            else:
+                assert opcode == PONG and payload == b"%d" % pongs * 20
+                pongs += 1
+        thread.join(DEADLINE)
+
+
+def test_a_peer_that_does_not_answer_pings_is_closed() -> None:
+    with running(ping_interval=0.3) as server:
+        connection = Peer(server).registered("web")
+        assert connection.expect_close() == 1008
+
+
+def test_a_stalled_reader_is_hung_up_on() -> None:
+    with running(send_timeout=1) as server:
+        peer = Peer(server)
+        peer.registered("web")
+        made = peer.activate({"web": STORE_PATHS[0]})["web"]
+        viewer = Connection(server.port)
+        viewer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        viewer.send(handshake(f"/api/v1/deploy/log/{made}?view=true", peer.ci_token))
+        viewer.read_head()
+        for first in range(0, 40):
+            peer.log("web", made, first, ["x" * 400_000])
+        wait_for(lambda: not _is_established(server.port, viewer.socket.getsockname()[1]))
+        assert len(peer.lines(made)) == 40
+
+
+def _is_established(server_port: int, peer_port: int) -> bool:
+    """Whether the server's side of a connection is open (state 1 of the kernel's table)."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    mine = [row[3] for row in rows if row[1].endswith(f":{server_port:04X}") and row[2].endswith(f":{peer_port:04X}")]
+    return mine == ["01"]
+
+
+def test_a_stalled_sender_is_hung_up_on() -> None:
+    with running(receive_timeout=1) as server:
+        peer = Peer(server)
+        stalled = Connection(server.port)
+        stalled.send(
+            b"POST /api/v2/deploy/activate HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n"
+            b"Authorization: Bearer " + peer.ci_token.encode() + b"\r\n\r\n{"
+        )
+        begun = time.monotonic()
+        stalled.socket.settimeout(DEADLINE)
+        while stalled.socket.recv(1 << 16):
+            pass
+        assert time.monotonic() - begun < 5
+
+
+def test_reports_and_orders_are_quick() -> None:
+    with running() as server:
+        peer = Peer(server)
+        session = requests.Session()
+        session.headers.update({"Authorization": f"Bearer {peer.agent_token}", "name": "web"})
+        agent = peer.registered("web")
+        orders, reports = [], []
+        for number in range(30):
+            begun = time.monotonic()
+            made = peer.activate({"web": STORE_PATHS[0]})["web"]
+            assert agent.expect_text()["command"]["contents"]["id"] == made
+            orders.append(time.monotonic() - begun)
+            for status in ("InProgress", "Succeeded"):
+                begun = time.monotonic()
+                body = {"status": status, "time": "2026-11-24T01:02:03Z", "closureSize": number, "reason": None}
+                url = f"{server.url}/api/v1/deploy/deployment/{made}/status"
+                assert session.put(url, json=body, timeout=DEADLINE).status_code == 200
+                reports.append(time.monotonic() - begun)
+        median = [sorted(times)[len(times) // 2] * 1000 for times in (orders, reports)]
+        print(f"activate to frame {median[0]:.1f} ms, report {median[1]:.1f} ms")
+        assert median[0] < 50 and median[1] < 50  # ten times what a quiet machine needs
+
+
+# --- crashes ---------------------------------------------------------------------------------------------------------
+
+
+def test_kill_9_during_uploads_and_log_writes_loses_nothing() -> None:
+    with running() as server:
+        server.command("cache", "create", "mycache")
+        peer = Peer(server)
+        peer.registered("web")
+        made = peer.activate({"web": STORE_PATHS[0]})["web"]
+        assert peer.report("web", made, "InProgress").status_code == 200
+        acknowledged = [0]
+        stop = threading.Event()
+
+        def write_log() -> None:
+            while not stop.is_set():
+                first = acknowledged[0]
+                try:
+                    answer = peer.log("web", made, first, [f"line {first + number}" for number in range(500)])
+                    acknowledged[0] = answer.json()["next"]
+                except requests.RequestException:
+                    return
+
+        thread = threading.Thread(target=write_log)
+        thread.start()
+        upload = Connection(server.port)
+        path = f"/cache/mycache/nar/{'1' * 52}.nar"
+        head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {peer.ci_token}\r\nContent-Length: 99999999\r\n"
+        upload.send(f"{head}\r\n".encode() + b"x" * 1_000_000)
+        wait_for(lambda: acknowledged[0] > 3000 and list(server.data.glob("cache/mycache/nar/.upload-*")))
+        server.kill()
+        stop.set()
+        thread.join(DEADLINE)
+        server.start()
+        stored = peer.lines(made)
+        assert acknowledged[0] <= len(stored) <= acknowledged[0] + 500
+        assert stored == [f"line {number}" for number in range(len(stored))]
+        assert peer.status(made)["status"] == "InProgress"
+        assert peer.http("GET", path).status_code == 404
+        assert not [file for file in server.data.glob("cache/**/*") if file.is_file()]
+        agent = peer.registered("web")
+        assert agent.expect_text()["command"]["contents"]["resumed"] is True
+
+
+def test_a_server_without_its_parent_makes_way() -> None:
+    """gunicorn's master was killed alone: its worker must leave the port to a successor."""
+    with running() as server:
+        peer = Peer(server)
+        agent = peer.registered("web")
+        server.process.kill()
+        assert agent.expect_close(5) == 1012
+        server.process.wait(DEADLINE)
+
+        def refused() -> bool:
+            with socket.socket() as probe:
+                return probe.connect_ex(("127.0.0.1", server.port)) != 0
+
+        wait_for(refused, 6)
+
+
+# --- starting --------------------------------------------------------------------------------------------------------
+
+
+def test_a_port_in_use(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = command("serve", f"--listen={address}", f"--data={tmp_path}", status=1)
+    assert done.stderr.startswith(f"error: can't listen on {address}: Address already in use")
+    assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_a_data_directory_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for data in (tmp_path / "file", tmp_path / "file" / "below"):
+        done = command("serve", "--listen=127.0.0.1:0", f"--data={data}", status=1)
+        assert done.stderr.startswith("error: the data directory") and done.stderr.count("\n") == 1
+    (tmp_path / "workspace.db").write_text("this is no database, and longer than a header of one is" * 9)
+    done = command("serve", "--listen=127.0.0.1:0", f"--data={tmp_path}", status=1)
+    assert done.stderr.startswith("error: the data directory") and "not a database" in done.stderr
+
+
+def test_one_line_is_said_and_the_directory_is_private(tmp_path: Path) -> None:
+    with running() as server:
+        assert server.data.stat().st_mode & 0o777 == 0o700
+        assert server.stop() == 0
+        assert server.lines == [f"listening on {server.url}"]
+    assert Settings(tmp_path, "http://[::1]:80").public_host == "::1"
+
+
+def test_help_and_version() -> None:
+    for arguments in (["--help"], ["serve", "-h"]):
+        assert command(*arguments).stdout.startswith("The self-hosted workspace")
+    assert command("--version").stdout.strip()
+    argv = [sys.executable, "-m", "workspace", "--help"]
+    done = subprocess.run(argv, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, timeout=DEADLINE, check=False)
+    assert done.returncode == 0
