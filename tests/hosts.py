@@ -341,6 +341,7 @@ class Host:
     def fetch(self, url: str, key: str, *paths: str) -> None:
         """Download closures without an agent."""
         options = ["--option", "substituters", url, "--option", "trusted-public-keys", key, "--max-jobs", "8"]
+        options += ["--option", "narinfo-cache-negative-ttl", "0"]
         self.output("nix-store", "--realise", *paths, *options)
 
     def install(self, url: str, key: str, path: str, profile: str = SYSTEM) -> None:

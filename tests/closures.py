@@ -1,0 +1,202 @@
+"""Systems to deploy: store paths that behave as those of NixOS, nix-darwin and Home Manager do, and as badly as asked.
+
+Each function puts a closure into a cache and gives its store path. `version` only tells paths apart. The shell code
+that a test gives runs inside the activation script, `before` it has done its work or `after`; `$self` is its own store
+path. So `after="exit 4"` is a system that runs although some units failed, `before="exit 2"` one that does not.
+Each action is noted in the host's record (`Host.record`) as it begins.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Any, Union
+
+from caches import SELF, Executable, Files, Link, Tree
+from hosts import BOOT_DEFAULT, CURRENT_SYSTEM, RECORD
+
+HEAD = f'#!/bin/sh\nself={SELF}\nnote() {{ echo "$1 $self" >>{RECORD}; }}\n'
+POINT = 'point() { ln -s "$1" "$2.$$" && mv -T "$2.$$" "$2"; }\n'
+
+# As with systemd-boot: what is no generation of a profile has no entry in the menu, so it can't be the default.
+NIXOS = """
+action=$1
+note "$action"
+run() {
+    :
+    BEFORE_TEST
+    point "$self" CURRENT
+    echo "activating the configuration..."
+    AFTER_TEST
+}
+boot() {
+    :
+    BEFORE_BOOT
+    entry=
+    for link in /nix/var/nix/profiles/system-*-link /nix/var/nix/profiles/system-profiles/*-link; do
+        [ "$(readlink "$link")" != "$self" ] || entry=$link
+    done
+    if [ -n "$entry" ]; then point "$self" DEFAULT; else echo "warning: $self is in no boot menu"; fi
+    AFTER_BOOT
+}
+case $action in
+test) run ;;
+boot) boot ;;
+switch) boot; run ;;
+*) echo "unknown action $action" >&2; exit 1 ;;
+esac
+"""
+
+DARWIN = """
+[ "$1" = activate ] || exit 64
+self=$(dirname "$(dirname "$(dirname "$0")")")
+note activate
+:
+BEFORE
+point "$self" CURRENT
+echo "setting up launchd services..."
+AFTER
+"""
+
+# The generation's profile comes early and `current-home` last; what `current-home` says decides about the profile.
+HOME_MANAGER = """
+set -eu
+note activate
+state=${XDG_STATE_HOME:-$HOME/.local/state}
+if [ -d "$state/nix/profiles" ]; then profiles=$state/nix/profiles
+elif [ -d "/nix/var/nix/profiles/per-user/$USER" ]; then profiles=/nix/var/nix/profiles/per-user/$USER
+else echo "Could not find a profile directory" >&2; exit 1
+fi
+current=$state/home-manager/gcroots/current-home
+BEFORE
+if [ "$(readlink -e "$current")" != "$self" ]; then
+    echo "Creating new profile generation"
+    nix-env --profile "$profiles/home-manager" --set "$self"
+else
+    echo "No change so reusing latest profile generation"
+fi
+MIDDLE
+echo "version VERSION" >"$HOME/.managed"
+nix-store --realise "$self" --add-root "$current" --indirect >/dev/null
+AFTER
+"""
+
+
+def _dependencies(cache: Files, version: Any, count: int) -> dict[str, Tree]:
+    """A directory with links to small store paths: some of this version alone, one that all versions share."""
+    shared = cache.add("shared-library", {"lib": {"libshared.so": "the same in all versions\n"}})
+    own = [cache.add(f"part-{i}-{version}", {"share": f"part {i} of {version}, uses {shared}\n"}) for i in range(count)]
+    return {f"part-{index}": Link(path) for index, path in enumerate([shared, *own])}
+
+
+def nixos(
+    cache: Files, version: Any, before: str = "", after: str = "", before_boot: str = "", after_boot: str = "",
+    parts: int = 3, extra: Union[dict[str, Tree], None] = None,
+) -> str:  # fmt: skip
+    """A NixOS system. `before` and `after` belong to the action `test`."""
+    words = {"BEFORE_TEST": before, "AFTER_TEST": after, "BEFORE_BOOT": before_boot, "AFTER_BOOT": after_boot}
+    script = HEAD + POINT + _fill(NIXOS, {**words, "CURRENT": CURRENT_SYSTEM, "DEFAULT": BOOT_DEFAULT})
+    tree: dict[str, Tree] = {
+        "nixos-version": f"24.11.{version}\n",
+        "bin": {"switch-to-configuration": Executable(script)},
+        "parts": _dependencies(cache, version, parts),
+        **(extra or {}),
+    }
+    return cache.add(f"nixos-system-host-{version}", tree)
+
+
+def darwin(cache: Files, version: Any, before: str = "", after: str = "", marker: str = "darwin-version") -> str:
+    """A nix-darwin system; `marker` may also be darwin-version.json."""
+    script = HEAD + POINT + _fill(DARWIN, {"BEFORE": before, "AFTER": after, "CURRENT": CURRENT_SYSTEM})
+    tools = {"darwin-rebuild": Executable(script)}
+    return cache.add(
+        f"darwin-system-{version}",
+        {marker: f"{version}\n", "sw": {"bin": tools}, "parts": _dependencies(cache, version, 1)},
+    )
+
+
+def home_manager(cache: Files, version: Any, before: str = "", middle: str = "", after: str = "") -> str:
+    """A Home Manager generation; `middle` runs when its profile is set and `current-home` is not yet."""
+    words = {"BEFORE": before, "MIDDLE": middle, "AFTER": after, "VERSION": str(version)}
+    script = HEAD + POINT + _fill(HOME_MANAGER, words)
+    files = {"hm-version": "24.11\n", "activate": Executable(script), "parts": _dependencies(cache, version, 1)}
+    return cache.add(f"home-manager-generation-{version}", files)
+
+
+def plain(cache: Files, version: Any, extra: Union[dict[str, Tree], None] = None) -> str:
+    """A package: no marker of any kind."""
+    return cache.add(
+        f"package-{version}", {"share": f"{version}\n", "parts": _dependencies(cache, version, 1), **(extra or {})}
+    )
+
+
+def script(cache: Files, name: str, code: str) -> str:
+    """A store path that is itself an executable file: a rollback script. It notes `rollback-script` when it runs."""
+    return cache.add(f"rollback-script-{name}", Executable(HEAD + "note rollback-script\n" + code + "\n"))
+
+
+def unusable_script(cache: Files, how: str) -> str:
+    """A rollback script that can't be run: `directory`, `not-executable` or `no-interpreter`."""
+    trees: dict[str, Tree] = {
+        "directory": {"bin": "nothing to run\n"},
+        "not-executable": "#!/bin/sh\nexit 0\n",
+        "no-interpreter": Executable("#!/nowhere/interpreter\n"),
+    }
+    return cache.add(f"rollback-script-{how}", trees[how])
+
+
+def chain(cache: Files, count: int, size: int = 100, name: str = "many") -> str:
+    """A plain path that refers to `count` others of `size` incompressible bytes each."""
+    seed = base64.b64encode(name.encode()) * (size // len(name) + 1)
+    paths = [cache.add(f"{name}-{i}", f"{i}\n".encode() + seed[:size]) for i in range(count)]
+    return cache.add(f"{name}-all", {"parts": {f"part-{i}": Link(path) for i, path in enumerate(paths)}})
+
+
+def _fill(text: str, words: dict[str, str]) -> str:
+    for word, value in words.items():
+        text = text.replace(word, value or ":")
+    return text
+
+
+# --- shell code that misbehaves --------------------------------------------------------------------------------------
+
+
+def daemon(seconds: float = 300) -> str:
+    """Leave a child behind that keeps stdout and stderr open."""
+    return f"sleep {seconds} &"
+
+
+def session(seconds: float = 300) -> str:
+    """Leave a child behind in a session of its own, which no process group reaches."""
+    return f"setsid sleep {seconds} &"
+
+
+def lines(count: int) -> str:
+    """Print numbered lines: `line 1` to `line COUNT`."""
+    return f"seq -f 'line %.0f' {count}"
+
+
+def long_line(size: int) -> str:
+    """Print one line of so many bytes."""
+    return f"head -c {size} /dev/zero | tr '\\0' x; echo"
+
+
+def output(data: bytes) -> str:
+    """Print these bytes, whatever they are."""
+    return f"echo {base64.b64encode(data).decode()} | base64 -d"
+
+
+def hang(seconds: float = 3600, trap: bool = False) -> str:
+    """Not come to an end; with `trap` not even by SIGTERM."""
+    return ("trap '' TERM\n" if trap else "") + f"sleep {seconds}"
+
+
+def wait_for(file: str) -> str:
+    """Wait until the test has made `file` (on the host: below /run or /nix/var)."""
+    return f"while [ ! -e {file} ]; do sleep 0.02; done"
+
+
+def kill(pattern: str, signal: str = "KILL") -> str:
+    """Kill the processes of this host whose command lines match, such as `cachix_deploy.* switch`."""
+    same = '[ "$(readlink "$p/ns/mnt")" = "$(readlink /proc/self/ns/mnt)" ]'
+    found = f"tr '\\0' ' ' <\"$p/cmdline\" 2>/dev/null | grep -q '{pattern}'"
+    return f'for p in /proc/[0-9]*; do {same} && {found} && kill -{signal} "${{p#/proc/}}"; done; :'
