@@ -34,7 +34,7 @@ from cachix_deploy import (
     encode_from_agent,
 )
 
-I, S, F, C = "InProgress", "Succeeded", "Failed", "Cancelled"
+RUNNING, S, F, C = "InProgress", "Succeeded", "Failed", "Cancelled"
 SUCCESS = "Successfully activated the deployment."
 
 
@@ -65,8 +65,8 @@ def test_a_deployment_from_ci_to_its_end(peer: Peer, name: str) -> None:
     waiting = peer.status(made)
     assert waiting["status"] == "Pending" and waiting["startedOn"] is None and waiting["index"] == 1
     viewer = peer.view(made)
-    assert peer.report(name, made, I).json()["status"] == I
-    assert peer.report(name, made, I, closureSize=296).json()["closureSize"] == 296
+    assert peer.report(name, made, RUNNING).json()["status"] == RUNNING
+    assert peer.report(name, made, RUNNING, closureSize=296).json()["closureSize"] == 296
     assert peer.log(name, made, 0, ["$ nix-store -r", "ä\0"]).json() == {"next": 2}
     assert [viewer.expect_text()["line"] for _ in range(2)] == ["$ nix-store -r", "ä\0"]
     assert peer.report(name, made, S, reason="fine").status_code == 200
@@ -108,7 +108,7 @@ def test_reports_by_websocket(peer: Peer, name: str) -> None:
     frame = encode_from_agent(str(uuid.uuid4()), DeploymentStarted(made, "2026-11-24T01:00:00Z")).encode()
     report.send_frame(TEXT, frame[:20], final=False)
     report.send_frame(0, frame[20:])
-    wait_for(lambda: peer.status(made)["status"] == I)
+    wait_for(lambda: peer.status(made)["status"] == RUNNING)
     log.send_text({"line": "one", "time": "T", "more": 1})
     log.send_frame(BINARY, b'{"line":"two","time":"T"}')
     finished = encode_from_agent(str(uuid.uuid4()), DeploymentFinished(made, "2026-11-24T01:01:00Z", False))
@@ -147,7 +147,7 @@ def test_one_at_a_time_and_resumed(peer: Peer, name: str) -> None:
     agent = peer.registered(name)
     first = peer.activate({name: STORE_PATHS[0]})[name]
     assert deployment_of(agent).id == first
-    peer.report(name, first, I)
+    peer.report(name, first, RUNNING)
     second = peer.activate({name: STORE_PATHS[1]})[name]
     third = peer.activate({name: STORE_PATHS[2]})[name]
     assert agent.is_silent() and peer.status(second)["status"] == C
@@ -166,7 +166,7 @@ def test_an_agent_at_its_log_is_not_reminded(peer: Peer, name: str) -> None:
     log = peer.agent(name, f"/api/v1/deploy/log/{made}")
     log.send_text({"line": "one", "time": "T"})
     wait_for(lambda: peer.lines(made))
-    peer.report(name, made, I)
+    peer.report(name, made, RUNNING)
     assert peer.registered(name).is_silent()
     log.close()
 
@@ -182,11 +182,11 @@ def test_cancellation(peer: Peer, name: str) -> None:
     assert deployment_of(agent).id == first
     second = peer.activate({name: STORE_PATHS[1]})[name]
     assert deployment_of(agent).id == second
-    peer.report(name, second, I)
+    peer.report(name, second, RUNNING)
     third = peer.activate({name: STORE_PATHS[2]})[name]
     assert peer.http("POST", cancel.replace(first, second)).json()["status"] == C
     assert peer.http("POST", cancel.replace(first, second)).status_code == 200
-    for status in (I, S, F):
+    for status in (RUNNING, S, F):
         refused = peer.report(name, second, status)
         assert refused.status_code == 409 and refused.json()["status"] == C
     assert peer.log(name, second, 0, ["still said"]).status_code == 200
@@ -217,7 +217,7 @@ def test_log_offsets(peer: Peer, name: str) -> None:
 def test_a_viewer_does_not_wait_for_ever_for_a_closing_line(peer: Peer, name: str) -> None:
     peer.registered(name)
     made = peer.activate({name: STORE_PATHS[0]})[name]
-    peer.report(name, made, I)
+    peer.report(name, made, RUNNING)
     peer.log(name, made, 0, ["a"])
     viewer = peer.view(made)
     peer.report(name, made, F)
@@ -239,11 +239,11 @@ def test_who_may_do_what(peer: Peer, name: str) -> None:
     admin = peer.server.token("admin")
     assert peer.http("GET", status, admin).status_code == 200
     other = f"{name}-other"
-    assert peer.report(other, made, I).status_code == 403  # it has never connected
+    assert peer.report(other, made, RUNNING).status_code == 403  # it has never connected
     peer.registered(other)
-    assert "not one of agent" in peer.report(other, made, I).json()["error"]
+    assert "not one of agent" in peer.report(other, made, RUNNING).json()["error"]
     assert peer.log(other, made, 0, ["x"]).status_code == 403
-    assert peer.report(name, str(uuid.uuid4()), I).status_code == 404
+    assert peer.report(name, str(uuid.uuid4()), RUNNING).status_code == 404
     assert peer.status(made)["status"] == "Pending"
 
 
@@ -286,7 +286,7 @@ def test_wrong_requests(peer: Peer, name: str) -> None:
     made = peer.activate({name: STORE_PATHS[0]})[name]
     assert peer.status(made)["index"] == 1  # the refused ones left nothing
     for more in ({"status": "Pending"}, {"closureSize": -1}, {"closureSize": True}, {"reason": 1}, {"time": None}):
-        answer = peer.report(name, made, **{"status": I, **more})
+        answer = peer.report(name, made, **{"status": RUNNING, **more})
         assert answer.status_code == 400 and answer.json()["error"], more
     missing = peer.http("GET", "/nowhere")
     assert missing.status_code == 404 and "error" in missing.json()
@@ -328,7 +328,9 @@ def test_200000_lines(peer: Peer, name: str) -> None:
     count, batch = 200_000, 20_000
     begun = time.monotonic()
     for first in range(0, count, batch):
-        assert peer.log(name, made, first, [f"line {first + i}" for i in range(batch)]).json() == {"next": first + batch}
+        assert peer.log(name, made, first, [f"line {first + i}" for i in range(batch)]).json() == {
+            "next": first + batch
+        }
     stored = time.monotonic() - begun
     for number in range(count):
         assert b'"line %d"' % number in viewer.expect(TEXT)

@@ -25,7 +25,6 @@ from workspace_support import (
     command,
     environment,
     handshake,
-    open_socket,
     running,
     wait_for,
 )
@@ -231,7 +230,9 @@ def test_kill_9_during_uploads_and_log_writes_loses_nothing() -> None:
         thread.start()
         upload = Connection(server.port)
         path = f"/cache/mycache/nar/{'1' * 52}.nar"
-        head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {peer.ci_token}\r\nContent-Length: 99999999\r\n"
+        head = (
+            f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {peer.ci_token}\r\nContent-Length: 99999999\r\n"
+        )
         upload.send(f"{head}\r\n".encode() + b"x" * 1_000_000)
         wait_for(lambda: acknowledged[0] > 3000 and list(server.data.glob("cache/mycache/nar/.upload-*")))
         server.kill()
@@ -277,9 +278,13 @@ def test_a_port_in_use(tmp_path: Path) -> None:
 
 def test_a_data_directory_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    tmp_path.chmod(0o755)
+    mode = tmp_path.stat().st_mode
     for data in (tmp_path / "file", tmp_path / "file" / "below"):
         done = command("serve", "--listen=127.0.0.1:0", f"--data={data}", status=1)
         assert done.stderr.startswith("error: the data directory") and done.stderr.count("\n") == 1
+    done = command("token", "create", "agent", f"--data={tmp_path}", status=1)  # never made private, whatever it is
+    assert "holds other files" in done.stderr and tmp_path.stat().st_mode == mode
     (tmp_path / "workspace.db").write_text("this is no database, and longer than a header of one is" * 9)
     done = command("serve", "--listen=127.0.0.1:0", f"--data={tmp_path}", status=1)
     assert done.stderr.startswith("error: the data directory") and "not a database" in done.stderr

@@ -42,7 +42,7 @@ def environment() -> dict[str, str]:
 
 
 class Server:
-    """`cachix-workspace serve` on a free port, with a data directory of its own; `settings` reach what no option does."""
+    """`cachix-workspace serve` on a free port, with its own data directory; `settings` reach what no option does."""
 
     def __init__(self, data: Path, *options: str, **settings: float) -> None:
         self.data = data

@@ -9,13 +9,13 @@ from typing import Any, Callable
 
 import simple_websocket  # type: ignore[import-untyped]
 from flask import Flask, Response, request, send_file
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException
 from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 
 from cachix_deploy import FAILED, IN_PROGRESS, SUCCEEDED, Spec, Undecodable, dumps, is_agent_name, loads
 from workspace import Error, Refusal, Settings, cache, deployments, logs, tokens
-from workspace.sockets import INTERNAL_ERROR, Handlers, Hub, Socket, mark_all_disconnected
+from workspace.sockets import INTERNAL_ERROR, MAX_LINE, MAX_MESSAGE, Handlers, Hub, Socket, mark_all_disconnected
 from workspace.tables import Database, open_database, put_meta
 from workspace.tokens import ANY, CI, MACHINE, Token
 
@@ -98,7 +98,7 @@ def _add_error_handlers(app: Flask) -> None:
     def undecodable(error: Undecodable) -> Response:
         return _json({"error": str(error)}, 400)
 
-    @app.errorhandler(OperationalError)
+    @app.errorhandler(SQLAlchemyError)
     @app.errorhandler(Error)
     def busy(error: Exception) -> Response:
         reason = getattr(error, "orig", None) or error
@@ -116,11 +116,22 @@ def _authenticate(workspace: Workspace, kinds: frozenset[str]) -> Token:
         return tokens.authenticate(connection, request.headers.get("Authorization"), kinds)
 
 
+class _Stream:
+    """The body of this request."""
+
+    def read(self, size: int, /) -> bytes:
+        """Raises Refusal where the peer leaves, stalls, or sends what is no HTTP."""
+        try:
+            return request.stream.read(size)
+        except Exception as error:  # the server's own classes, of no common kind
+            raise Refusal(400, f"the request broke off: {error}") from None
+
+
 def _body(limit: int) -> bytes:
     """The whole body. Raises Refusal where it is longer than `limit` bytes, or broke off."""
     if (request.content_length or 0) > limit:
         raise Refusal(413, f"at most {limit} bytes are taken in one request")
-    body = request.stream.read(limit + 1)
+    body = _Stream().read(limit + 1)
     if len(body) > limit:
         raise Refusal(413, f"at most {limit} bytes are taken in one request")
     if request.content_length is not None and len(body) < request.content_length:
@@ -277,9 +288,7 @@ def _add_cache(app: Flask, workspace: Workspace) -> None:
         found = find(name)
         if not cache.is_file_name(file_name):
             raise Refusal(405, "a cache takes HASH.narinfo and nar/HASH.nar, compressed or not")
-        if file_name.endswith(".narinfo") and (request.content_length or 0) > cache.MAX_NARINFO:
-            raise Refusal(413, f"a narinfo has at most {cache.MAX_NARINFO} bytes")
-        cache.store(cache.path_of(settings, found.name, file_name), request.stream, request.content_length)
+        cache.store(cache.path_of(settings, found.name, file_name), _Stream(), request.content_length)
         return _json({}, 201)
 
 
@@ -318,7 +327,7 @@ def _add_sockets(app: Flask, workspace: Workspace) -> None:
         token, name = _authenticate(workspace, MACHINE), _agent_name()
         with workspace.database.read() as connection:
             known = deployments.find_own(connection, name, deployment_id).id
-        return _serve(workspace, token, lambda opened: handlers.write_log(opened, name, known), known)
+        return _serve(workspace, token, lambda opened: handlers.write_log(opened, name, known), known, MAX_LINE)
 
 
 def _agent_name() -> str:
@@ -328,14 +337,20 @@ def _agent_name() -> str:
     return name
 
 
-def _serve(workspace: Workspace, token: Token, handle: Callable[[Socket], None], log_id: str | None = None) -> Response:
+def _serve(
+    workspace: Workspace,
+    token: Token,
+    handle: Callable[[Socket], None],
+    log_id: str | None = None,
+    max_message: int = MAX_MESSAGE,
+) -> Response:
     """Make this request a websocket and handle it to its end.
 
     From the handshake on nothing may raise: that would write an HTTP answer into it.
     """
     with workspace.hub.slot():
         try:
-            opened = Socket(request.environ, token.id, workspace.settings)
+            opened = Socket(request.environ, token.id, workspace.settings, max_message)
         except (RemoteProtocolError, simple_websocket.ConnectionError) as error:
             raise Refusal(400, f"this is no websocket handshake: {error}") from None
         except OSError:

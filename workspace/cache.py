@@ -33,7 +33,7 @@ TEMPORARY = ".upload-"
 
 
 class Readable(Protocol):
-    """The body of a request."""
+    """The body of a request; `read` raises Refusal where it breaks off."""
 
     def read(self, size: int, /) -> bytes: ...
 
@@ -151,7 +151,7 @@ def store(target: Path, body: Readable, length: int | None) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            received = _copy(body, file)
+            received = _copy(body, file, MAX_NARINFO if target.suffix == ".narinfo" else None)
             if length is not None and received != length:
                 raise Refusal(400, f"the upload broke off after {received} of {length} bytes")
             file.flush()
@@ -168,18 +168,21 @@ def store(target: Path, body: Readable, length: int | None) -> None:
             temporary.unlink()
 
 
-def _copy(body: Readable, file: Any) -> int:
+def _copy(body: Readable, file: Any, limit: int | None) -> int:
+    """The number of bytes. Raises Refusal where they are more than `limit`."""
     received = 0
     while block := body.read(BLOCK):
-        file.write(block)
         received += len(block)
+        if limit is not None and received > limit:
+            raise Refusal(413, f"a narinfo has at most {limit} bytes")
+        file.write(block)
     return received
 
 
 def check_narinfo(file_name: str, content: bytes) -> None:
     """Raises Refusal (400) where a narinfo lacks what every reader needs, or is of another path."""
     try:
-        text = content[:MAX_NARINFO].decode()
+        text = content.decode()
     except UnicodeDecodeError:
         raise Refusal(400, f"{file_name} is not UTF-8") from None
     fields = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)

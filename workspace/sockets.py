@@ -43,8 +43,10 @@ REVOKED = (4003, "the token was revoked or has expired")
 RESTART = (1012, "the server restarts")
 INTERNAL_ERROR = (1011, "internal error")
 COMPLETE = (1000, "the log is complete")
-MAX_MESSAGE = 32 << 20  # bytes; Cachix's agent sends a line of any length in one frame
+MAX_MESSAGE = 1 << 20  # bytes
+MAX_LINE = 32 << 20  # bytes on a log socket: Cachix's agent sends a line of any length in one message
 BACKLOG = 2000  # messages read but not yet handled; the reader waits beyond, and so, by TCP, does the peer
+BACKLOG_SIZE = 1 << 20  # characters of them
 IDLE = 60.0  # seconds after which a sleeping thread looks around without being woken
 GOODBYE = 2.0  # seconds for the peer to answer a close
 LOG_GRACE = 3.0  # seconds that a viewer waits for the last lines of a deployment that has ended
@@ -89,7 +91,7 @@ def _reader(target: Any) -> threading.Thread:
 class Socket(simple_websocket.Server):  # type: ignore[misc]
     """A websocket whose sends are locked and bounded, whose messages are taken in batches, and whose end has a code."""
 
-    def __init__(self, environ: dict[str, Any], token_id: int, settings: Settings) -> None:
+    def __init__(self, environ: dict[str, Any], token_id: int, settings: Settings, max_message: int) -> None:
         self.token_id = token_id
         self.agent_id: str | None = None
         self.ending: tuple[int, str] | None = None
@@ -100,7 +102,7 @@ class Socket(simple_websocket.Server):  # type: ignore[misc]
         super().__init__(
             environ,
             ping_interval=settings.ping_interval,
-            max_message_size=MAX_MESSAGE,
+            max_message_size=max_message,
             receive_bytes=1 << 16,
             thread_class=_reader,
             selector_class=selectors.PollSelector,  # epoll would cost a file descriptor for each socket
@@ -118,10 +120,13 @@ class Socket(simple_websocket.Server):  # type: ignore[misc]
 
     def _handle_events(self) -> bool:
         going = bool(super()._handle_events())
-        while len(self.input_buffer) > BACKLOG and self.open:
+        while self._is_full() and self.open:
             self._taken.wait(1)
             self._taken.clear()
         return going
+
+    def _is_full(self) -> bool:
+        return len(self.input_buffer) > BACKLOG or sum(map(len, list(self.input_buffer))) > BACKLOG_SIZE
 
     @property
     def open(self) -> bool:

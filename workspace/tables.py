@@ -34,7 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from workspace import Error, Settings
+from workspace import DATABASE, Error, Settings
 
 BUSY_TIMEOUT = 10.0  # seconds that a transaction waits for another process, such as the command line beside a server
 
@@ -169,11 +169,10 @@ def open_database(settings: Settings, create: bool = False) -> Database:
     `create` makes the data directory (0700) and an empty database where there is none.
     """
     path = Path(settings.data)
-    if not create and not path.joinpath("workspace.db").exists():
+    if not create and not path.joinpath(DATABASE).exists():
         raise Error(f"there is no workspace in {path}: name it by --data, or create a token to begin one")
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.chmod(0o700)  # a directory that was there before may be open to others
+        _own(path)
         database = Database(settings.database_url)
         with database.write() as connection:
             migrate(connection)
@@ -181,6 +180,15 @@ def open_database(settings: Settings, create: bool = False) -> Database:
         reason = getattr(error, "orig", None) or getattr(error, "strerror", None) or error
         raise Error(f"the data directory {path} can't be used: {reason}") from None
     return database
+
+
+def _own(directory: Path) -> None:
+    """Make the data directory, private; one that was there must be ours. Raises Error, OSError."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not directory.joinpath(DATABASE).exists() and any(directory.iterdir()):
+        raise Error(f"the data directory {directory} holds other files: name an empty one, or one that does not exist")
+    if directory.stat().st_mode & 0o077:
+        directory.chmod(0o700)  # as it is made for a service, it may be open to others
 
 
 def migrate(connection: Connection) -> None:
