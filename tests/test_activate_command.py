@@ -351,9 +351,9 @@ def test_a_log_that_breaks_after_the_end_is_completed(workspaces: Any, activate:
     ended = threading.Event()
     workspace = workspaces()
     workspace.on_state = lambda body: ended.set() if "Succeeded" in body else None
-    workspace.logs["web"] = [["a", ended, "b", None], ["a", "b", "c", None]]
+    workspace.logs["web"] = [["a", ended, "b", None], ["a", "b", "c", None], ["a", "b", "c", "d", None]]
     result = activate(workspace)
-    assert result.log == ["web | a", "web | b", "web | c"]
+    assert result.log == ["web | a", "web | b", "web | c", "web | d"]
 
 
 def test_a_log_that_can_not_be_had_does_not_matter(workspaces: Any, activate: Any) -> None:
