@@ -1,0 +1,93 @@
+"""A host with an agent, connected to a live workspace: what most end-to-end tests begin with."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from caches import Files
+from hosts import Host, Program
+from live import Workspace
+
+FINAL = ("succeeded", "failed", "cancelled", "superseded", "rolled-back", "rollback-failed")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a deployment ended: the workspace's status and reason, the whole log, and the last step of the journal."""
+
+    id: str
+    status: str
+    reason: Optional[str]
+    log: str
+    step: str
+
+
+class Machine:
+    """An agent on a host of its own."""
+
+    def __init__(
+        self, host: Host, workspace: Workspace, name: str, *args: str, env: Optional[dict[str, str]] = None
+    ) -> None:
+        self.host, self.workspace, self.name = host, workspace, name
+        self.args, self.env = args, env
+        self.agent: Program = self.start()
+
+    @property
+    def files(self) -> Files:
+        """Where closures for this machine are added: `nixos(machine.files, 1)`."""
+        return self.workspace.files
+
+    def start(self, timeout: float = 30.0) -> Program:
+        """Start the agent (again) and wait until it is connected."""
+        output = self.host.directory / f"agent-{self.name}.out"
+        before = len(output.read_text(errors="replace")) if output.exists() else 0
+        token = self.workspace.token("agent")
+        self.agent = self.host.agent(self.name, self.workspace.url, token, *self.args, env=self.env)
+        self.agent.wait_for(rf"(?s)\A.{{{before}}}.*is connected to", timeout)
+        return self.agent
+
+    def order(self, path: str, script: Optional[str] = None, push: bool = True) -> str:
+        """Push a closure and its rollback script, and order the deployment; its id."""
+        if push:
+            self.workspace.push(path, *([script] if script else []))
+        return self.workspace.deploy(self.name, path, script)
+
+    def outcome(self, deployment_id: str, timeout: float = 60.0) -> Outcome:
+        """Wait for the end of a deployment."""
+        status = self.workspace.wait(deployment_id, timeout)
+        reason = self.workspace.deployment(deployment_id).get("reason")
+        return Outcome(deployment_id, status, reason, self.workspace.text(deployment_id), self.host.step(deployment_id))
+
+    def deploy(self, path: str, script: Optional[str] = None, push: bool = True, timeout: float = 60.0) -> Outcome:
+        """Push, order, and wait for the end."""
+        return self.outcome(self.order(path, script, push), timeout)
+
+    def journals(self) -> list[dict[str, Any]]:
+        """The journals of all deployments that the machine still knows."""
+        return [json.loads(path.read_text()) for path in sorted(self.host.state.glob("deployments/*/journal.json"))]
+
+    def check(self) -> None:
+        """What holds after every test: all has ended, a NixOS machine boots what it runs, the token is nowhere."""
+        open_ = [(entry["id"], entry["step"]) for entry in self.journals() if entry["step"] not in FINAL]
+        assert not open_, f"deployments without an end: {open_}"
+        if self.host.boot_default() is not None:
+            assert self.host.running() == self.host.profile() == self.host.boot_default()
+        found = self.leaks(self.workspace.token("agent"))
+        assert not found, f"the token stands in {found}"
+
+    def leaks(self, token: str) -> list[str]:
+        """Where the token can be read that must not be: files, command lines, environments of what is run."""
+        secret, places = token.encode(), []
+        for path in [path for path in self.host.directory.rglob("*") if path.is_file() and not path.is_symlink()]:
+            if "nix/store" not in str(path) and secret in path.read_bytes():
+                places.append(str(path))
+        for pid, line in self.host.processes().items():
+            with contextlib.suppress(OSError):
+                environment = secret in Path(f"/proc/{pid}/environ").read_bytes()
+                if token in line or (environment and pid != self.agent.pid):
+                    places.append(f"process {pid}: {line}")
+        return places

@@ -1,0 +1,488 @@
+"""A workspace that follows a script, on raw sockets: it records every byte that counts, and misbehaves on order.
+
+By itself it behaves as Cachix's backend does: registers whoever connects to /ws, answers pings and closes, takes
+reports on /ws-deployment and on the log sockets. With `reports = "http"` it asks for plain requests, and takes those.
+What it records has the form of the transcripts: `http-request` and `http-response` events, and frames.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import socket
+import struct
+import threading
+import time
+import uuid
+from dataclasses import dataclass
+from typing import Any, Callable, Optional, Union
+
+from hosts import wait_until
+
+AGENT_ID = "11111111-2222-4333-8444-555555555555"
+OPCODES = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10: "pong"}
+NUMBERS = {name: number for number, name in OPCODES.items()}
+GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+SECONDS = 600.0  # the longest time for which a connection is held
+
+Answer = tuple[int, Any]  # status and JSON
+
+
+@dataclass
+class Fault:
+    """What happens to connections whose path matches, so many times (for ever: -1)."""
+
+    pattern: str
+    kind: str
+    times: int = -1
+
+
+@dataclass(frozen=True)
+class Request:
+    """An HTTP request; `raw` is its head as it came."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    raw: str
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Gone(Exception):
+    """The other side has ended the connection."""
+
+
+class Connection:
+    """One connection to the peer. `path` is empty until a request has come."""
+
+    def __init__(self, peer: Peer, number: int, sock: socket.socket) -> None:
+        self.peer, self.number, self.socket = peer, number, sock
+        self.path = ""
+        self.buffer = b""
+        self.lock = threading.Lock()
+        self.ended = threading.Event()
+        self.pongs = True
+
+    # --- what a script can do ---
+
+    def send(self, kind: str, payload: Union[bytes, str] = b"", fin: bool = True) -> None:
+        """Send one frame: text, binary, continuation, ping, pong or close."""
+        data = payload.encode() if isinstance(payload, str) else payload
+        size = len(data)
+        length = struct.pack(">BQ", 127, size) if size >= 1 << 16 else struct.pack(">BH", 126, size)
+        length = bytes([size]) if size < 126 else length
+        with self.lock:
+            self.record_frame("S->C", kind, data, fin)
+            self.write(bytes([(0x80 if fin else 0) | NUMBERS[kind]]) + length + data)
+
+    def send_text(self, text: str, fragments: int = 1, kind: str = "text") -> None:
+        """Send a message in so many frames, with a ping between them as the protocol allows."""
+        data = text.encode()
+        step = max(1, -(-len(data) // fragments))
+        parts = [data[i : i + step] for i in range(0, len(data), step)] or [b""]
+        for index, part in enumerate(parts):
+            self.send("continuation" if index else kind, part, index == len(parts) - 1)
+            if index < len(parts) - 1:
+                self.send("ping", b"between")
+
+    def close(self, code: Optional[int] = 1000, reason: str = "") -> None:
+        """Send a close frame (None: without a code) and wait a moment for the answer."""
+        self.send("close", b"" if code is None else struct.pack(">H", code) + reason.encode())
+        self.ended.wait(2)
+
+    def raw(self, data: bytes) -> None:
+        """Send bytes that need not be a frame."""
+        with self.lock:
+            self.write(data)
+
+    def reset(self) -> None:
+        """End the connection by RST."""
+        with contextlib.suppress(OSError):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.end(False)
+
+    def end(self, orderly: bool = True) -> None:
+        """End the TCP connection without a word."""
+        with contextlib.suppress(OSError):
+            if orderly:
+                self.socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self.socket.close()
+        self.ended.set()
+
+    def write(self, data: bytes) -> None:
+        try:
+            self.socket.sendall(data)
+        except OSError:
+            raise Gone from None
+
+    # --- reading ---
+
+    def read(self, size: int) -> bytes:
+        while len(self.buffer) < size:
+            try:
+                part = self.socket.recv(1 << 16)
+            except OSError:
+                part = b""
+            if not part:
+                raise Gone
+            self.buffer += part
+        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        return data
+
+    def read_request(self) -> Request:
+        """The next HTTP request."""
+        while b"\r\n\r\n" not in self.buffer:
+            self.buffer = self.read(len(self.buffer) + 1) + self.buffer
+        head = self.read(self.buffer.index(b"\r\n\r\n") + 4).decode("latin-1")
+        first, *rest = head.strip().split("\r\n")
+        headers = {key.lower(): value.strip() for key, _, value in (line.partition(":") for line in rest)}
+        method, path, _ = first.split(" ", 2)
+        body = self.read_chunks() if "chunked" in headers.get("transfer-encoding", "") else b""
+        body = body or self.read(int(headers.get("content-length", 0)))
+        self.path = path
+        self.peer.record({"conn": self.number, "event": "http-request", "raw": head})
+        if body:
+            self.peer.record({"conn": self.number, "event": "http-body", "body": body.decode("utf-8", "replace")})
+        return Request(method, path, headers, body, head)
+
+    def read_chunks(self) -> bytes:
+        body = b""
+        while True:
+            line = b""
+            while not line.endswith(b"\r\n"):
+                line += self.read(1)
+            size = int(line, 16)
+            body += self.read(size)
+            self.read(2)
+            if not size:
+                return body
+
+    def read_frame(self) -> tuple[str, bytes, bool]:
+        """Kind, payload and fin of the next frame."""
+        first, second = self.read(2)
+        size = second & 127
+        if size > 125:
+            size = int.from_bytes(self.read(2 if size == 126 else 8), "big")
+        mask = self.read(4) if second & 128 else None
+        data = self.read(size)
+        if mask is not None and size:
+            key = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
+            data = (int.from_bytes(data, "big") ^ key).to_bytes(size, "big")
+        kind = OPCODES.get(first & 15, str(first & 15))
+        self.record_frame("C->S", kind, data, bool(first & 128), {"rsv": first >> 4 & 7, "masked": second >> 7})
+        return kind, data, bool(first & 128)
+
+    def record_frame(
+        self, direction: str, kind: str, data: bytes, fin: bool, more: Optional[dict[str, int]] = None
+    ) -> None:
+        known: dict[str, Any] = {
+            "conn": self.number,
+            "path": self.path,
+            "dir": direction,
+            "frame": kind,
+            "fin": int(fin),
+        }
+        known.update(more or {})
+        if kind == "close":
+            if len(data) >= 2:
+                known.update(close_code=int.from_bytes(data[:2], "big"))
+                known.update(close_reason=data[2:].decode("utf-8", "replace"))
+            known["payload"] = data.hex()
+        elif kind == "binary":
+            known["payload"] = data.hex()
+        else:
+            known["payload"] = data.decode("utf-8", "replace")
+        self.peer.record(known)
+
+
+class Peer:
+    """The scripted workspace. Use it as a context manager; set its attributes before an agent connects."""
+
+    def __init__(self) -> None:
+        self.cache: Optional[dict[str, Any]] = None  # of AgentRegistered; `Cache.wire()` makes one
+        self.reports: Optional[str] = None  # "http", or None as Cachix
+        self.registers = True  # send AgentRegistered by itself
+        self.cancelled: set[str] = set()  # deployments whose status is answered 409
+        self.statuses: dict[str, list[dict[str, Any]]] = {}  # by reports over HTTP, each deployment's in order
+        self.logs: dict[str, list[str]] = {}  # lines by either way
+        self.answers: list[tuple[str, Callable[[Request], Answer]]] = []
+        self.events: list[dict[str, Any]] = []
+        self.faults: list[Fault] = []
+        self.connections: list[Connection] = []
+        self._lock = threading.Lock()
+        self._begin = time.monotonic()
+        self._index = 0
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.port: int = self.listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self._accept, args=(self.listener,), name="peer", daemon=True).start()
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # --- its life ---
+
+    def stop(self) -> None:
+        """Refuse connections from now on, and end those that there are."""
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        for connection in list(self.connections):
+            connection.end()
+
+    def restart(self) -> None:
+        """Listen again on the same port."""
+        self.listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
+        threading.Thread(target=self._accept, args=(self.listener,), name="peer", daemon=True).start()
+
+    def misbehave(self, pattern: str, kind: str, times: int = -1) -> Fault:
+        """Treat connections whose path matches badly, so many times. The latest order that matches counts.
+
+        At the handshake: silent (no answer at all), an HTTP status such as "302", "401", "500" or "200", cut, reset.
+        After it: no-pong, half-open (reads no more, says nothing), garbage, close-1000 and the like, close (no code).
+        """
+        fault = Fault(pattern, kind, times)
+        self.faults.insert(0, fault)
+        return fault
+
+    def heal(self) -> None:
+        """Behave again; connections that were treated badly stay as they are."""
+        self.faults.clear()
+
+    def answer(self, pattern: str, answer: Callable[[Request], Answer]) -> None:
+        """Answer plain requests whose `METHOD /path` matches by a function; the latest that matches counts."""
+        self.answers.insert(0, (pattern, answer))
+
+    # --- what it says ---
+
+    def register(self, connection: Connection, **more: Any) -> None:
+        """Send AgentRegistered; `more` are keys of its contents."""
+        contents: dict[str, Any] = {"cache": self.cache, "id": AGENT_ID}
+        if self.reports:
+            contents["reports"] = self.reports
+        connection.send_text(message("AgentRegistered", {**contents, **more}))
+
+    def agent(self, timeout: float = 30.0) -> Connection:
+        """The agent's connection to /ws."""
+        return self.connection("/ws", timeout)
+
+    def connection(self, path: str, timeout: float = 30.0) -> Connection:
+        """The newest open websocket at a path that begins so."""
+
+        def look() -> Optional[Connection]:
+            found = [c for c in self.connections if c.path == path or (path != "/ws" and c.path.startswith(path))]
+            return next((c for c in reversed(found) if not c.ended.is_set()), None)
+
+        found: Connection = wait_until(look, timeout, f"a connection to {path}")
+        return found
+
+    def deploy(self, store_path: str, script: Optional[str] = None, fragments: int = 1, **more: Any) -> str:
+        """Send a Deployment to the agent; its id."""
+        self._index += 1
+        deployment_id = str(more.pop("id", uuid.uuid4()))
+        contents = {
+            "storePath": store_path,
+            "id": deployment_id,
+            "index": self._index,
+            "rollbackScript": script,
+            **more,
+        }
+        self.agent().send_text(message("Deployment", contents), fragments)
+        return deployment_id
+
+    # --- what it has heard ---
+
+    def record(self, event: dict[str, Any]) -> None:
+        with self._lock:
+            self.events.append({"t": round(time.monotonic() - self._begin, 6), **event})
+
+    def frames(self, path: str = "", kind: str = "", direction: str = "C->S") -> list[dict[str, Any]]:
+        """Recorded frames: of paths that begin so, of a kind, of a direction ("" for both)."""
+        with self._lock:
+            known = [event for event in self.events if "frame" in event]
+        return [
+            event
+            for event in known
+            if event["path"].startswith(path) and kind in ("", event["frame"]) and direction in ("", event["dir"])
+        ]
+
+    def heads(self, path: str = "") -> list[str]:
+        """The heads of the HTTP requests (handshakes too) for paths that begin so."""
+        with self._lock:
+            known = [event["raw"] for event in self.events if event.get("event") == "http-request"]
+        return [raw for raw in known if raw.split(" ")[1].startswith(path)]
+
+    def messages(self, deployment_id: str = "", tag: str = "") -> list[dict[str, Any]]:
+        """What came on /ws-deployment: decoded messages of a deployment and a tag."""
+        known = [json.loads(frame["payload"]) for frame in self.frames("/ws-deployment", "text")]
+        return [
+            one for one in known if deployment_id in ("", one["command"]["id"]) and tag in ("", one["command"]["tag"])
+        ]
+
+    def finished(self, deployment_id: str, timeout: float = 60.0) -> bool:
+        """Wait for the final report of a deployment, by either way; whether it has succeeded."""
+
+        def look() -> Optional[list[bool]]:
+            told = [one["command"]["hasSucceeded"] for one in self.messages(deployment_id, "DeploymentFinished")]
+            final = [s["status"] for s in self.statuses.get(deployment_id, []) if s["status"] != "InProgress"]
+            return told or [status == "Succeeded" for status in final] or None
+
+        return bool(wait_until(look, timeout, f"the final report of {deployment_id}")[0])
+
+    def log(self, deployment_id: str) -> list[str]:
+        """The lines of a deployment's log so far."""
+        return list(self.logs.get(deployment_id, []))
+
+    # --- how it works ---
+
+    def _accept(self, listener: socket.socket) -> None:
+        number = 0
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            number += 1
+            sock.settimeout(SECONDS)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection = Connection(self, len(self.connections) + 1, sock)
+            self.connections.append(connection)
+            threading.Thread(target=self._serve, args=(connection,), name=f"peer-{number}", daemon=True).start()
+
+    def _serve(self, connection: Connection) -> None:
+        try:
+            while self._serve_request(connection, connection.read_request()):
+                pass
+        except Gone:
+            self.record({"conn": connection.number, "path": connection.path, "event": "tcp-eof"})
+        finally:
+            self.record({"conn": connection.number, "path": connection.path, "event": "closed"})
+            connection.end()
+
+    def _fault(self, path: str) -> str:
+        fault = next((fault for fault in self.faults if fault.times and re.search(fault.pattern, path)), None)
+        if fault is None:
+            return ""
+        fault.times -= 1
+        return fault.kind
+
+    def _serve_request(self, connection: Connection, request: Request) -> bool:
+        """Answer a request; whether another may follow on this connection."""
+        kind = self._fault(request.path)
+        if kind == "silent":
+            connection.ended.wait(SECONDS)
+            return False
+        if kind == "reset":
+            connection.reset()
+            return False
+        if kind == "cut":
+            raise Gone
+        if kind.isdigit():
+            self._respond(connection, int(kind), {"error": "out of order"})
+            return True
+        if request.headers.get("upgrade", "").lower() == "websocket":
+            self._handshake(connection, request)
+            self._websocket(connection, kind)
+            return False
+        status, answer = self._answer(request)
+        self._respond(connection, status, answer)
+        return True
+
+    def _respond(self, connection: Connection, status: int, answer: Any) -> None:
+        body = json.dumps(answer, separators=(",", ":")).encode()
+        location = f"Location: {self.url}/elsewhere\r\n" if 300 <= status < 400 else ""
+        head = f"HTTP/1.1 {status} Status\r\n{location}Content-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n"
+        self.record({"conn": connection.number, "event": "http-response", "status": status, "body": body.decode()})
+        connection.write(head.encode() + body)
+
+    def _handshake(self, connection: Connection, request: Request) -> None:
+        key = hashlib.sha1((request.headers["sec-websocket-key"] + GUID).encode()).digest()
+        accept = base64.b64encode(key).decode()
+        head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        head += f"Sec-WebSocket-Accept: {accept}\r\n\r\n"
+        self.record({"conn": connection.number, "event": "http-response", "raw": head})
+        connection.write(head.encode())
+
+    def _websocket(self, connection: Connection, kind: str) -> None:
+        connection.pongs = kind not in ("no-pong", "half-open")
+        if connection.path == "/ws" and self.registers and kind != "half-open":
+            self.register(connection)
+        if kind == "half-open":
+            connection.ended.wait(SECONDS)
+            return
+        if kind == "garbage":
+            connection.raw(b"\xff\x7f" + b"garbage" * 50)
+        if kind.startswith("close"):
+            code = kind.partition("-")[2]
+            connection.close(int(code) if code else None)
+            return
+        text = b""
+        while True:
+            frame, data, fin = connection.read_frame()
+            if frame == "ping" and connection.pongs:
+                connection.send("pong", data)
+            elif frame == "close":
+                with contextlib.suppress(Gone):
+                    connection.send("close", data)
+                return
+            elif frame in ("text", "binary", "continuation"):
+                text += data
+                if fin:
+                    self._message(connection.path, text)
+                    text = b""
+
+    def _message(self, path: str, text: bytes) -> None:
+        found = re.match(r"/api/v1/deploy/log/([0-9a-f-]+)", path)
+        if found:
+            self.logs.setdefault(found[1], []).append(json.loads(text)["line"])
+
+    def _answer(self, request: Request) -> Answer:
+        line = f"{request.method} {request.path}"
+        for pattern, answer in self.answers:
+            if re.search(pattern, line):
+                return answer(request)
+        found = re.match(r"PUT /api/v1/deploy/deployment/([0-9a-f-]+)/status", line)
+        if found:
+            return self._take_status(found[1], request.json())
+        found = re.match(r"PUT /api/v1/deploy/log/([0-9a-f-]+)\?offset=(\d+)", line)
+        if found:
+            return self._take_log(found[1], int(found[2]), request.body)
+        return 404, {"error": f"nothing is here: {line}"}
+
+    def _take_status(self, deployment_id: str, status: dict[str, Any]) -> Answer:
+        known = self.statuses.setdefault(deployment_id, [])
+        known.append(status)
+        if deployment_id in self.cancelled:
+            return 409, {"id": deployment_id, "status": "Cancelled"}
+        return 200, {"id": deployment_id, "status": status["status"]}
+
+    def _take_log(self, deployment_id: str, offset: int, body: bytes) -> Answer:
+        known = self.logs.setdefault(deployment_id, [])
+        if offset > len(known):
+            return 416, {"next": len(known)}
+        lines = [json.loads(line)["line"] for line in body.split(b"\n") if line.strip()]
+        known += lines[len(known) - offset :]
+        return 200, {"next": len(known)}
+
+
+def message(tag: str, contents: dict[str, Any]) -> str:
+    """A frame from a workspace to an agent, as Cachix's backend writes it."""
+    frame = {"method": tag, "command": {"tag": tag, "contents": contents}, "agent": None, "id": str(uuid.uuid4())}
+    return json.dumps(frame, separators=(",", ":"))
+
+
+def headers(head: str) -> list[tuple[str, str]]:
+    """The headers of a recorded request, in order, but for the random key of a handshake."""
+    known = [line.split(": ", 1) for line in head.strip().split("\r\n")[1:]]
+    return [(key, value) for key, value in known if key != "Sec-WebSocket-Key"]
