@@ -88,13 +88,18 @@ def _dependencies(cache: Files, version: Any, count: int) -> dict[str, Tree]:
     return {f"part-{index}": Link(path) for index, path in enumerate([shared, *own])}
 
 
+def nixos_script(before: str = "", after: str = "", before_boot: str = "", after_boot: str = "") -> str:
+    """A `switch-to-configuration` with `@self@` where its system's store path belongs."""
+    words = {"BEFORE_TEST": before, "AFTER_TEST": after, "BEFORE_BOOT": before_boot, "AFTER_BOOT": after_boot}
+    return HEAD + POINT + _fill(NIXOS, {**words, "CURRENT": CURRENT_SYSTEM, "DEFAULT": BOOT_DEFAULT})
+
+
 def nixos(
     cache: Files, version: Any, before: str = "", after: str = "", before_boot: str = "", after_boot: str = "",
     parts: int = 3, extra: Union[dict[str, Tree], None] = None,
 ) -> str:  # fmt: skip
     """A NixOS system. `before` and `after` belong to the action `test`."""
-    words = {"BEFORE_TEST": before, "AFTER_TEST": after, "BEFORE_BOOT": before_boot, "AFTER_BOOT": after_boot}
-    script = HEAD + POINT + _fill(NIXOS, {**words, "CURRENT": CURRENT_SYSTEM, "DEFAULT": BOOT_DEFAULT})
+    script = nixos_script(before, after, before_boot, after_boot)
     tree: dict[str, Tree] = {
         "nixos-version": f"24.11.{version}\n",
         "bin": {"switch-to-configuration": Executable(script)},
