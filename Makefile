@@ -12,7 +12,7 @@ help: ## list these targets
 setup: .make/venv .make/nix ## the virtual environment in .venv, and Nix where it is missing
 
 run: setup ## see the whole thing work: two hosts, a cache, a deployment, a rollback (build/run)
-	@$(BIN)/python -m tests.demo
+	@$(BIN)/python tests/demo.py
 
 test: setup ## all tests, with real Nix; ARGS="-k name" chooses
 	$(BIN)/python -m pytest $(ARGS)
@@ -27,7 +27,7 @@ bench: setup ## speed and size, as ratios
 
 pyz: dist/cachix-deploy.pyz ## the agent and the CI command in one file, dist/cachix-deploy.pyz
 
-dist/cachix-deploy.pyz: .make/venv tools/pyz.py cachix_deploy.py $(wildcard activate/*.py)
+dist/cachix-deploy.pyz: .make/venv tools/pyz.py cachix_deploy.py cachix_activate.py $(wildcard activate/*.py)
 	@$(BIN)/python -W ignore::SyntaxWarning tools/pyz.py $@
 
 clean: ## remove all that was made here (Nix stays)

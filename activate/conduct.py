@@ -88,7 +88,7 @@ class Conductor:
 
     def facts(self, entry: journal.Journal, holder: Optional[str]) -> recovery.Facts:
         """What recovery needs to know besides the journal."""
-        kind = next((kind for kind in activate.KINDS if kind.NAME == entry.record.kind), activate.profile)
+        kind = next((kind for kind in activate.KINDS if entry.record.kind == kind.NAME), activate.profile)
         profile = str(entry.record.profile)
         return recovery.Facts(holder, kind.running_path(profile), nix.target(profile))
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import uuid
 from typing import Optional
-from urllib.parse import urlsplit
 
 from activate import lock, nix
 from activate.process import Error, run, say
@@ -60,14 +58,15 @@ def classify(text: str) -> str:
 def explain(text: str, source: nix.Source, wanted: str) -> str:
     """Why a download failed, in a sentence that says what to do."""
     name = classify(text)
-    pattern = dict(CLASSES).get(name, "$.")
-    line = next((line for line in text.splitlines() if re.search(pattern, line)), "")
-    found = PATH.search(line)
+    at = re.search(dict(CLASSES).get(name, "$"), text)
+    start = text.rfind("\n", 0, at.start() if at else 0) + 1
+    found = PATH.search(text, start)
     path = found[0] if found else wanted
+    said = text[start:].partition("\n")[0].strip()[:300]
     cache = source.substituter or "any substituter of this machine"
-    said = line.strip()[:300]
+    keys = " ".join(source.keys) or "that this machine trusts"
     return {
-        "signature": f"the signature of {path} is by none of the keys {' '.join(source.keys) or 'that this machine trusts'}",
+        "signature": f"the signature of {path} is by none of the keys {keys}",
         "corrupt": f"what {cache} serves for {path} is damaged, push it again: {said}",
         "credentials": f"{cache} refused the credentials of this agent, or is no binary cache: {said}",
         "network": f"the download from {cache} broke off: {said}",
@@ -76,8 +75,11 @@ def explain(text: str, source: nix.Source, wanted: str) -> str:
 
 
 def room(paths: list[str], source: nix.Source, log: int) -> None:
-    """Refuse, before anything is downloaded, what does not fit. Raises DownloadFailed with both numbers."""
+    """Refuse, before anything is downloaded, what is missing or does not fit. Raises DownloadFailed."""
     said = nix.realise_dry_run(paths, source)
+    if classify(said) == "missing":
+        say(log, said.rstrip())
+        raise DownloadFailed(explain(said, source, paths[0]), last_lines(said))
     estimate = parse_estimate(said)
     if estimate is None:
         return
@@ -105,8 +107,13 @@ def download(paths: list[str], previous: list[str], link: str, source: nix.Sourc
     status = nix.realise(paths, link, source, lambda argv: run(argv, log, DEADLINE))
     if status:
         text = tail(log, start)
-        raise DownloadFailed(explain(text, source, paths[0]), "\n".join(text.splitlines()[-LAST_LINES:]))
+        raise DownloadFailed(explain(text, source, paths[0]), last_lines(text))
     return False
+
+
+def last_lines(text: str) -> str:
+    """The end of what a command said."""
+    return "\n".join(text.splitlines()[-LAST_LINES:])
 
 
 def tail(log: int, start: int, most: int = 1 << 18) -> str:
@@ -121,13 +128,14 @@ def write_netrc(state: str, url: str, token: str, also: str) -> lock.Lock:
 
     It replaces Nix' own netrc-file, so what that says of other hosts is kept.
     """
+    from urllib.parse import urlsplit
+
     machine = urlsplit(url).hostname
     others = ""
-    with contextlib.suppress(OSError, ValueError):
-        with open(also, encoding="utf-8") as file:
-            others = file.read(1 << 20)
+    with contextlib.suppress(OSError, ValueError), open(also, encoding="utf-8") as file:
+        others = file.read(1 << 20)
     os.makedirs(state, mode=0o700, exist_ok=True)
-    held = lock.take(os.path.join(state, f"netrc-{os.getpid()}-{uuid.uuid4().hex[:8]}"))
+    held = lock.take(os.path.join(state, f"netrc-{os.getpid()}-{os.urandom(4).hex()}"))
     assert held is not None
     os.pwrite(held.fd, f"machine {machine} password {token}\n{others}".encode(), 0)
     return held

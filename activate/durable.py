@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import threading
 
@@ -41,6 +40,8 @@ def sync(directories: list[str]) -> None:
 
 
 def _syncfs(places: list[str]) -> None:
+    import ctypes
+
     call = getattr(ctypes.CDLL(None), "syncfs", None)
     if call is None:
         os.sync()  # all of them, where the system can't flush one

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import time
 from dataclasses import dataclass, field
 from typing import Any, Optional
@@ -164,5 +163,7 @@ def load_all(state: str) -> tuple[list[Journal], list[str]]:
 
 def prune(finished: list[Journal]) -> None:
     """Remove all but the newest of `finished`: journals that ended and whose end was reported."""
+    import shutil
+
     for journal in finished[: max(0, len(finished) - KEPT_JOURNALS)]:
         shutil.rmtree(journal.directory, ignore_errors=True)

@@ -1,7 +1,7 @@
 """The switch process: whatever changes the machine. It activates, checks, and commits or rolls back.
 
-It is started by an agent but does not depend on it: own session, own scope where systemd runs, the deployment lock
-inherited, the log a file. It ends early only by SIGTERM or when the system stops; the step on disk then stands.
+It does not depend on the agent that starts it. It ends early only by SIGTERM or when the system stops; the step on disk
+then stands.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import traceback
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import activate
 from activate import before, download, durable, journal, lock, nix, verdict, watch
@@ -30,9 +29,12 @@ class Switch:
     """One deployment on its way through the steps."""
 
     def __init__(
-        self, entry: journal.Journal, log: int, settings: verdict.Settings, reach: watch.Reach, agent: watch.Agent
-    ) -> None:
-        self.journal, self.log, self.settings, self.reach, self.agent = entry, log, settings, reach, agent
+        self, entry: journal.Journal, log: int, settings: verdict.Settings, reach: watch.Reach, agent: watch.Agent,
+        loaded: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """`reach` raises an exception where the workspace is out of reach, `loaded` waits until it has all it needs."""
+        self.journal, self.log, self.settings, self.agent = entry, log, settings, agent
+        self.reach, self.loaded = reach, loaded
         self.stop = threading.Event()
         self.machine_lock: Optional[lock.Lock] = None
         self.kind = activate.profile
@@ -49,7 +51,7 @@ class Switch:
         )  # fmt: skip
 
     def perform(self, action: str = "deploy") -> None:
-        """Take the deployment to its end: from the start, or as recovery decided. Raises Stopping."""
+        """Take the deployment to its end, from the start or as recovery decided. Raises Stopping."""
         try:
             self.prepare(anew=action == "deploy")
         except (Error, OSError) as error:
@@ -65,6 +67,8 @@ class Switch:
             self.finish(journal.FAILED, error)
         except Exception as error:  # a mistake of this program is no reason to leave the machine unconfirmed
             if not isinstance(error, (Error, OSError)):
+                import traceback
+
                 say(self.log, traceback.format_exc())
             self.roll_back(error)
 
@@ -100,6 +104,8 @@ class Switch:
 
     def activate(self) -> tuple[str, bool]:
         """Activate, and judge how that went: a note for the report, and whether the system can only be booted."""
+        if self.kind is not activate.profile:  # to set a link takes no files away, which any other activation may do
+            self.loaded()
         start = os.fstat(self.log).st_size
         status = self.kind.activate(self.change(), self.run)
         said = download.tail(self.log, start)
@@ -130,6 +136,7 @@ class Switch:
             status = self.run([script])
             if status:
                 raise Error(f"the rollback script {script} ended with status {status}")
+        self.loaded()
         watch.confirm(self.journal, self.agent, self.reach, self.settings.confirm_timeout, self.stop, self.log)
 
     def must_be_ours(self) -> None:

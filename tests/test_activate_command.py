@@ -26,9 +26,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cachix_activate
 import cachix_deploy
 from activate.nix import STORE_PATH
-from cachix_deploy import ActivateOptions, Error, Spec, UsageError, activate_command, clean, decode_spec
+from cachix_activate import ActivateOptions, activate_command, clean, decode_spec
+from cachix_deploy import Error, Spec, UsageError
 
 TRANSCRIPTS = pathlib.Path(__file__).with_name("transcripts")
 ROOT = pathlib.Path(cachix_deploy.__file__).parent
@@ -178,8 +180,8 @@ class Result:
 def activate(tmp_path: pathlib.Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Run the command in this process, with waits a tenth as long."""
     for name, value in (("POLL_SECONDS", 0.1), ("QUIET_SECONDS", 0.4), ("PATIENCE", 1.0), ("ORDER_PATIENCE", 0.5)):
-        monkeypatch.setattr(cachix_deploy, name, value)
-    monkeypatch.setattr(cachix_deploy.random, "uniform", lambda least, most: least / 10)
+        monkeypatch.setattr(cachix_activate, name, value)
+    monkeypatch.setattr(cachix_activate.random, "uniform", lambda least, most: least / 10)
 
     def run(workspace: Union[Workspace, str], spec: Any = None, **options: Any) -> Result:
         if spec is None and isinstance(workspace, Workspace):
@@ -314,7 +316,7 @@ def test_the_status_counts_and_not_the_log(line: str, status: str, code: int, wo
 def test_it_ends_at_once_when_the_workspace_closes_the_log(
     workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cachix_deploy, "POLL_SECONDS", 5.0)
+    monkeypatch.setattr(cachix_activate, "POLL_SECONDS", 5.0)
     workspace = workspaces()
     assert activate(workspace).seconds < 1
     assert workspace.sent() == ["order", "status", f"log of {workspace.ids['web']}", "status"]
@@ -374,9 +376,9 @@ def test_a_log_that_can_not_be_had_does_not_matter(workspaces: Any, activate: An
 def test_a_status_that_can_not_be_had_is_asked_for_again(
     busy: list[Answer], workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cachix_deploy, "PATIENCE", 60.0)
+    monkeypatch.setattr(cachix_activate, "PATIENCE", 60.0)
     pauses: list[float] = []
-    monkeypatch.setattr(cachix_deploy.time, "sleep", pauses.append)
+    monkeypatch.setattr(cachix_activate.time, "sleep", pauses.append)
     workspace = workspaces()
     workspace.states["web"] = [state("Pending"), *busy, state("Succeeded")]
     result = activate(workspace)
@@ -390,7 +392,7 @@ def test_a_workspace_that_goes_away_ends_it_after_a_minute(
     workspace = workspaces("web", "db")
     workspace.states["db"] = [state("Succeeded")]
     workspace.states["web"] = [state("InProgress"), Answer("<h1>Bad gateway</h1>", 502)]
-    monkeypatch.setattr(cachix_deploy.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.3)))
+    monkeypatch.setattr(cachix_activate.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.3)))
     result = activate(workspace)
     assert result.status == 69 and result.seconds < 3
     assert f"no answer for 1 s, the deployments go on unseen: {workspace.host} answered HTTP 502\n" in result.err
@@ -400,7 +402,7 @@ def test_a_workspace_that_goes_away_ends_it_after_a_minute(
 def test_one_deployment_without_answers_does_not_hide_the_others(
     workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cachix_deploy.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.3)))
+    monkeypatch.setattr(cachix_activate.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.3)))
     workspace = workspaces("web", "db")
     workspace.states["web"] = [Answer("", 500)]
     workspace.states["db"] = [state("Pending"), state("InProgress"), state("InProgress"), state("Succeeded")]
@@ -471,7 +473,7 @@ def test_many_agents_at_once_keep_their_lines_whole(workspaces: Any, activate: A
 def test_an_order_that_is_not_taken(
     answer: Answer, status: int, sentence: str, workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cachix_deploy, "PATIENCE", 0.0)
+    monkeypatch.setattr(cachix_activate, "PATIENCE", 0.0)
     workspace = workspaces()
     workspace.orders = [answer]
     result = activate(workspace)
@@ -482,8 +484,8 @@ def test_an_order_that_is_not_taken(
 def test_an_order_is_repeated_while_the_workspace_restarts(
     workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cachix_deploy, "PATIENCE", 60.0)
-    monkeypatch.setattr(cachix_deploy.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cachix_activate, "PATIENCE", 60.0)
+    monkeypatch.setattr(cachix_activate.time, "sleep", lambda seconds: None)
     workspace = workspaces()
     workspace.orders = [Answer("", 503), Answer("", 429, Retry_After="7"), *workspace.orders]
     result = activate(workspace)

@@ -12,7 +12,7 @@ import zipapp
 
 # What requests needs comes from the environment that the tests run in: the same versions.
 PACKAGES = ("requests", "urllib3", "idna", "certifi", "charset_normalizer", "websocket", "docopt.py")
-OWN = ("cachix_deploy.py", "activate")
+OWN = ("cachix_deploy.py", "cachix_activate.py", "activate")
 # Newer Pythons warn of docopt's source, which they compile at every start.
 MAIN = """import sys
 import warnings
