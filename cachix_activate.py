@@ -93,7 +93,8 @@ class DeploymentState:
     @classmethod
     def from_json(cls, record: Any) -> DeploymentState:
         started, finished = (checked_field(record, name, str, optional=True) for name in ("startedOn", "finishedOn"))
-        return cls(checked_field(record, "status", str), started, finished, checked_field(record, "closureSize", int, optional=True))
+        size = checked_field(record, "closureSize", int, optional=True)
+        return cls(checked_field(record, "status", str), started, finished, size)
 
     def seconds(self) -> Optional[float]:
         """How long it ran, by the workspace's clock where it tells."""
@@ -263,8 +264,8 @@ def order(peer: Peer, spec: Spec, deadline: float) -> dict[str, tuple[str, str]]
         made = checked_field(decode_answer(peer, answer), "agents", dict)
         values = {agent: checked_field(made, agent, (dict, str)) for agent in spec.agents}
         return {
-            agent: ("", value) if isinstance(value, str) else (uuid_field(value, "id"), checked_field(value, "url", str))
-            for agent, value in values.items()
+            agent: ("", made) if isinstance(made, str) else (uuid_field(made, "id"), checked_field(made, "url", str))
+            for agent, made in values.items()
         }
     except Undecodable as problem:
         raise no_workspace(peer, problem) from None

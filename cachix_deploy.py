@@ -51,7 +51,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 import activate
-from activate import conduct, download, durable, journal, lock, nix, verdict
+from activate import conduct, download, durable, journal, lock, logfile, nix, verdict
 from activate.nix import is_store_path as is_store_path
 from activate.process import Error as Error
 
@@ -183,7 +183,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class AgentRegistered:
-    """The first message to an agent: who it is, where closures come from, how it reports ("http", or null for Cachix)."""
+    """The first message to an agent: its id, where closures come from, how it reports ("http"; null for Cachix)."""
 
     id: str
     cache: Optional[Cache] = None
@@ -256,7 +256,8 @@ class DeploymentFinished:
 
     @classmethod
     def from_json(cls, record: Any) -> DeploymentFinished:
-        return cls(uuid_field(record, "id"), checked_field(record, "time", str), checked_field(record, "hasSucceeded", bool))
+        has_succeeded = checked_field(record, "hasSucceeded", bool)
+        return cls(uuid_field(record, "id"), checked_field(record, "time", str), has_succeeded)
 
     def to_json(self) -> dict[str, Any]:
         return {"hasSucceeded": self.has_succeeded, "id": self.id, "tag": "DeploymentFinished", "time": self.time}
@@ -493,7 +494,7 @@ def reach(peer: Peer, timeout: float) -> None:
 
 
 def http(peer: Peer, method: str, path: str, timeout: float = 20.0, **kwargs: Any) -> requests.Response:
-    """One request, its answer read whole (at most 64 MiB). Raises Unreachable where none comes within `timeout` seconds.
+    """One request, its answer read whole (at most 64 MiB). Raises Unreachable where none comes in `timeout` seconds.
 
     Redirects are refused as any other status that the caller does not expect: the token would go elsewhere.
     """
@@ -503,8 +504,14 @@ def http(peer: Peer, method: str, path: str, timeout: float = 20.0, **kwargs: An
     headers = {**peer.headers(), **kwargs.pop("headers", {})}
     try:
         answer = _session().request(
-            method, peer.host + path, headers=headers, timeout=timeout, stream=True, allow_redirects=False,
-            verify=ca_bundle() or True, **kwargs,
+            method,
+            peer.host + path,
+            headers=headers,
+            timeout=timeout,
+            stream=True,
+            allow_redirects=False,
+            verify=ca_bundle() or True,
+            **kwargs,
         )
         body = bytearray()
         for chunk in answer.iter_content(1 << 16):
@@ -532,33 +539,8 @@ def _session() -> requests.Session:
 
 # --- reports ---------------------------------------------------------------------------------------------------------
 
-LINE_BYTES = 1 << 16  # a line on the wire is at most this long
 BATCH_BYTES, BATCH_LINES = 1 << 20, 5000
 CALL_TIMEOUT = 10.0  # seconds for one call of the reporter
-
-
-def cut(data: bytes, most: int, final: bool) -> tuple[list[bytes], int]:
-    """Wire lines of a log from the start of one on, at most `most`, and how many bytes they take.
-
-    What has no newline yet waits for it, until it is longer than a wire line or the log is `final`. Where the cuts are
-    depends on the log alone, so that a line keeps its index whenever it is sent.
-    """
-    lines: list[bytes] = []
-    start = 0
-    while start < len(data) and len(lines) < most:
-        end = data.find(b"\n", start, start + LINE_BYTES + 1)
-        if end >= 0:
-            lines.append(data[start:end])
-            start = end + 1
-        elif len(data) - start > LINE_BYTES:
-            lines.append(data[start : start + LINE_BYTES])
-            start += LINE_BYTES
-        elif final:
-            lines.append(data[start:])
-            start = len(data)
-        else:
-            break
-    return lines, start
 
 
 def printable(line: bytes) -> str:
@@ -573,7 +555,7 @@ class HttpChannel:
         self.peer, self.id = peer, deployment_id
 
     def call(self, method: str, path: str, timeout: float = CALL_TIMEOUT, **kwargs: Any) -> requests.Response:
-        """An answer that the protocol knows. Raises Refused, Unreachable, or Gone where the workspace has no such deployment."""
+        """An answer that the protocol knows. Raises Refused, Unreachable or Gone."""
         answer = http(self.peer, method, path, timeout, **kwargs)
         if answer.status_code in (401, 403):
             raise Refused(f"{self.peer.host} refused the token (HTTP {answer.status_code})")
@@ -583,7 +565,9 @@ class HttpChannel:
             raise Unreachable(f"{self.peer.host} answered HTTP {answer.status_code}", retry_after(answer))
         return answer
 
-    def status(self, status: str, size: Optional[int], reason: Optional[str] = None, timeout: float = CALL_TIMEOUT) -> bool:
+    def status(
+        self, status: str, size: Optional[int], reason: Optional[str] = None, timeout: float = CALL_TIMEOUT
+    ) -> bool:
         """Put a status; whether it counts, which it does not where the deployment was cancelled."""
         body = {"status": status, "time": utc_now(), "closureSize": size, "reason": reason}
         path = f"/api/v1/deploy/deployment/{self.id}/status"
@@ -767,7 +751,7 @@ class Delivery:
         else:
             line, offset = 0, 0
             while line < expected:
-                lines, size = cut(self.read(offset), expected - line, final=self.final)
+                lines, size = logfile.cut(self.read(offset), expected - line, final=self.final)
                 if not lines:
                     break
                 line, offset = line + len(lines), offset + size
@@ -791,7 +775,7 @@ class Delivery:
         """The next lines to send and the offset behind them."""
         data = self.read(self.reported.offset)
         whole = self.final and self.reported.offset + len(data) >= self.log_end()
-        lines, size = cut(data, BATCH_LINES, final=whole)
+        lines, size = logfile.cut(data, BATCH_LINES, final=whole)
         return [printable(line) for line in lines], self.reported.offset + size
 
 
@@ -803,7 +787,7 @@ def closing_line(record: journal.Record) -> str:
 
 
 class Reporter(threading.Thread):
-    """Ships the logs and the results of deployments. Their files are the queue; it sleeps while nothing is under way."""
+    """Ships logs and results. The files of the deployments are the queue; it sleeps while nothing is under way."""
 
     def __init__(self, peer: Peer, waits: Waits) -> None:
         super().__init__(name="reporter", daemon=True)
@@ -907,7 +891,7 @@ def prune(state: str) -> None:
 
 @dataclass(frozen=True)
 class Waits:
-    """Seconds (and their upper bounds) that the agent waits; CACHIX_DEPLOY_WAITS, a JSON object, shortens them in tests."""
+    """How long the agent waits, in seconds; CACHIX_DEPLOY_WAITS, a JSON object, shortens that in tests."""
 
     ping: float = 30.0
     silence: float = 60.0
@@ -1024,7 +1008,7 @@ class Worker(threading.Thread):
         if entry is None:
             return
         if deployment.resumed:
-            self.conductor.end(entry, journal.FAILED, "state lost: this machine has no journal of it, so nothing was executed")
+            self.conductor.end(entry, journal.FAILED, "state lost: without its journal nothing is executed")
             return
         tell(f"deployment {deployment.index}: {deployment.store_path}")
         self.conductor.settle(entry)
@@ -1188,8 +1172,9 @@ class Agent:
             tell("another agent of this name has taken over")
             self.drain()
             raise Stopped
-        meaning = {1012: "it restarts", 4001: f"another agent named {self.options.name} has connected", 4003: "the token was revoked"}
-        raise Unreachable(f"the workspace closed the connection ({code}): {reason or meaning.get(code, 'no reason given')}")
+        other = f"another agent named {self.options.name} has connected"
+        meaning = {1012: "it restarts", 4001: other, 4003: "the token was revoked"}.get(code, "no reason given")
+        raise Unreachable(f"the workspace closed the connection ({code}): {reason or meaning}")
 
     def receive(self, data: bytes) -> None:
         """Act on a message; one that can't be decoded is said and skipped."""
@@ -1215,7 +1200,8 @@ class Agent:
         self.reporter.register(message)
         said = {"pid": os.getpid(), "boot_id": journal.boot_id(), "time": time.time()}
         try:
-            durable.write_durably(os.path.join(self.state, f"registered-{self.options.name}.json"), json.dumps(said).encode())
+            path = os.path.join(self.state, f"registered-{self.options.name}.json")
+            durable.write_durably(path, json.dumps(said).encode())
         except OSError as error:
             complain(Error(f"{self.state} can't be written: {error}"))
 
@@ -1272,7 +1258,8 @@ def agent_command(options: AgentOptions) -> int:
         with open(path.replace(".lock", ".pid"), "w", encoding="ascii") as file:
             file.write(str(os.getpid()))
     except OSError as error:
-        raise Error(f"{path} can't be locked: {error.strerror}; set XDG_CACHE_HOME to a directory that can be written") from None
+        hint = "set XDG_CACHE_HOME to a directory that can be written"
+        raise Error(f"{path} can't be locked: {error.strerror}; {hint}") from None
     watch_signals(agent)
     return agent.run()
 
@@ -1324,7 +1311,7 @@ def switch_command(deployment_id: str) -> int:
     entry = journal.load(config["directory"])
     if entry is None or entry.record.id != deployment_id:
         return 1
-    log = conduct.open_log(entry)
+    log = logfile.open_log(entry)
     os.dup2(log, 2)
     os.set_blocking(1, False)
     process = switch.Switch(entry, log, settings, lambda timeout: reach(peer, timeout), agent, loading.join)
@@ -1359,7 +1346,7 @@ def debug(message: str) -> None:
 
 
 def complain(error: Exception) -> None:
-    """Tell of an error that does not end the program; a mistake of ours, and everything with --verbose, by traceback."""
+    """Tell of an error; a mistake of this program, and everything with --verbose, with its traceback."""
     tell(f"error: {error or type(error).__name__}")
     if verbose or not isinstance(error, (Error, OSError)):
         with contextlib.suppress(OSError, ValueError):
@@ -1393,7 +1380,7 @@ def normalized(argv: list[str]) -> list[str]:
 
 
 def parse(argv: list[str]) -> dict[str, Any]:
-    """The command line as a dictionary; raises UsageError with what is wrong, or SystemExit for --help and --version."""
+    """The command line as a dictionary. Raises UsageError, or SystemExit for --help and --version."""
     import docopt
 
     try:
@@ -1422,7 +1409,7 @@ def choice(options: dict[str, Any], name: str, allowed: tuple[str, ...]) -> str:
 
 
 def read_token(variable: str, file_option: Optional[str]) -> str:
-    """The token: of --token-file, the environment, or a credential of systemd by the variable's name. Raises UsageError."""
+    """The token: of --token-file, the environment, or a systemd credential of that name. Raises UsageError."""
     credential = os.path.join(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), variable)
     token = os.environ.get(variable, "")
     path = file_option or (credential if not token and os.path.exists(credential) else None)

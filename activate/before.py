@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import activate
 from activate import journal, lock, nix
-from activate.process import CommandFailed, Error, ask, say
+from activate.process import CommandFailed, Error, Run, ask, say
 
 LOCK_TIMEOUT = 4 * 3600.0  # seconds to wait for another deployment of the same machine profile
 
@@ -61,6 +61,14 @@ def root(paths: list[str], entry: journal.Journal, log: int) -> None:
         if ask(argv, 600)[0] == 0:
             return
     say(log, f"warning: the garbage collector may take {' '.join(missing)}, and then there is no way back")
+
+
+def restore(change: nix.Change, kind: ModuleType, run: Run) -> list[str]:
+    """Roll back, and look whether that worked; what is not as it was before, a sentence each."""
+    try:
+        return kind.rollback(change, run) or differences(change, kind)
+    except Exception as error:  # a mistake of this program must not hide that the machine was left like this
+        return [f"{type(error).__name__}: {error}", *differences(change, kind)]
 
 
 def differences(change: nix.Change, kind: ModuleType) -> list[str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Callable, ContextManager, Optional
+from typing import Any, Callable, Optional
 
 import activate
-from activate import before, download, journal, launch, lock, nix, recovery
+from activate import before, download, journal, launch, lock, logfile, nix, recovery
 from activate.process import Error, say
 
 SWITCH_TIMEOUT = 48 * 3600.0  # seconds for one step of a switch process; its own deadlines are shorter
@@ -25,15 +24,6 @@ class Ended(Error):
         self.step = step
 
 
-def open_log(entry: journal.Journal) -> int:
-    """The log file of a deployment, opened for appending; /dev/null where it can't be opened, which is said."""
-    try:
-        return os.open(entry.path("log"), os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        print(f"the log of deployment {entry.record.id} is lost: {error}", file=sys.stderr)
-        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-
-
 def check_paths(record: journal.Record) -> None:
     """Nothing but the path of something that was built may become an argument of Nix. Raises Error."""
     for path in (record.store_path, record.rollback_script):
@@ -45,13 +35,13 @@ def check_paths(record: journal.Record) -> None:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What leading a deployment needs from the agent. `config` goes to the switch process: host, token, name, settings."""
+    """What leading a deployment needs from the agent. `config` is for the switch process."""
 
     name: str
     config: dict[str, Any]
     scope_timeout: float
     stop: threading.Event
-    source: Callable[[], ContextManager[nix.Source]]
+    source: Callable[[], contextlib.AbstractContextManager[nix.Source]]
     last_look: Callable[[journal.Journal], None]  # raises Ended, right before anything changes
     changed: Callable[[], None]
     measured: Callable[[journal.Journal, int], None]
@@ -93,7 +83,7 @@ class Conductor:
         return recovery.Facts(holder, kind.running_path(profile), nix.target(profile))
 
     def act(self, entry: journal.Journal, action: recovery.Action, held: lock.Lock) -> None:
-        """One action, under the deployment lock. What prevents it ends the deployment as long as nothing was changed."""
+        """One action, under the deployment lock. What prevents it ends a deployment that has changed nothing."""
         if action.reason:
             self.around.tell(f"deployment {entry.record.index}: {action.reason}")
         if action.do == recovery.END:
@@ -154,7 +144,7 @@ class Conductor:
 
     def end(self, entry: journal.Journal, step: str, reason: str, detail: Optional[str] = None) -> None:
         """End a deployment that no switch process has to end."""
-        log = open_log(entry)
+        log = logfile.open_log(entry)
         try:
             if detail:
                 say(log, reason)
@@ -175,7 +165,7 @@ class Conductor:
         profiles = [kind.profile_path(record.profile_name) for kind in activate.KINDS]
         links = [*profiles, *(kind.running_path(profile) for kind, profile in zip(activate.KINDS, profiles))]
         previous = sorted({path for path in map(nix.target, filter(None, links)) if path and os.path.lexists(path)})
-        log = open_log(entry)
+        log = logfile.open_log(entry)
         try:
             with self.around.source() as source:
                 rooted = download.download(paths, previous, entry.path("new"), source, log)

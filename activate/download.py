@@ -7,7 +7,7 @@ import os
 import re
 from typing import Optional
 
-from activate import lock, nix
+from activate import lock, logfile, nix
 from activate.process import Error, run, say
 
 DEADLINE = 6 * 3600.0  # seconds for one closure; a stalled transfer ends much earlier by Nix's own time limit
@@ -106,7 +106,7 @@ def download(paths: list[str], previous: list[str], link: str, source: nix.Sourc
     start = os.fstat(log).st_size
     status = nix.realise(paths, link, source, lambda argv: run(argv, log, DEADLINE))
     if status:
-        text = tail(log, start)
+        text = logfile.tail(log, start)
         raise DownloadFailed(explain(text, source, paths[0]), last_lines(text))
     return False
 
@@ -114,13 +114,6 @@ def download(paths: list[str], previous: list[str], link: str, source: nix.Sourc
 def last_lines(text: str) -> str:
     """The end of what a command said."""
     return "\n".join(text.splitlines()[-LAST_LINES:])
-
-
-def tail(log: int, start: int, most: int = 1 << 18) -> str:
-    """What the log says from byte `start` on; its last `most` bytes where that is more."""
-    end = os.fstat(log).st_size
-    start = max(start, end - most)
-    return os.pread(log, max(0, end - start), start).decode("utf-8", "replace") if end > start else ""
 
 
 def write_netrc(state: str, url: str, token: str, also: str) -> lock.Lock:

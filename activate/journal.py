@@ -30,7 +30,7 @@ class Unreadable(Error):
 
 @dataclass(frozen=True)
 class Record:
-    """What a journal says. Paths are absolute, times are seconds since 1970, `log_size` is where the log ends in bytes."""
+    """What a journal says. Paths are absolute, times seconds since 1970, `log_size` is where the log ends, in bytes."""
 
     id: str
     index: int

@@ -21,7 +21,7 @@ DOWNLOAD_OPTIONS = (
 
 
 def is_store_path(text: object) -> bool:
-    """Whether `text` is a store path itself, by Nix's grammar: no option, no file below one, nothing outside the store."""
+    """Whether `text` is a store path itself, by Nix's grammar: no option, no file below one, nothing outside."""
     return isinstance(text, str) and STORE_PATH.fullmatch(text) is not None
 
 
@@ -113,7 +113,8 @@ def target(link: str) -> Optional[str]:
 def generation(profile: str) -> Optional[int]:
     """The number of the profile's present generation; None for a link that is no generation."""
     with contextlib.suppress(OSError):
-        found = re.fullmatch(rf"{re.escape(os.path.basename(profile))}-(\d+)-link", os.path.basename(os.readlink(profile)))
+        name = re.escape(os.path.basename(profile))
+        found = re.fullmatch(rf"{name}-(\d+)-link", os.path.basename(os.readlink(profile)))
         return int(found[1]) if found else None
     return None
 

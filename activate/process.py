@@ -58,7 +58,7 @@ def user() -> str:
 
 
 def xdg(name: str, default: str) -> str:
-    """A base directory such as XDG_STATE_HOME; `default` is relative to the home directory. Relative values don't count."""
+    """A base directory such as XDG_STATE_HOME; `default` is below the home directory. Relative values don't count."""
     value = os.environ.get(name, "")
     return value if value.startswith("/") else os.path.join(home(), default)
 
@@ -136,6 +136,15 @@ def checked(run: Run, argv: list[str]) -> None:
     status = run(argv)
     if status:
         raise CommandFailed(argv, f"ended with status {status}")
+
+
+def system_is_stopping() -> bool:
+    """Whether systemd is shutting the machine down."""
+    if not os.path.isdir("/run/systemd/system"):
+        return False
+    with contextlib.suppress(CommandFailed):
+        return "stopping" in ask(["systemctl", "is-system-running"], 10)[1]
+    return False
 
 
 def wait(process: subprocess.Popen[bytes], timeout: float) -> bool:

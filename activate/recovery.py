@@ -7,7 +7,8 @@ from typing import Optional
 
 from activate import journal
 
-ADOPT, START, ROLL_BACK, COMMIT, ACTIVATE, END, REPORT = "adopt", "deploy", "roll-back", "commit", "activate", "end", "report"
+START, ACTIVATE, COMMIT, ROLL_BACK = "deploy", "activate", "commit", "roll-back"  # what a switch process does
+ADOPT, END, REPORT = "adopt", "end", "report"
 ATTEMPTS = 3
 
 

@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Any, Callable, Optional
 
 import activate
-from activate import before, download, durable, journal, lock, nix, verdict, watch
-from activate.process import CommandFailed, Error, ask, run, say
+from activate import before, durable, journal, lock, logfile, nix, verdict, watch
+from activate.process import CommandFailed, Error, ask, run, say, system_is_stopping
 
 
-class Stopping(Exception):
-    """The system stops, or this process is asked to: no further step."""
+class Stopping(BaseException):
+    """The system stops, or this process is asked to: no further step. No mistake, so no Exception."""
 
 
 class Untouched(Error):
@@ -32,7 +32,7 @@ class Switch:
         self, entry: journal.Journal, log: int, settings: verdict.Settings, reach: watch.Reach, agent: watch.Agent,
         loaded: Callable[[], None],
     ) -> None:  # fmt: skip
-        """`reach` raises an exception where the workspace is out of reach, `loaded` waits until it has all it needs."""
+        """`reach` raises where the workspace is out of reach; `loaded` waits until that has all it needs."""
         self.journal, self.log, self.settings, self.agent = entry, log, settings, agent
         self.reach, self.loaded = reach, loaded
         self.stop = threading.Event()
@@ -55,14 +55,14 @@ class Switch:
         try:
             self.prepare(anew=action == "deploy")
         except (Error, OSError) as error:
-            self.finish(journal.FAILED, error)
+            say(self.log, str(error))
+            if action == "deploy":  # else the machine has been changed: the next attempt may succeed
+                self.finish(journal.FAILED, error)
             return
         try:
             if action == "roll-back":
                 raise Error(self.journal.record.reason or "it was interrupted before it was confirmed")
             self.forward(activate_first=action != "commit")
-        except Stopping:
-            raise
         except Untouched as error:
             self.finish(journal.FAILED, error)
         except Exception as error:  # a mistake of this program is no reason to leave the machine unconfirmed
@@ -108,7 +108,7 @@ class Switch:
             self.loaded()
         start = os.fstat(self.log).st_size
         status = self.kind.activate(self.change(), self.run)
-        said = download.tail(self.log, start)
+        said = logfile.tail(self.log, start)
         new_runs = self.kind.running_path(self.change().profile) == self.change().new
         move, reason = verdict.judge(self.kind.NAME, status, new_runs, said, self.settings)
         if move == verdict.RECHECK and self.units_recovered(verdict.failed_units(said)):
@@ -152,12 +152,10 @@ class Switch:
         try:
             self.must_be_ours()
         except Untouched as other:
-            self.finish(journal.FAILED, Error(f"{reason}; {other}"))
-            return
+            return self.finish(journal.FAILED, Error(f"{reason}; {other}"))
         now = (self.kind.running_path(change.profile), nix.target(change.profile))
         if now == (change.previous_running, change.previous_profile) == (change.new, change.new):
-            self.finish(journal.FAILED, Error(f"{reason}; it ran before already, so there is nothing to roll back"))
-            return
+            return self.finish(journal.FAILED, Error(f"{reason}; it ran before already: nothing to roll back"))
         self.look_whether_stopping(journal.ROLLING_BACK)
         with contextlib.suppress(OSError):  # a state that can't be written is no reason to leave the machine as it is
             self.journal.enter(journal.ROLLING_BACK, reason=reason)
@@ -166,7 +164,7 @@ class Switch:
         if change.previous_running is None and self.kind is not activate.profile:
             problems = ["there is no previous system to go back to"]
         else:
-            problems = self.kind.rollback(change, self.run) or before.differences(change, self.kind)
+            problems = before.restore(change, self.kind, self.run)
         if problems:
             self.finish(journal.ROLLBACK_FAILED, Error(f"{reason}; the rollback failed: {'; '.join(problems)}"))
         else:
@@ -192,12 +190,9 @@ class Switch:
         self.agent.tell(step)
 
     def look_whether_stopping(self, step: str) -> None:
-        """Raises Stopping before a step with an effect on the machine."""
-        if not self.stop.is_set() and step in (journal.ACTIVATING, journal.COMMITTING, journal.ROLLING_BACK):
-            with contextlib.suppress(CommandFailed):
-                if os.path.isdir("/run/systemd/system") and "stopping" in ask(["systemctl", "is-system-running"], 10)[1]:
-                    self.stop.set()
-        if self.stop.is_set():
+        """Raises Stopping where there must be no further step."""
+        effect = step in (journal.ACTIVATING, journal.COMMITTING, journal.ROLLING_BACK)
+        if self.stop.is_set() or (effect and system_is_stopping()):
             raise Stopping
 
     def sync(self) -> None:

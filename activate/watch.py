@@ -21,7 +21,7 @@ Reach = Callable[[float], None]  # raises an exception where the workspace can't
 
 
 class Agent:
-    """The agent that started this process. It writes lines to `reads`: settings, "go", and "bye" before it ends at will."""
+    """The agent that started this process. It writes lines: settings, "go", and "bye" before it ends at will."""
 
     def __init__(self, reads: int, writes: int) -> None:
         self.reads, self.writes = reads, writes
@@ -87,7 +87,9 @@ def attempt(reach: Reach, timeout: float) -> Optional[str]:
     return said[0] if said else f"no answer within {timeout:.0f} s"
 
 
-def confirm(entry: journal.Journal, agent: Agent, reach: Reach, timeout: float, stop: threading.Event, log: int) -> None:
+def confirm(
+    entry: journal.Journal, agent: Agent, reach: Reach, timeout: float, stop: threading.Event, log: int
+) -> None:
     """See that the workspace can be reached from here, and that an agent is back where it was lost. Raises Error."""
     deadline = time.monotonic() + timeout
     problem: Optional[str] = ""

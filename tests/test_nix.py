@@ -46,7 +46,8 @@ def test_realise_from_a_private_cache():
     assert nix.realise([NEW, OLD], "/state/new", source, run) == 0
     assert run.calls == [
         ["nix-store", "--realise", NEW, OLD, "--add-root", "/state/new", "--indirect", *TUNED]
-        + ["--option", "extra-substituters", "http://c:8/cache/main", "--option", "trusted-public-keys", "k1:aaa k2:bbb"]
+        + ["--option", "extra-substituters", "http://c:8/cache/main"]
+        + ["--option", "trusted-public-keys", "k1:aaa k2:bbb"]
         + ["--option", "narinfo-cache-negative-ttl", "0", "--option", "netrc-file", "/state/netrc-1"]
     ]
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import pathlib
 import signal
 import struct
 import subprocess
@@ -39,7 +40,8 @@ def test_a_deadline_ends_the_whole_group(log, tmp_path, monkeypatch):
     assert time.monotonic() - began < 5
     child = int((tmp_path / "child").read_text())
     for _ in range(100):
-        state = open(f"/proc/{child}/stat").read().split()[2] if os.path.exists(f"/proc/{child}/stat") else "gone"
+        stat = pathlib.Path(f"/proc/{child}/stat")
+        state = stat.read_text().split()[2] if stat.exists() else "gone"
         if state in ("Z", "gone"):
             break
         time.sleep(0.05)

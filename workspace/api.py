@@ -88,7 +88,8 @@ def _add_error_handlers(app: Flask) -> None:
 
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> Response:
-        answer = _json({"error": f"{request.method} {request.path}: {error.description}"}, error.code or 500)
+        reason = "there is nothing of this name" if error.code == 404 else error.description
+        answer = _json({"error": f"{request.method} {request.path}: {reason}"}, error.code or 500)
         for name, value in error.get_headers(request.environ):
             if name in ("Allow", "Content-Range"):
                 answer.headers[name] = value
@@ -157,7 +158,8 @@ def _add_deployments(app: Flask, workspace: Workspace) -> None:
         spec = Spec.from_json(loads(_body(MAX_JSON)))
         with database.write() as connection:
             made = deployments.activate(connection, spec)
-        logger.info("token %d deploys to %s", token.id, ", ".join(made.records))
+        names = ", ".join(made.records) if len(made.records) <= 5 else f"{len(made.records)} agents"
+        logger.info("token %d deploys to %s", token.id, names)
         for record in made.records.values():
             hub.wake_agent(record.agent_id)
         hub.wake_viewers(*made.replaced)

@@ -1,0 +1,50 @@
+"""The log of a deployment: a file that every command writes to, and that is read in wire lines."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from activate import journal
+
+LINE_BYTES = 1 << 16  # a line on the wire is at most this long
+
+
+def open_log(entry: journal.Journal) -> int:
+    """The log file of a deployment, opened for appending; /dev/null where it can't be opened, which is said."""
+    try:
+        return os.open(entry.path("log"), os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        print(f"the log of deployment {entry.record.id} is lost: {error}", file=sys.stderr)
+        return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+
+
+def tail(log: int, start: int, most: int = 1 << 18) -> str:
+    """What the log says from byte `start` on; its last `most` bytes where that is more."""
+    end = os.fstat(log).st_size
+    start = max(start, end - most)
+    return os.pread(log, max(0, end - start), start).decode("utf-8", "replace") if end > start else ""
+
+
+def cut(data: bytes, most: int, final: bool) -> tuple[list[bytes], int]:
+    """Wire lines of a log from the start of one on, at most `most`, and how many bytes they take.
+
+    What has no newline yet waits for it, until it is longer than a wire line or the log is `final`. Where the cuts are
+    depends on the log alone, so that a line keeps its index whenever it is sent.
+    """
+    lines: list[bytes] = []
+    start = 0
+    while start < len(data) and len(lines) < most:
+        end = data.find(b"\n", start, start + LINE_BYTES + 1)
+        if end >= 0:
+            lines.append(data[start:end])
+            start = end + 1
+        elif len(data) - start > LINE_BYTES:
+            lines.append(data[start : start + LINE_BYTES])
+            start += LINE_BYTES
+        elif final:
+            lines.append(data[start:])
+            start = len(data)
+        else:
+            break
+    return lines, start
