@@ -175,10 +175,7 @@ def test_a_stalled_sender_is_hung_up_on() -> None:
             b"Authorization: Bearer " + peer.ci_token.encode() + b"\r\n\r\n{"
         )
         begun = time.monotonic()
-        stalled.socket.settimeout(DEADLINE)
-        while stalled.socket.recv(1 << 16):
-            pass
-        assert time.monotonic() - begun < 5
+        assert stalled.read_head().startswith("HTTP/1.1 400") and time.monotonic() - begun < 5
 
 
 def test_reports_and_orders_are_quick() -> None:

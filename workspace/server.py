@@ -94,7 +94,7 @@ class Worker(ThreadWorker):
     def handle(self, conn: Any) -> Any:
         """gunicorn closes in its main thread and would wait there for each peer: let it find nothing to wait for."""
         keep = super().handle(conn)
-        if keep is False:
+        if keep is False or (isinstance(keep, tuple) and not keep[0]):  # releases before 24 answer (keep, conn)
             _linger(conn.sock)
         return keep
 
