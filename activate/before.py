@@ -63,6 +63,21 @@ def root(paths: list[str], entry: journal.Journal, log: int) -> None:
     say(log, f"warning: the garbage collector may take {' '.join(missing)}, and then there is no way back")
 
 
+def stranger(change: nix.Change, kind: ModuleType) -> str:
+    """Who else has deployed, in a sentence; empty where what runs is ours or what ran before."""
+    running = kind.running_path(change.profile)
+    if running in (change.new, change.previous_running, change.previous_profile):
+        return ""
+    return f"{running} runs now, so somebody else has deployed: it is left alone"
+
+
+def nothing_to_undo(change: nix.Change, kind: ModuleType) -> str:
+    """Why the machine is to be left as it is; empty where it is to be rolled back."""
+    now = (kind.running_path(change.profile), nix.target(change.profile))
+    same = now == (change.previous_running, change.previous_profile) == (change.new, change.new)
+    return "it ran before already: nothing to roll back" if same else stranger(change, kind)
+
+
 def restore(change: nix.Change, kind: ModuleType, run: Run) -> list[str]:
     """Roll back, and look whether that worked; what is not as it was before, a sentence each."""
     try:

@@ -97,7 +97,8 @@ class Switch:
             if not boots_only:
                 self.enter(journal.CHECKING)
                 self.check()
-                self.must_be_ours()
+                if stranger := before.stranger(self.change(), self.kind):
+                    raise Untouched(stranger)
         self.enter(journal.COMMITTING)
         self.kind.commit(self.change(), self.run)
         self.finish(journal.SUCCEEDED, Error(note) if note else None)
@@ -139,23 +140,13 @@ class Switch:
         self.loaded()
         watch.confirm(self.journal, self.agent, self.reach, self.settings.confirm_timeout, self.stop, self.log)
 
-    def must_be_ours(self) -> None:
-        """Raises Untouched where somebody else has deployed meanwhile: theirs is left alone."""
-        change = self.change()
-        running = self.kind.running_path(change.profile)
-        if running not in (change.new, change.previous_running, change.previous_profile):
-            raise Untouched(f"{running} runs now, so somebody else has deployed: it is left alone")
-
     def roll_back(self, why: Exception) -> None:
         """Restore what ran before, by no more than what is on this machine."""
         change, reason = self.change(), str(why)
-        try:
-            self.must_be_ours()
-        except Untouched as other:
-            return self.finish(journal.FAILED, Error(f"{reason}; {other}"))
-        now = (self.kind.running_path(change.profile), nix.target(change.profile))
-        if now == (change.previous_running, change.previous_profile) == (change.new, change.new):
-            return self.finish(journal.FAILED, Error(f"{reason}; it ran before already: nothing to roll back"))
+        left = before.nothing_to_undo(change, self.kind)
+        if left:
+            self.finish(journal.FAILED, Error(f"{reason}; {left}"))
+            return
         self.look_whether_stopping(journal.ROLLING_BACK)
         with contextlib.suppress(OSError):  # a state that can't be written is no reason to leave the machine as it is
             self.journal.enter(journal.ROLLING_BACK, reason=reason)
@@ -180,9 +171,11 @@ class Switch:
 
     def finish(self, step: str, why: Optional[Exception] = None) -> None:
         """Write how it ended. The log ends here too, whatever a service may still write into it."""
+        reason = None if why is None else str(why)
         try:
-            self.sync()
-            self.journal.enter(step, reason=None if why is None else str(why), log_size=os.fstat(self.log).st_size)
+            with contextlib.suppress(*([] if step == journal.SUCCEEDED else [Error])):
+                self.sync()
+            self.journal.enter(step, reason=reason, log_size=os.fstat(self.log).st_size)
         except (Error, OSError) as error:
             if step == journal.SUCCEEDED:
                 raise
