@@ -20,15 +20,16 @@ import uuid
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, Union
 
-from hosts import wait_until
+from hosts import PROJECT, wait_until
 
 AGENT_ID = "11111111-2222-4333-8444-555555555555"
 OPCODES = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10: "pong"}
 NUMBERS = {name: number for number, name in OPCODES.items()}
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+GARBAGE = b"\xff\x07garbage" * 20  # frames of no known kind with all reserved bits set
 SECONDS = 600.0  # the longest time for which a connection is held
 
-Answer = tuple[int, Any]  # status and JSON
+Answer = tuple[int, Any]  # status, and a body: bytes, or a value that becomes JSON
 
 
 @dataclass
@@ -68,6 +69,7 @@ class Connection:
         self.lock = threading.Lock()
         self.ended = threading.Event()
         self.pongs = True
+        self.how = socket.SHUT_RDWR
 
     # --- what a script can do ---
 
@@ -103,15 +105,15 @@ class Connection:
 
     def reset(self) -> None:
         """End the connection by RST."""
+        self.how = socket.SHUT_RD  # wakes the thread that reads, and sends nothing
         with contextlib.suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.end(False)
+        self.end()
 
-    def end(self, orderly: bool = True) -> None:
+    def end(self) -> None:
         """End the TCP connection without a word."""
         with contextlib.suppress(OSError):
-            if orderly:
-                self.socket.shutdown(socket.SHUT_RDWR)
+            self.socket.shutdown(self.how)
         with contextlib.suppress(OSError):
             self.socket.close()
         self.ended.set()
@@ -280,7 +282,7 @@ class Peer:
         """The newest open websocket at a path that begins so."""
 
         def look() -> Optional[Connection]:
-            found = [c for c in self.connections if c.path == path or (path != "/ws" and c.path.startswith(path))]
+            found = [c for c in self.connections if c.path and is_at(c.path, path)]
             return next((c for c in reversed(found) if not c.ended.is_set()), None)
 
         found: Connection = wait_until(look, timeout, f"a connection to {path}")
@@ -313,14 +315,14 @@ class Peer:
         return [
             event
             for event in known
-            if event["path"].startswith(path) and kind in ("", event["frame"]) and direction in ("", event["dir"])
+            if is_at(event["path"], path) and kind in ("", event["frame"]) and direction in ("", event["dir"])
         ]
 
     def heads(self, path: str = "") -> list[str]:
         """The heads of the HTTP requests (handshakes too) for paths that begin so."""
         with self._lock:
             known = [event["raw"] for event in self.events if event.get("event") == "http-request"]
-        return [raw for raw in known if raw.split(" ")[1].startswith(path)]
+        return [raw for raw in known if is_at(raw.split(" ")[1], path)]
 
     def messages(self, deployment_id: str = "", tag: str = "") -> list[dict[str, Any]]:
         """What came on /ws-deployment: decoded messages of a deployment and a tag."""
@@ -399,11 +401,18 @@ class Peer:
         return True
 
     def _respond(self, connection: Connection, status: int, answer: Any) -> None:
-        body = json.dumps(answer, separators=(",", ":")).encode()
+        body = answer if isinstance(answer, bytes) else json.dumps(answer, separators=(",", ":")).encode()
         location = f"Location: {self.url}/elsewhere\r\n" if 300 <= status < 400 else ""
         head = f"HTTP/1.1 {status} Status\r\n{location}Content-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
-        self.record({"conn": connection.number, "event": "http-response", "status": status, "body": body.decode()})
+        self.record(
+            {
+                "conn": connection.number,
+                "event": "http-response",
+                "status": status,
+                "body": body.decode("utf-8", "replace"),
+            }
+        )
         connection.write(head.encode() + body)
 
     def _handshake(self, connection: Connection, request: Request) -> None:
@@ -422,7 +431,7 @@ class Peer:
             connection.ended.wait(SECONDS)
             return
         if kind == "garbage":
-            connection.raw(b"\xff\x7f" + b"garbage" * 50)
+            connection.raw(GARBAGE)
         if kind.startswith("close"):
             code = kind.partition("-")[2]
             connection.close(int(code) if code else None)
@@ -486,3 +495,29 @@ def headers(head: str) -> list[tuple[str, str]]:
     """The headers of a recorded request, in order, but for the random key of a handshake."""
     known = [line.split(": ", 1) for line in head.strip().split("\r\n")[1:]]
     return [(key, value) for key, value in known if key != "Sec-WebSocket-Key"]
+
+
+def is_at(path: str, wanted: str) -> bool:
+    """Whether a path begins with the wanted one; /ws is not the beginning of /ws-deployment."""
+    return path == wanted or (wanted != "/ws" and path.startswith(wanted))
+
+
+def shape(value: Any) -> Any:
+    """JSON without its values: keys in their order, and the type of what each holds."""
+    if isinstance(value, dict):
+        return [(key, shape(part)) for key, part in value.items()]
+    return value if isinstance(value, bool) else type(value).__name__
+
+
+def outline(events: list[dict[str, Any]], path: str) -> list[Any]:
+    """What a client said on the websockets at a path: the tags and the shapes of its messages, in order."""
+    texts = [
+        e["payload"] for e in events if (e.get("dir"), e.get("frame")) == ("C->S", "text") and is_at(e["path"], path)
+    ]
+    records = [json.loads(text) for text in texts]
+    return [(record.get("method"), shape(record)) for record in records]
+
+
+def transcript(name: str) -> list[dict[str, Any]]:
+    """A recorded session of Cachix's client."""
+    return [json.loads(line) for line in (PROJECT / f"tests/transcripts/{name}.jsonl").read_text().splitlines()]

@@ -19,7 +19,7 @@ from closures import darwin, home_manager, nixos, plain, script
 from hosts import PROJECT, Host, wait_until
 from live import Workspace
 from machines import Machine
-from peer import Peer, headers
+from peer import Peer, headers, transcript
 
 
 def test_two_hosts_live_side_by_side(make_host: Callable[..., Host], cache: Cache) -> None:
@@ -171,9 +171,7 @@ def _client(peer: Peer, path: str = "/ws", **kw: Any) -> websocket.WebSocket:
 
 
 def test_the_peer_speaks_as_the_transcripts_do(peer: Peer) -> None:
-    recorded = [
-        json.loads(line) for line in (PROJECT / "tests/transcripts/agent-no-cache.jsonl").read_text().splitlines()
-    ]
+    recorded = transcript("agent-no-cache")
     client = _client(peer, header=["name: agentg"])
     client.ping(b"")
     said = json.loads(client.recv())
