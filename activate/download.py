@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
+import time
 from typing import Optional
 
 from activate import lock, logfile, nix
@@ -12,6 +14,7 @@ from activate.process import Error, run, say
 
 DEADLINE = 6 * 3600.0  # seconds for one closure; a stalled transfer ends much earlier by Nix's own time limit
 LAST_LINES = 25
+PROGRESS_SECONDS = 5.0
 UNITS = {"bytes": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 ESTIMATE = re.compile(r"\(([\d.]+) (\w+) download, ([\d.]+) (\w+) unpacked\)")
 PATH = re.compile(r"/nix/store/[0-9a-z]{32}-[0-9a-zA-Z+._?=-]+")
@@ -43,6 +46,8 @@ def parse_estimate(text: str) -> Optional[tuple[int, int]]:
 
 def human(size: float) -> str:
     """A number of bytes for people."""
+    if size == 0:
+        return "less than 10 KiB"  # Nix rounds
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
@@ -74,24 +79,33 @@ def explain(text: str, source: nix.Source, wanted: str) -> str:
     }.get(name, "the download failed")
 
 
-def room(paths: list[str], source: nix.Source, log: int) -> None:
-    """Refuse, before anything is downloaded, what is missing or does not fit. Raises DownloadFailed."""
+def free_space() -> int:
+    """Bytes that the store's file system has left for this user."""
+    stat = os.statvfs(nix.STORE if os.path.isdir(nix.STORE) else "/")
+    return stat.f_bavail * stat.f_frsize
+
+
+def room(paths: list[str], source: nix.Source, log: int) -> Optional[tuple[int, int]]:
+    """Refuse, before anything is downloaded, what is missing or does not fit; how many paths and bytes there will be.
+
+    Raises DownloadFailed.
+    """
     said = nix.realise_dry_run(paths, source)
     if classify(said) == "missing":
         say(log, said.rstrip())
         raise DownloadFailed(explain(said, source, paths[0]), last_lines(said))
     estimate = parse_estimate(said)
     if estimate is None:
-        return
+        return None
     fetched = len([line for line in said.splitlines() if PATH.fullmatch(line.strip())])
     say(log, f"to download: {fetched} paths, {human(estimate[0])}, {human(estimate[1])} unpacked")
-    stat = os.statvfs(nix.STORE if os.path.isdir(nix.STORE) else "/")
-    free = stat.f_bavail * stat.f_frsize
+    free = free_space()
     if estimate[1] > free:
         raise DownloadFailed(
             f"the closure does not fit: it needs {human(estimate[1])} ({estimate[1]} bytes), the file system of "
             f"{nix.STORE} has {human(free)} ({free} bytes) free: collect garbage or enlarge it"
         )
+    return fetched, estimate[1]
 
 
 def download(paths: list[str], previous: list[str], link: str, source: nix.Source, log: int) -> bool:
@@ -102,13 +116,33 @@ def download(paths: list[str], previous: list[str], link: str, source: nix.Sourc
     if nix.may_forbid_substitution() and nix.realise_present([*paths, *previous], link):
         say(log, "in the store already: " + " ".join(paths))
         return True
-    room(paths, source, log)
-    start = os.fstat(log).st_size
-    status = nix.realise(paths, link, source, lambda argv: run(argv, log, DEADLINE))
+    total = room(paths, source, log)
+    start, done = os.fstat(log).st_size, threading.Event()
+    watcher = threading.Thread(target=show_progress, args=(log, start, total, done), name="progress", daemon=True)
+    watcher.start()
+    try:
+        status = nix.realise(paths, link, source, lambda argv: run(argv, log, DEADLINE))
+    finally:
+        done.set()
+        watcher.join(5.0)
     if status:
         text = logfile.tail(log, start)
         raise DownloadFailed(explain(text, source, paths[0]), last_lines(text))
     return False
+
+
+def show_progress(log: int, start: int, total: Optional[tuple[int, int]], done: threading.Event) -> None:
+    """Say now and then, and at the end, how many paths and bytes have come: bytes by what is left of the file system.
+
+    Nix' own progress can't be read: `nix-store` of 2.3 has no --log-format.
+    """
+    began, free, ended = time.monotonic(), free_space(), False
+    while total is not None and not ended:
+        ended = done.wait(PROGRESS_SECONDS)
+        count = logfile.tail(log, start, 1 << 22).count("\ncopying path '")
+        written = min(max(0, free - free_space()), total[1])
+        took = f"after {time.monotonic() - began:.1f} s"
+        say(log, f"{count} of {total[0]} paths, {human(written)} of {human(total[1])} {took}")
 
 
 def last_lines(text: str) -> str:

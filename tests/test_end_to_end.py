@@ -68,7 +68,8 @@ def test_nixos_runs_is_checked_and_then_boots(make_machine):
     ]
     assert lines.index("activating the configuration...") == lines.index(said[1]) + 1
     assert any(line.startswith("copying path") for line in lines)
-    assert re.search(r"to download: \d+ paths, [\d.]+ \w+, [\d.]+ \w+ unpacked", outcome.log)
+    assert "to download: 6 paths, less than 10 KiB, less than 10 KiB unpacked" in lines
+    assert re.search(r"^6 of 6 paths, .* of less than 10 KiB after [\d.]+ s$", outcome.log, re.M)
     assert machine.workspace.deployment(outcome.id)["closureSize"] > 1000
 
 
@@ -177,6 +178,15 @@ def test_no_space_is_said_before_anything_is_downloaded(make_machine):
     found = re.search(numbers, outcome.reason)
     assert found and int(found[1]) > 9e6 and int(found[2]) < 5e6
     assert "copying path" not in outcome.log
+
+
+def test_the_log_shows_how_many_paths_and_bytes_have_come(make_machine):
+    machine = make_machine("big")
+    outcome = machine.deploy(closures.chain(machine.files, 4, size=5 << 20, name="progress"))
+    assert outcome.status == "Succeeded"
+    assert re.search(r"^to download: 5 paths, 20.0 MiB, 20.0 MiB unpacked$", outcome.log, re.M)
+    found = re.search(r"^5 of 5 paths, ([\d.]+) MiB of 20.0 MiB after [\d.]+ s$", outcome.log, re.M)
+    assert found and float(found[1]) > 5, outcome.log
 
 
 def test_a_missing_rollback_script_is_found_before_anything_changes(machine):
