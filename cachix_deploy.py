@@ -393,8 +393,8 @@ class Peer:
     @classmethod
     def create(cls, host: str, token: str, name: Optional[str] = None) -> Peer:
         """Raises UsageError where `host` is no http or https URL."""
-        parts = urllib.parse.urlsplit(host if "://" in host else f"https://{host}")
         try:
+            parts = urllib.parse.urlsplit(host if "://" in host else f"https://{host}")
             valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) and not parts.query
         except ValueError:
             valid = False
