@@ -1098,6 +1098,8 @@ class Agent:
             except Error as error:
                 if not self.stop.is_set():
                     tell(str(error))
+            if self.stop.is_set():
+                break
             slowest = slowest or self.replaced
             failures = 0 if time.monotonic() - began > self.waits.healthy else failures + 1
             pause = self.waits.slowest if slowest else backoff(failures - 1, self.waits)

@@ -21,7 +21,7 @@ PATH = re.compile(r"/nix/store/[0-9a-z]{32}-[0-9a-zA-Z+._?=-]+")
 # Order counts: a refused download also says `unable to download`.
 CLASSES = (
     ("signature", r"not signed by any of the keys|does not have a valid signature|lacks a .*signature"),
-    ("corrupt", r"hash mismatch|bad_alloc|string is too long"),
+    ("corrupt", r"hash mismatch|bad_alloc|string is too long|bad archive|non-zero padding|is incomplete"),
     ("credentials", r"HTTP error 40[13]|does not appear to be a binary cache"),
     ("network", r"unable to download|Couldn't connect|Could not connect|Timeout was reached|Operation too slow"),
     ("missing", r"don't know how to build these paths|is not valid|no substituter that can build it"),

@@ -708,7 +708,7 @@ def test_the_program_says_what_is_wrong(spec_file: str) -> None:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, str]]:
     """A real workspace: its URL, an agent's token, and one for CI."""
-    pytest.importorskip("flask_sock")
+    pytest.importorskip("flask")
     tmp_path = tmp_path_factory.mktemp("workspace")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     data = f"--data={tmp_path / 'data'}"

@@ -237,6 +237,8 @@ def test_estimate(text, expected):
         ("error: path 'P' is not signed by any of the keys in trusted-public-keys", "signature"),
         ("error: hash mismatch importing path 'P'", "corrupt"),
         ("error: std::bad_alloc", "corrupt"),
+        ("error: bad archive: input doesn't look like a Nix archive", "corrupt"),
+        ("error: NAR for 'P' fetched from 'http://c' is incomplete", "corrupt"),
         ("error: unable to download 'http://c/x.narinfo': HTTP error 401", "credentials"),
         ("error: 'http://c' does not appear to be a binary cache", "credentials"),
         ("error: unable to download 'http://c/x.narinfo': Couldn't connect to server (7)", "network"),
