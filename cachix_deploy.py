@@ -539,7 +539,7 @@ def _session() -> requests.Session:
 
 # --- reports ---------------------------------------------------------------------------------------------------------
 
-BATCH_BYTES, BATCH_LINES = 1 << 20, 5000
+BATCH_BYTES, BATCH_LINES = 1 << 17, 2000  # below 1 MiB as JSON, however much is escaped: proxies refuse more
 CALL_TIMEOUT = 10.0  # seconds for one call of the reporter
 
 
@@ -559,9 +559,10 @@ class HttpChannel:
         answer = http(self.peer, method, path, timeout, **kwargs)
         if answer.status_code in (401, 403):
             raise Refused(f"{self.peer.host} refused the token (HTTP {answer.status_code})")
-        if answer.status_code == 404 and answer.headers.get("Content-Type", "").startswith("application/json"):
+        ours = answer.headers.get("Content-Type", "").startswith("application/json")  # no page of a proxy
+        if answer.status_code == 404 and ours:
             raise Gone(f"{self.peer.host} does not know deployment {self.id}")
-        if answer.status_code not in (200, 409, 416):
+        if answer.status_code not in (200, 409, 416) or not ours:
             raise Unreachable(f"{self.peer.host} answered HTTP {answer.status_code}", retry_after(answer))
         return answer
 
@@ -660,11 +661,12 @@ class Reported:
         try:
             with open(path, "rb") as file:
                 record = loads(file.read(1 << 16))
-            size, flags = record.get("size"), ("started", "sized", "logged", "ended")
-            known = {name: record[name] is True for name in flags}
-            line, offset = int(record["line"]), int(record["offset"])
-            return cls(**known, line=line, offset=offset, size=size if isinstance(size, int) else None, time=utc_now())
-        except (OSError, Undecodable, AttributeError, KeyError, TypeError, ValueError):
+            known = {name: checked_field(record, name, bool) for name in ("started", "sized", "logged", "ended")}
+            line, offset = checked_field(record, "line", int), checked_field(record, "offset", int)
+            size = checked_field(record, "size", int, optional=True)
+            valid = min(line, offset, size or 0) >= 0
+            return cls(**known, line=line, offset=offset, size=size, time=utc_now()) if valid else cls()
+        except (OSError, Undecodable):
             return cls()
 
     @property
@@ -733,7 +735,7 @@ class Delivery:
         """Send the log as far as it has grown, for a few seconds at the most while the end waits behind it."""
         until, self.log_failed = time.monotonic() + 5.0, True
         while not self.reported.logged and time.monotonic() < until:
-            lines, offset = self.next_lines()
+            lines, offset = self.lines_from(self.reported.offset, BATCH_LINES)
             closing = self.final and offset >= self.log_end()
             if closing and len(lines) < BATCH_LINES:
                 lines.append(closing_line(self.entry.record))
@@ -748,13 +750,15 @@ class Delivery:
         """Go on behind lines that have arrived, or back to those that the workspace has lost."""
         if expected >= self.reported.line + sent:
             self.note(line=self.reported.line + sent, offset=offset, logged=closing)
+        elif expected == self.reported.line:
+            raise Unreachable(f"{sent} lines were sent, and none was taken")
         else:
             line, offset = 0, 0
             while line < expected:
-                lines, size = logfile.cut(self.read(offset), expected - line, final=self.final)
+                lines, offset = self.lines_from(offset, expected - line)
                 if not lines:
                     break
-                line, offset = line + len(lines), offset + size
+                line += len(lines)
             self.note(line=line, offset=offset)
 
     def log_end(self) -> int:
@@ -771,12 +775,11 @@ class Delivery:
             return file.read(max(0, min(BATCH_BYTES, self.log_end() - offset)))
         return b""
 
-    def next_lines(self) -> tuple[list[str], int]:
-        """The next lines to send and the offset behind them."""
-        data = self.read(self.reported.offset)
-        whole = self.final and self.reported.offset + len(data) >= self.log_end()
-        lines, size = logfile.cut(data, BATCH_LINES, final=whole)
-        return [printable(line) for line in lines], self.reported.offset + size
+    def lines_from(self, offset: int, most: int) -> tuple[list[str], int]:
+        """Wire lines of the log from `offset` on, and the offset behind them."""
+        data = self.read(offset)
+        lines, size = logfile.cut(data, most, final=self.final and offset + len(data) >= self.log_end())
+        return [printable(line) for line in lines], offset + size
 
 
 def closing_line(record: journal.Record) -> str:
@@ -865,10 +868,12 @@ class Reporter(threading.Thread):
         except Gone as error:
             tell(f"{error}: its report is given up")
             delivery.note(logged=True, ended=True)
-        except Error as error:
+        except Exception as error:  # nothing that is wrong with one report may end the others
             pause = max(backoff(delivery.failures, self.waits), getattr(error, "retry_after", 0.0))
             delivery.failures += 1
             delivery.not_before = time.monotonic() + pause
+            if not isinstance(error, Error):
+                complain(error)
             tell(f"deployment {delivery.entry.record.id}: not reported yet, next attempt in {pause:.0f} s: {error}")
         if delivery.final and delivery.reported.whole:
             self.deliveries.remove(delivery)
