@@ -950,6 +950,7 @@ class Worker(threading.Thread):
         self.taken: set[str] = set()  # what is queued or under way: the workspace may send it again
         peer = options.peer
         config = {"host": peer.host, "token": peer.token, "name": peer.name, "settings": asdict(options.settings)}
+        config["network"] = "cachix_deploy"  # the module of `load_reach`
         self.conductor = conduct.Conductor(
             conduct.Surroundings(
                 options.name, config, options.waits.ready, stop, self.source, self.last_look,
@@ -1290,48 +1291,13 @@ def hand_over(agent: Agent) -> None:
         tell(f"no agent named {name} has started, so this one stays")
 
 
-def load_for_reach() -> None:
-    """Read all that the reachability check needs: its files may be gone after an activation."""
+def load_reach(config: dict[str, Any]) -> Callable[[float], None]:
+    """For the switch process: a look at the workspace that reads no more files, as they may be gone by then."""
     import websocket
 
     websocket.WebSocket(sslopt={"ca_certs": ca_bundle()})
-
-
-def switch_command(deployment_id: str) -> int:
-    """The switch process: started by an agent, never by hand."""
-    from activate import switch, watch
-
-    agent = watch.Agent(0, 1)
-    line = agent.line(watch.START_TIMEOUT)
-    if line is None:
-        return 0
-    config = json.loads(line)
     peer = Peer(config["host"], config["token"], config["name"])
-    settings = verdict.Settings(**config["settings"])
-    os.set_inheritable(config["lock"], False)
-    agent.tell("ready")
-    loading = threading.Thread(target=load_for_reach, name="imports", daemon=True)
-    loading.start()
-    go = agent.line(watch.START_TIMEOUT)
-    if go is None or not go.startswith("go "):
-        return 0
-    entry = journal.load(config["directory"])
-    if entry is None or entry.record.id != deployment_id:
-        return 1
-    log = logfile.open_log(entry)
-    os.dup2(log, 2)
-    os.set_blocking(1, False)
-    process = switch.Switch(entry, log, settings, lambda timeout: reach(peer, timeout), agent, loading.join)
-    signal.signal(signal.SIGTERM, lambda *_: process.stop.set())
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        process.perform(go[3:])
-    except switch.Stopping:
-        record = entry.record
-        with contextlib.suppress(OSError):  # an interruption by the system's end counts as no attempt
-            entry.enter(record.step, attempts=record.attempts - 1)
-    return 0
+    return lambda timeout: reach(peer, timeout)
 
 
 # --- main ------------------------------------------------------------------------------------------------------------
@@ -1476,7 +1442,9 @@ def main(argv: Optional[list[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if len(argv) == 2 and argv[0] == "switch":
-            return switch_command(argv[1])
+            from activate import boot
+
+            return boot.main(argv[1])
         options = parse(argv)
         verbose = options["--verbose"]
         if options["agent"]:

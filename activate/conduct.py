@@ -14,6 +14,7 @@ from activate import before, download, journal, launch, lock, logfile, nix, reco
 from activate.process import Error, say
 
 SWITCH_TIMEOUT = 48 * 3600.0  # seconds for one step of a switch process; its own deadlines are shorter
+SIZE_TIMEOUT = 10.0  # seconds for which an end waits for the closure's size
 
 
 class Ended(Error):
@@ -112,21 +113,29 @@ class Conductor:
         try:
             if action.do == recovery.START:
                 self.download(entry)
+            measuring = threading.Thread(target=self.measure, args=(entry,), name="measure", daemon=True)
+            measuring.start()  # now, as the switch process may still be booting
+            if action.do == recovery.START:
                 self.around.last_look(entry)
             self.switch.go(action.do)
             self.switch.step = journal.ACTIVATING
-            self.follow(entry, self.switch)
+            self.follow(entry, self.switch, measuring)
         finally:
             self.switch.close()
             self.switch = None
 
-    def follow(self, entry: journal.Journal, switch: launch.SwitchProcess) -> None:
-        """Hear of each step until the process ends; the closure's size is asked for while the activation runs."""
+    def measure(self, entry: journal.Journal) -> None:
+        """Ask for the closure's size while other things happen."""
         with contextlib.suppress(Error):
             self.around.measured(entry, nix.path_info_size(entry.record.store_path))
+
+    def follow(self, entry: journal.Journal, switch: launch.SwitchProcess, measuring: threading.Thread) -> None:
+        """Hear of each step until the process ends; the final report has the closure's size in it."""
         step: Optional[str] = ""
         while step is not None:
             step = switch.read(SWITCH_TIMEOUT)
+            if step is None or step in journal.FINAL:
+                measuring.join(SIZE_TIMEOUT)
             switch.step = step or switch.step
             self.reload(entry, switch.step)
             self.around.changed()

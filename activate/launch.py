@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import subprocess
 import sys
 import time
@@ -24,12 +23,17 @@ WITHHELD = frozenset(
 
 
 def own_command() -> list[str]:
-    """The command that starts this program once more."""
-    return [sys.executable, os.path.abspath(sys.argv[0])]
+    """The command that starts this program once more, at the module `boot`: what a switch process has no use for, and
+    the search for modules that this process has done, would make it start later than Nix has looked into the store."""
+    path = [os.path.abspath(place) for place in sys.path]
+    code = f"import sys; sys.path[:] = {path!r}; from activate import boot; sys.exit(boot.main(sys.argv[3]))"
+    return [sys.executable, "-S", "-c", code, os.path.abspath(sys.argv[0])]
 
 
 def scoped(argv: list[str]) -> list[str]:
     """`argv` in a scope of its own where systemd runs, so that it does not end with the agent's service."""
+    import shutil
+
     program = shutil.which("systemd-run", path=process.environment()["PATH"])
     if not os.path.isdir("/run/systemd/system") or program is None:
         return argv
