@@ -671,7 +671,8 @@ def test_a_broken_pipe_ends_quietly(workspaces: Any, spec_file: str) -> None:
     workspace.states["web"] = [state("InProgress")]
     closed = threading.Event()
     workspace.logs["web"] = [["one", closed, *map(str, range(100))]]
-    with subprocess.Popen(**command(spec_file, host=workspace.host), stdout=-1, stderr=-1) as process:
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}  # CI may ignore it
+    with subprocess.Popen(**command(spec_file, host=workspace.host), **heeds, stdout=-1, stderr=-1) as process:
         assert process.stdout and process.stderr
         while not process.stdout.readline().startswith(b"web | one"):
             pass
@@ -684,7 +685,8 @@ def test_interrupted(workspaces: Any, spec_file: str) -> None:
     workspace = workspaces()
     workspace.states["web"] = [state("InProgress")]
     workspace.logs["web"] = [["one"]]
-    with subprocess.Popen(**command(spec_file, host=workspace.host), stdout=-1, stderr=-1) as process:
+    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}  # CI may ignore it
+    with subprocess.Popen(**command(spec_file, host=workspace.host), **heeds, stdout=-1, stderr=-1) as process:
         assert process.stdout and process.stderr
         while not process.stdout.readline().startswith(b"web | one"):
             pass
