@@ -51,7 +51,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Callable, Optional, Union
 
 import activate
-from activate import conduct, download, durable, journal, lock, logfile, nix, verdict
+from activate import durable, journal, lock, logfile, nix, verdict
 from activate.nix import is_store_path as is_store_path
 from activate.process import Error as Error
 
@@ -720,6 +720,8 @@ class Delivery:
     def ship_size(self, channel: Channel) -> None:
         if self.reported.size is None and self.entry.record.id in self.sizes:
             self.note(size=self.sizes[self.entry.record.id])
+        if self.final and isinstance(channel, HttpChannel):
+            return  # the final status has it
         if self.reported.size is not None and not (self.reported.sized or self.reported.ended):
             channel.status(IN_PROGRESS, self.reported.size)
             self.note(sized=True)
@@ -815,9 +817,8 @@ class Reporter(threading.Thread):
         self.wake.set()
 
     def measured(self, entry: journal.Journal, size: int) -> None:
-        """The closure's size in bytes is known."""
+        """The closure's size in bytes is known; it is told with what is told next."""
         self.sizes[entry.record.id] = size
-        self.wake.set()
 
     def channel(self, delivery: Delivery, registered: AgentRegistered) -> Channel:
         """The way of reporting that the workspace asked for."""
@@ -951,6 +952,8 @@ class Worker(threading.Thread):
         peer = options.peer
         config = {"host": peer.host, "token": peer.token, "name": peer.name, "settings": asdict(options.settings)}
         config["network"] = "cachix_deploy"  # the module of `load_reach`
+        from activate import conduct
+
         self.conductor = conduct.Conductor(
             conduct.Surroundings(
                 options.name, config, options.waits.ready, stop, self.source, self.last_look,
@@ -1022,6 +1025,8 @@ class Worker(threading.Thread):
 
     def recover(self) -> None:
         """Bring to its end what an earlier agent has left, and report what it has not."""
+        from activate import download
+
         download.remove_stale_netrcs(self.state)
         journals, problems = journal.load_all(self.state)
         for problem in problems:
@@ -1046,6 +1051,8 @@ class Worker(threading.Thread):
         if cache.is_public:
             yield nix.Source(url, keys)
             return
+        from activate import download
+
         held = download.write_netrc(self.state, url, peer.token, self.nix_config.get("netrc-file", ""))
         try:
             yield nix.Source(url, keys, held.path)
@@ -1056,12 +1063,14 @@ class Worker(threading.Thread):
 
     def last_look(self, entry: journal.Journal) -> None:
         """Before anything changes: a successor, a cancellation and the agent's own end still count. Raises Error."""
+        from activate import conduct
+
         if self.registered is not None and self.registered.reports == "http":
             channel = HttpChannel(self.options.peer, entry.record.id)
             with contextlib.suppress(Refused, Unreachable, Gone):
                 if not channel.status(IN_PROGRESS, None, timeout=5.0):
                     raise conduct.Ended(journal.CANCELLED, "it was cancelled before it was activated")
-        if not self.queue.empty():
+        if any(later.id != entry.record.id for later in list(self.queue.queue)):  # it may have been sent again itself
             raise conduct.Ended(journal.SUPERSEDED, "a newer deployment came before this one was activated")
         if self.stop.is_set():
             raise Error("the agent ends")
