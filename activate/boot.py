@@ -6,6 +6,7 @@ Python takes longer for that than Nix for a small download: what comes before th
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -31,6 +32,7 @@ class Network:
         import ctypes  # noqa: F401  # for `durable.sync`
 
         self.found.append(importlib.import_module(self.config["network"]).load_reach(self.config))
+        gc.enable()  # the command that started this process has held it back: modules leave no garbage
 
     def reach(self, timeout: float) -> None:
         """One look; what could not be loaded is tried again, and raised."""

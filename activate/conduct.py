@@ -138,7 +138,8 @@ class Conductor:
                 measuring.join(SIZE_TIMEOUT)
             switch.step = step or switch.step
             self.reload(entry, switch.step)
-            self.around.changed()
+            if switch.step in journal.FINAL:  # before that, the log is looked at often enough
+                self.around.changed()
         ending = f": {entry.record.reason}" if entry.record.reason else ""
         self.around.tell(f"deployment {entry.record.index}: {entry.record.step}{ending}")
 

@@ -26,7 +26,8 @@ def own_command() -> list[str]:
     """The command that starts this program once more, at the module `boot`: what a switch process has no use for, and
     the search for modules that this process has done, would make it start later than Nix has looked into the store."""
     path = [os.path.abspath(place) for place in sys.path]
-    code = f"import sys; sys.path[:] = {path!r}; from activate import boot; sys.exit(boot.main(sys.argv[3]))"
+    code = f"import gc, sys; gc.disable(); sys.path[:] = {path!r}"
+    code += "; from activate import boot; sys.exit(boot.main(sys.argv[3]))"
     return [sys.executable, "-S", "-c", code, os.path.abspath(sys.argv[0])]
 
 
