@@ -382,6 +382,14 @@ def ca_bundle() -> Optional[str]:
     return None
 
 
+def complete_proxies() -> None:
+    """Proxies are also given as HOST:PORT: requests and Nix take that, websocket-client would go around them."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        value = os.environ.get(name)
+        if value and "://" not in value:
+            os.environ[name] = f"http://{value}"
+
+
 @dataclass(frozen=True)
 class Peer:
     """A workspace as one token sees it. `name` is the agent's, and None for CI."""
@@ -438,16 +446,18 @@ def connect(peer: Peer, path: str, timeout: float = CONNECT_TIMEOUT) -> websocke
     try:
         url = "ws" + peer.host[4:] + path
         socket_.connect(url, header=headers, timeout=timeout, suppress_origin=True, redirect_limit=0)  # type: ignore[no-untyped-call]
-    except websocket.WebSocketBadStatusException as error:
-        status = error.status_code
-        if status in (401, 403):
-            raise Refused(f"{peer.host} refused the token (HTTP {status}): check it, or create a new one") from None
-        location = (error.resp_headers or {}).get("location")
-        moved = f" and points to {location}, which is not followed: give it as --host" if location else ""
-        raise Unreachable(f"{peer.host}{path} answered HTTP {status} instead of a websocket{moved}") from None
+        if socket_.status != 101:
+            raise websocket.WebSocketException("a redirect")
     except (OSError, ValueError, websocket.WebSocketException) as error:
         hang_up(socket_)
-        raise Unreachable(f"no connection to {peer.host}{path}: {error or type(error).__name__}") from None
+        status = getattr(error, "status_code", socket_.status)  # the library keeps a redirect's answer for itself
+        if status in (401, 403):
+            raise Refused(f"{peer.host} refused the token (HTTP {status}): check it, or create a new one") from None
+        if status in (None, 101):
+            raise Unreachable(f"no connection to {peer.host}{path}: {error or type(error).__name__}") from None
+        location = (getattr(error, "resp_headers", socket_.headers) or {}).get("location")
+        moved = f" and points to {location}, which is not followed: give it as --host" if location else ""
+        raise Unreachable(f"{peer.host}{path} answered HTTP {status} instead of a websocket{moved}") from None
     finally:
         watchdog.cancel()
     return socket_
@@ -788,7 +798,8 @@ def closing_line(record: journal.Record) -> str:
     """The line by which Cachix's `activate` knows that a log is complete."""
     if record.step == journal.SUCCEEDED:
         return SUCCESS_LINE
-    return f"{FAILURE_LINE} {record.reason or ''}".rstrip()
+    said = " ".join(f"{FAILURE_LINE} {record.reason or ''}".split("\n")).rstrip()
+    return printable(said.encode("utf-8", "replace"))
 
 
 class Reporter(threading.Thread):
@@ -1118,6 +1129,8 @@ class Agent:
             slowest = slowest or self.replaced
             failures = 0 if time.monotonic() - began > self.waits.healthy else failures + 1
             pause = self.waits.slowest if slowest else backoff(failures - 1, self.waits)
+            if self.socket is not None:
+                hang_up(self.socket)  # a broken connection is not held open until the next one
             debug(f"connecting again in {pause:.1f} s")
             self.stop.wait(pause)
         return self.farewell()
@@ -1138,6 +1151,9 @@ class Agent:
         """Ask the main thread to end, from another one."""
         self.stop.set()
         if self.socket is not None:
+            with contextlib.suppress(Exception):
+                self.socket.settimeout(1)
+                self.socket.send_close()
             hang_up(self.socket)
 
     def serve(self, socket_: websocket.WebSocket) -> None:
@@ -1456,6 +1472,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             return boot.main(argv[1])
         options = parse(argv)
         verbose = options["--verbose"]
+        complete_proxies()
         if options["agent"]:
             return agent_command(agent_options(options))
         return activate_command(options)
