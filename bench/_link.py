@@ -52,9 +52,9 @@ class End(asyncio.Protocol):
         self.transport = transport
         if self.port is not None:
             self.usable = self.loop.time() + 2 * DELAY
-            self.other = End(self.loop, None)
-            self.other.other = self
-            connecting = self.loop.create_connection(lambda: self.other, "127.0.0.1", self.port)
+            self.other = far = End(self.loop, None)
+            far.other = self
+            connecting = self.loop.create_connection(lambda: far, "127.0.0.1", self.port)
             self.task = self.loop.create_task(connecting)  # kept: it is over long before anything is to be said
 
     def data_received(self, data: bytes) -> None:
