@@ -95,7 +95,7 @@ class Conductor:
             self.conduct(entry, action, held)
         except Ended as ended:
             self.end(entry, ended.step, str(ended))
-        except (Error, OSError) as error:
+        except (Error, OSError, ValueError) as error:  # ValueError: what the workspace sent is no URL, or no text
             if self.around.stop.is_set():
                 with contextlib.suppress(OSError):  # the agent's own end counts as no attempt
                     entry.enter(entry.record.step, attempts=entry.record.attempts - 1)
