@@ -1,0 +1,497 @@
+"""Reports: the log cut into wire lines, how far it is told, and its way to workspaces that fail, restart or forget."""
+
+import contextlib
+import http.server
+import json
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import asdict
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import cachix_deploy
+from activate import journal, lock
+from activate.logfile import LINE_BYTES, cut
+from cachix_deploy import (
+    FAILED,
+    FAILURE_LINE,
+    IN_PROGRESS,
+    SUCCEEDED,
+    SUCCESS_LINE,
+    Delivery,
+    Gone,
+    HttpChannel,
+    Peer,
+    Refused,
+    Reported,
+    Reporter,
+    Unreachable,
+    Waits,
+    printable,
+)
+
+ID = "00000000-0000-4000-8000-000000000001"
+WAITS = json.dumps({"unit_recheck": 0.1, "backoff": 0.05, "slowest": 0.2})
+QUICK = {"CACHIX_DEPLOY_WAITS": WAITS}
+LOGS = st.lists(
+    st.one_of(
+        st.binary(max_size=20),
+        st.sampled_from([b"\n", b"\n\n", b"\xff\0", *(b"x" * (LINE_BYTES + more) for more in (-1, 0, 1))]),
+    ),
+    max_size=8,
+).map(b"".join)  # fmt: skip
+
+
+# --- the log in wire lines -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "final", "sizes", "left"),
+    [
+        (b"", False, [], 0),
+        (b"", True, [], 0),
+        (b"\n", False, [0], 0),
+        (b"a\nb", False, [1], 1),
+        (b"a\nb", True, [1, 1], 0),
+        (b"x" * LINE_BYTES, False, [], LINE_BYTES),
+        (b"x" * LINE_BYTES, True, [LINE_BYTES], 0),
+        (b"x" * LINE_BYTES + b"\n", False, [LINE_BYTES], 0),
+        (b"x" * (LINE_BYTES - 1) + b"\n", False, [LINE_BYTES - 1], 0),
+        (b"x" * (LINE_BYTES + 1), False, [LINE_BYTES], 1),
+        (b"x" * (LINE_BYTES + 1) + b"\n", False, [LINE_BYTES, 1], 0),
+        (b"x" * 2 * LINE_BYTES + b"\n\n", False, [LINE_BYTES, LINE_BYTES, 0], 0),
+        (b"x" * 2 * LINE_BYTES, False, [LINE_BYTES], LINE_BYTES),
+    ],
+)
+def test_where_lines_are_cut(data, final, sizes, left):
+    lines, taken = cut(data, 100, final)
+    assert [len(line) for line in lines] == sizes and len(data) - taken == left
+    assert b"".join(lines).replace(b"\n", b"") == data[:taken].replace(b"\n", b"")
+
+
+def in_chunks(log, chunks, most):
+    """The lines of a log that grows chunk by chunk, and is read `most` lines at a time."""
+    found, start, seen = [], 0, 0
+    for size in [*chunks, len(log)]:
+        seen = min(len(log), seen + size)
+        final = seen == len(log)
+        while True:
+            lines, taken = cut(log[start:seen], most, final)
+            found, start = found + lines, start + taken
+            if not lines:
+                break
+    return found
+
+
+@settings(deadline=None)
+@given(LOGS, st.lists(st.integers(1, 2 * LINE_BYTES), max_size=12), st.integers(1, 5))
+def test_the_same_log_has_the_same_lines_however_it_grows(log, chunks, most):
+    whole, taken = cut(log, 1 << 30, True)
+    assert taken == len(log) and all(len(line) <= LINE_BYTES and b"\n" not in line for line in whole)
+    assert in_chunks(log, chunks, most) == whole
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200))
+@example(b"\0\xff\xc3\xa4\xed\xa0\x80")
+def test_a_line_is_text_without_nul(line):
+    text = printable(line)
+    assert "\0" not in text
+    assert json.loads(cachix_deploy.dumps({"line": text}).encode())["line"] == text
+    with contextlib.suppress(UnicodeDecodeError):
+        assert text == line.decode().replace("\0", "\ufffd")
+
+
+# --- how far it is told ----------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = list(asdict(Reported()))
+
+
+@settings(deadline=None)
+@given(st.one_of(st.binary(), JSON.map(lambda v: json.dumps(v).encode()),
+                 st.fixed_dictionaries(dict.fromkeys(FIELDS, JSON)).map(lambda v: json.dumps(v).encode())))  # fmt: skip
+@example(json.dumps({**asdict(Reported()), "line": float("inf")}).encode())
+@example(json.dumps({**asdict(Reported()), "offset": -1}).encode())
+@example(json.dumps({**asdict(Reported()), "line": 10**400}).encode())
+@example(b"[" * 100_000)
+def test_a_damaged_record_is_the_beginning(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "reported.json"
+    path.write_bytes(text)
+    reported = Reported.load(str(path))
+    assert reported.line >= 0 and reported.offset >= 0 and isinstance(reported.whole, bool)
+    assert reported.size is None or reported.size >= 0
+
+
+def test_what_was_written_is_read_again(tmp_path):
+    known = Reported(True, True, 7, 300, False, True, 4096, "t")
+    (tmp_path / "reported.json").write_text(json.dumps(asdict(known)))
+    read = Reported.load(str(tmp_path / "reported.json"))
+    assert {**asdict(read), "time": "t"} == asdict(known)
+    assert Reported.load(str(tmp_path / "none")) == Reported()
+
+
+# --- a delivery, with a channel that the test plays -------------------------------------------------------------------
+
+
+class Channel:
+    """A workspace in memory; `problems` are raised by the calls that they are named for, in turn."""
+
+    def __init__(self):
+        self.told, self.log, self.calls = [], [], []
+        self.problems = {"status": [], "lines": []}
+
+    def fail(self, name):
+        if self.problems[name]:
+            problem = self.problems[name].pop(0)
+            if problem is not None:
+                raise problem
+
+    def status(self, status, size, reason=None, timeout=10.0):
+        self.calls.append(status)
+        self.fail("status")
+        self.told.append((status, size, reason))
+        return True
+
+    def lines(self, index, lines, timeout=10.0):
+        self.calls.append(("lines", index, len(lines)))
+        self.fail("lines")
+        if index > len(self.log):
+            return len(self.log)
+        self.log += lines[len(self.log) - index :]
+        return len(self.log)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A delivery of a deployment whose log has these bytes: `make(b"a\\n", journal.SUCCEEDED)`."""
+
+    def make(log, step=journal.ACTIVATING, sizes=None, **facts):
+        directory = tmp_path / "deployments" / ID
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "log").write_bytes(log)
+        entry = journal.Journal(str(directory), journal.Record(ID, 1, "web", "http://a", "/nix/store/x", **facts))
+        entry.enter(step)
+        return Delivery(entry, lock.take(entry.path("reported.lock")), sizes or {})
+
+    return make
+
+
+def test_a_whole_report_in_its_order(make):
+    delivery, channel = make(b"one\ntwo", sizes={ID: 42}), Channel()
+    delivery.ship(channel)
+    assert channel.told == [(IN_PROGRESS, None, None), (IN_PROGRESS, 42, None)] and channel.log == ["one"]
+    delivery.entry.enter(journal.SUCCEEDED)
+    delivery.ship(channel)
+    assert channel.told[2:] == [(SUCCEEDED, 42, None)] and channel.log == ["one", "two", SUCCESS_LINE]
+    assert delivery.reported.whole
+    before = list(channel.calls)
+    delivery.ship(channel)
+    assert channel.calls == before
+    assert Reported.load(delivery.entry.path("reported.json")).whole
+
+
+def test_a_failure_is_told_with_its_reason(make):
+    delivery, channel = make(b"", journal.ROLLED_BACK, reason="the disk is full", detail="line\nline"), Channel()
+    delivery.ship(channel)
+    assert channel.told[-1] == (FAILED, None, "the disk is full\nline\nline")
+    assert channel.log == [f"{FAILURE_LINE} the disk is full"]
+
+
+def test_what_is_written_after_the_end_does_not_count(make):
+    delivery, channel = make(b"a\nb\nlate\n", journal.SUCCEEDED, log_size=4), Channel()
+    delivery.ship(channel)
+    assert channel.log == ["a", "b", SUCCESS_LINE]
+
+
+def test_a_log_that_is_gone_ends_all_the_same(make, tmp_path):
+    delivery, channel = make(b"a\nb\n"), Channel()
+    delivery.ship(channel)
+    (tmp_path / "deployments" / ID / "log").unlink()
+    delivery.entry.enter(journal.SUCCEEDED)
+    delivery.ship(channel)
+    assert channel.log == ["a", "b", SUCCESS_LINE] and delivery.reported.whole
+
+
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("kept", [0, 1, 37, 85_000])
+def test_lines_that_the_workspace_has_lost_are_sent_again(make, final, kept):
+    """A gap is answered with the line that is expected: the delivery goes back to where that one begins."""
+    rng = random.Random(kept)
+    log = b"".join(b"%d " % i + b"x" * rng.choice([0, 1, 30]) + b"\n" for i in range(100_000)) + b"y" * 200_000
+    expected = [line.decode() for line in cut(log, 1 << 30, True)[0]]
+    delivery, channel = make(log), Channel()
+    while len(channel.log) < 90_000:
+        delivery.ship(channel)
+    del channel.log[kept:]
+    if final:
+        delivery.entry.enter(journal.SUCCEEDED)
+    delivery.ship(channel)
+    delivery.entry.enter(journal.SUCCEEDED)
+    while not delivery.reported.whole:
+        delivery.ship(channel)
+    assert channel.log == [*expected, SUCCESS_LINE]
+
+
+def test_lines_that_the_workspace_has_already_are_not_doubled(make, tmp_path):
+    log = b"".join(b"line %d\n" % i for i in range(20_000))
+    delivery, channel = make(log), Channel()
+    delivery.ship(channel)
+    (tmp_path / "deployments" / ID / "reported.json").write_text("damaged")
+    delivery.held.close()
+    delivery = make(log, journal.SUCCEEDED)
+    delivery.ship(channel)
+    assert channel.log == [*(f"line {i}" for i in range(20_000)), SUCCESS_LINE]
+
+
+@pytest.mark.parametrize("problem", [Unreachable("no"), Refused("no"), Gone("no"), Unreachable("later", 5.0)])
+def test_a_failing_log_does_not_hold_back_the_end(make, problem):
+    delivery, channel = make(b"a\n", journal.SUCCEEDED), Channel()
+    channel.problems["lines"] = [problem] * 3
+    for _ in range(3):
+        with pytest.raises(type(problem)):
+            delivery.ship(channel)
+    assert channel.told == [(IN_PROGRESS, None, None), (SUCCEEDED, None, None)] and channel.log == []
+    assert channel.calls.index(SUCCEEDED) < [call[0] for call in channel.calls].index("lines") + 2
+    delivery.ship(channel)
+    assert channel.log == ["a", SUCCESS_LINE] and delivery.reported.whole
+
+
+def test_a_workspace_that_takes_no_line_is_not_asked_without_a_pause(make):
+    delivery, channel = make(b"a\n", journal.SUCCEEDED), Channel()
+    channel.lines = lambda index, lines: channel.calls.append("lines") or 0
+    with pytest.raises(Unreachable, match="none was taken"):
+        delivery.ship(channel)
+    assert channel.told[-1][0] == SUCCEEDED and not delivery.reported.logged and channel.calls.count("lines") == 1
+
+
+def test_a_state_that_can_not_be_written_stops_no_report(make, monkeypatch):
+    delivery, channel = make(b"a\n", journal.SUCCEEDED), Channel()
+    real = open
+
+    def full(name, mode="r", *args, **kw):
+        if "w" in mode:
+            raise OSError(28, "No space left on device")
+        return real(name, mode, *args, **kw)
+
+    monkeypatch.setattr("builtins.open", full)
+    delivery.ship(channel)
+    assert channel.log == ["a", SUCCESS_LINE] and delivery.reported.whole
+
+
+# --- the reporter's thread --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reporter(make, monkeypatch, tmp_path):
+    """A reporter that runs, with a channel of the test's: (reporter, channel)."""
+    made, channel = Reporter(Peer("http://a", "t", "web"), Waits(backoff=0.02, slowest=0.05, tail=0.01)), Channel()
+    monkeypatch.setattr(made, "channel", lambda delivery, registered: channel)
+    made.start()
+    return made, channel
+
+
+def send(reporter, delivery):
+    delivery.held.close()
+    reporter.add(delivery.entry)
+    reporter.register(cachix_deploy.AgentRegistered(ID))
+
+
+def test_the_reporter_tries_again_until_all_is_told(make, reporter):
+    reporter, channel = reporter
+    channel.problems = {"status": [Unreachable("a"), None, Refused("b")], "lines": [Unreachable("c"), Unreachable("d")]}
+    send(reporter, make(b"a\n", journal.SUCCEEDED))
+    assert reporter.idle.wait(10)
+    assert channel.told == [(SUCCEEDED, None, None)] and channel.log == ["a", SUCCESS_LINE]
+
+
+def test_a_deployment_that_nobody_knows_is_given_up(make, reporter, capsys):
+    reporter, channel = reporter
+    channel.problems["status"] = [Gone("http://a does not know deployment 1")] * 9
+    send(reporter, make(b"a\n", journal.SUCCEEDED))
+    assert reporter.idle.wait(10) and "its report is given up" in capsys.readouterr().err
+
+
+def test_a_mistake_in_one_report_ends_no_other(make, reporter, capsys):
+    """Whatever goes wrong with one delivery, the thread goes on."""
+    reporter, channel = reporter
+    channel.problems["status"] = [RuntimeError("a mistake"), UnicodeEncodeError("utf-8", "\ud800", 0, 1, "no")]
+    send(reporter, make(b"a\n", journal.SUCCEEDED))
+    assert reporter.idle.wait(10) and reporter.is_alive()
+    assert channel.told[-1][0] == SUCCEEDED
+    assert "a mistake" in capsys.readouterr().err
+
+
+# --- answers over HTTP ------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """An HTTP server that answers with what is queued (status, headers, body), then stands before `target`."""
+
+    def __init__(self, target=""):
+        self.queue, self.seen, self.target = [], [], target
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_PUT(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                server.seen.append((time.monotonic(), self.command, self.path, body))
+                if server.queue:
+                    status, headers, answer = server.queue.pop(0)
+                else:
+                    status, headers, answer = server.forward(self.command, self.path, self.headers, body)
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(answer)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def forward(self, method, path, headers, body):
+        if not self.target:
+            return 200, {"Content-Type": "application/json"}, b'{"status":"InProgress","next":1}'
+        kept = {name: value for name, value in headers.items() if name.lower() not in ("host", "content-length")}
+        request = urllib.request.Request(self.target + path, body, kept, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=20) as answer:
+                return answer.status, {"Content-Type": answer.headers["Content-Type"]}, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, {"Content-Type": error.headers["Content-Type"]}, error.read()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    yield made
+    made.close()
+
+
+PAGE = {"Content-Type": "text/html"}
+OF_JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "result"),
+    [
+        (200, OF_JSON, b'{"status":"InProgress"}', True),
+        (409, OF_JSON, b'{"status":"Cancelled"}', False),
+        (401, PAGE, b"", Refused),
+        (403, OF_JSON, b"{}", Refused),
+        (404, OF_JSON, b'{"error":"unknown"}', Gone),
+        (404, PAGE, b"<h1>Not Found</h1>", Unreachable),
+        (302, {"Location": "http://127.0.0.1:1/"}, b"", Unreachable),
+        (429, {"Retry-After": "7"}, b"", Unreachable),
+        (500, PAGE, b"<h1>oops</h1>", Unreachable),
+        (502, PAGE, b"<h1>Bad Gateway</h1>", Unreachable),
+        (503, {"Retry-After": "soon"}, b"", Unreachable),
+        (200, PAGE, b"<h1>Please log in to this network</h1>", Unreachable),
+        (409, PAGE, b"<h1>Conflict</h1>", Unreachable),
+        (200, {"Content-Length": "100"}, b"short", Unreachable),
+        (200, {"Content-Encoding": "gzip"}, b"no gzip", Unreachable),
+    ],
+)
+def test_answers_to_a_status(server, status, headers, body, result):
+    server.queue.append((status, headers, body))
+    channel = HttpChannel(Peer(server.url, "t", "web"), ID)
+    if isinstance(result, bool):
+        assert channel.status(IN_PROGRESS, None) is result
+    else:
+        with pytest.raises(result) as caught:
+            channel.status(IN_PROGRESS, None, timeout=1.0)
+        assert getattr(caught.value, "retry_after", 0.0) == (7.0 if status == 429 else 0.0)
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"next":"1"}', b'{"next":true}', b'{"next":1.5}', b"\xff", b"["])
+def test_answers_to_a_log_without_the_next_line(server, body):
+    server.queue.append((200, OF_JSON, body))
+    with pytest.raises(Unreachable):
+        HttpChannel(Peer(server.url, "t", "web"), ID).lines(0, ["a"])
+
+
+def test_a_gap_is_no_error(server):
+    server.queue.append((416, OF_JSON, b'{"next":3}'))
+    assert HttpChannel(Peer(server.url, "t", "web"), ID).lines(9, ["a"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("7", 7), ("0.5", 0.5), ("-1", 0), ("1e9", 3600), ("inf", 3600), ("nan", 0), ("Tue, 24 Nov 2026 03:00:00 GMT", 0)],
+)  # fmt: skip
+def test_retry_after(text, seconds):
+    answer = type("Answer", (), {"headers": {"Retry-After": text}})
+    assert cachix_deploy.retry_after(answer) == seconds
+
+
+def test_an_answer_without_end_has_a_deadline():
+    """Bytes come all the time, so that no packet is ever late."""
+    import socket as sockets
+
+    listener = sockets.create_server(("127.0.0.1", 0))
+    ended = threading.Event()
+
+    def drip():
+        connection, _ = listener.accept()
+        connection.recv(1 << 16)
+        with contextlib.suppress(OSError):
+            connection.sendall(
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+            )
+            while not ended.wait(0.05):
+                connection.sendall(b"1\r\n \r\n")
+        connection.close()
+
+    thread = threading.Thread(target=drip, daemon=True)
+    thread.start()
+    began = time.monotonic()
+    with pytest.raises(Unreachable):
+        channel = HttpChannel(Peer(f"http://127.0.0.1:{listener.getsockname()[1]}", "t"), ID)
+        channel.status(IN_PROGRESS, None, timeout=0.5)
+    assert time.monotonic() - began < 3
+    ended.set()
+    thread.join(5)
+    listener.close()
+
+
+def test_no_body_is_larger_than_what_proxies_let_through(make, server):
+    """nginx refuses more than 1 MiB unless it is told otherwise, and would do so for ever."""
+    delivery = make(b'\\"quoted"\\' * 150_000 + b"\n" + b"short\n" * 20_000, journal.SUCCEEDED)
+    known = []
+
+    def take(method, path, headers, body):
+        if len(body) > 1 << 20:
+            return 413, PAGE, b"<h1>Request Entity Too Large</h1>"
+        if "/log/" in path:
+            known.extend(body.splitlines())
+        return 200, OF_JSON, json.dumps({"status": "", "next": len(known)}).encode()
+
+    server.forward = take
+    delivery.ship(HttpChannel(Peer(server.url, "t", "web"), ID))
+    while not delivery.reported.whole:
+        delivery.ship(HttpChannel(Peer(server.url, "t", "web"), ID))
+    assert json.loads(known[-1])["line"] == SUCCESS_LINE
