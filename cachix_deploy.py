@@ -508,7 +508,8 @@ def http(peer: Peer, method: str, path: str, timeout: float = 20.0, **kwargs: An
 
     Redirects are refused as any other status that the caller does not expect: the token would go elsewhere.
     """
-    import requests
+    with _importing:
+        import requests
 
     deadline = time.monotonic() + timeout
     headers = {**peer.headers(), **kwargs.pop("headers", {})}
@@ -535,6 +536,7 @@ def http(peer: Peer, method: str, path: str, timeout: float = 20.0, **kwargs: An
 
 
 _sessions = threading.local()
+_importing = threading.Lock()  # two threads that import it at once may see half of it (Python 3.9, from a zip file)
 
 
 def _session() -> requests.Session:
@@ -1133,23 +1135,23 @@ class Agent:
                 hang_up(self.socket)  # a broken connection is not held open until the next one
             debug(f"connecting again in {pause:.1f} s")
             self.stop.wait(pause)
-        return self.farewell()
+        self.farewell()
+        if self.socket is not None:
+            close(self.socket)
+        return 0
 
-    def farewell(self) -> int:
-        """End by the agent's own will; a running switch goes on."""
+    def farewell(self) -> None:
+        """What is to be done before the end, by the agent's own will: a running switch goes on, a download ends."""
         self.stop.set()
         activate.process.end_all()
         switch = self.worker.conductor.switch
         if switch is not None and switch.step not in (journal.ACTIVATING, journal.CHECKING):
             with contextlib.suppress(OSError):
                 switch.write("bye")
-        if self.socket is not None:
-            close(self.socket)
-        return 0
 
     def request_stop(self) -> None:
         """Ask the main thread to end, from another one."""
-        self.stop.set()
+        self.farewell()
         if self.socket is not None:
             with contextlib.suppress(Exception):
                 self.socket.settimeout(1)
@@ -1259,8 +1261,7 @@ def watch_signals(agent: Agent) -> None:
         tell("asked to stop")
         agent.request_stop()
         time.sleep(8.0)
-        agent.farewell()
-        os._exit(0)
+        os._exit(0)  # whatever holds the main thread: a name look-up, a peer that takes nothing
 
     threading.Thread(target=run, name="signals", daemon=True).start()
 

@@ -95,12 +95,13 @@ class Conductor:
             self.conduct(entry, action, held)
         except Ended as ended:
             self.end(entry, ended.step, str(ended))
-        except (Error, OSError, ValueError) as error:  # ValueError: what the workspace sent is no URL, or no text
+        except Exception as error:  # even a mistake of this program must not leave a deployment without an end
             if self.around.stop.is_set():
                 with contextlib.suppress(OSError):  # the agent's own end counts as no attempt
                     entry.enter(entry.record.step, attempts=entry.record.attempts - 1)
             elif entry.record.step in journal.HARMLESS:
-                self.end(entry, journal.FAILED, str(error), getattr(error, "detail", None))
+                reason = str(error) if isinstance(error, (Error, OSError)) else f"{type(error).__name__}: {error}"
+                self.end(entry, journal.FAILED, reason, getattr(error, "detail", None))
             else:
                 self.around.tell(f"error: {error}")
                 self.around.stop.wait(5.0)
@@ -113,11 +114,10 @@ class Conductor:
         try:
             if action.do == recovery.START:
                 self.download(entry)
-            measuring = threading.Thread(target=self.measure, args=(entry,), name="measure", daemon=True)
-            measuring.start()  # now, as the switch process may still be booting
-            if action.do == recovery.START:
                 self.around.last_look(entry)
             self.switch.go(action.do)
+            measuring = threading.Thread(target=self.measure, args=(entry,), name="measure", daemon=True)
+            measuring.start()
             self.switch.step = journal.ACTIVATING
             self.follow(entry, self.switch, measuring)
         finally:
