@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -107,8 +108,9 @@ class SwitchProcess:
         return line.decode()
 
     def kill(self) -> None:
-        """End it; only ever done before "go"."""
-        self.process.kill()
+        """End it; only ever done before "go". What a systemd-run that hangs has started holds the lock too."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.close()
 
     def close(self) -> None:
