@@ -68,6 +68,7 @@ def explain(text: str, source: nix.Source, wanted: str) -> str:
     found = PATH.search(text, start)
     path = found[0] if found else wanted
     said = text[start:].partition("\n")[0].strip()[:300]
+    unread = "" if source.netrc is None else ", or let this agent's token read it"  # Nix takes 401 and 403 for missing
     cache = source.substituter or "any substituter of this machine"
     keys = " ".join(source.keys) or "that this machine trusts"
     return {
@@ -75,7 +76,7 @@ def explain(text: str, source: nix.Source, wanted: str) -> str:
         "corrupt": f"what {cache} serves for {path} is damaged, push it again: {said}",
         "credentials": f"{cache} refused the credentials of this agent, or is no binary cache: {said}",
         "network": f"the download from {cache} broke off: {said}",
-        "missing": f"{path} is not in {cache}: push it there first",
+        "missing": f"{path} is not in {cache}: push it there first{unread}",
     }.get(name, "the download failed")
 
 
