@@ -73,5 +73,5 @@ def main(deployment_id: str) -> int:
     except switch.Stopping:
         record = entry.record
         with contextlib.suppress(OSError):  # an interruption by the system's end counts as no attempt
-            entry.enter(record.step, attempts=record.attempts - 1)
+            entry.enter(record.step, attempts=max(0, record.attempts - 1))
     return 0

@@ -143,11 +143,11 @@ class Switch:
     def roll_back(self, why: Exception) -> None:
         """Restore what ran before, by no more than what is on this machine."""
         change, reason = self.change(), str(why)
+        self.look_whether_stopping(journal.ROLLING_BACK)
         left = before.nothing_to_undo(change, self.kind)
         if left:
             self.finish(journal.FAILED, Error(f"{reason}; {left}"))
             return
-        self.look_whether_stopping(journal.ROLLING_BACK)
         with contextlib.suppress(OSError):  # a state that can't be written is no reason to leave the machine as it is
             self.journal.enter(journal.ROLLING_BACK, reason=reason)
         self.agent.tell(journal.ROLLING_BACK)
@@ -157,6 +157,7 @@ class Switch:
         else:
             problems = before.restore(change, self.kind, self.run)
         if problems:
+            self.look_whether_stopping(journal.ROLLING_BACK)  # the system's end has ended the commands: no verdict
             self.finish(journal.ROLLBACK_FAILED, Error(f"{reason}; the rollback failed: {'; '.join(problems)}"))
         else:
             back = change.previous_running or "no profile, as before"
