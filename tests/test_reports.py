@@ -6,11 +6,11 @@ import json
 import random
 import threading
 import time
-import urllib.error
-import urllib.request
 from dataclasses import asdict
 
+import closures
 import pytest
+from hosts import wait_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -338,10 +338,10 @@ def test_a_mistake_in_one_report_ends_no_other(make, reporter, capsys):
 
 
 class Server:
-    """An HTTP server that answers with what is queued (status, headers, body), then stands before `target`."""
+    """An HTTP server that answers with what is queued: status, headers, body."""
 
-    def __init__(self, target=""):
-        self.queue, self.seen, self.target = [], [], target
+    def __init__(self):
+        self.queue, self.seen = [], []
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -353,7 +353,7 @@ class Server:
                 if server.queue:
                     status, headers, answer = server.queue.pop(0)
                 else:
-                    status, headers, answer = server.forward(self.command, self.path, self.headers, body)
+                    status, headers, answer = server.answer(self.path, body)
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(answer)), **headers}.items():
                     self.send_header(name, value)
@@ -368,16 +368,9 @@ class Server:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def forward(self, method, path, headers, body):
-        if not self.target:
-            return 200, {"Content-Type": "application/json"}, b'{"status":"InProgress","next":1}'
-        kept = {name: value for name, value in headers.items() if name.lower() not in ("host", "content-length")}
-        request = urllib.request.Request(self.target + path, body, kept, method=method)
-        try:
-            with urllib.request.urlopen(request, timeout=20) as answer:
-                return answer.status, {"Content-Type": answer.headers["Content-Type"]}, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, {"Content-Type": error.headers["Content-Type"]}, error.read()
+    def answer(self, path, body):
+        """What is answered when nothing is queued."""
+        return 200, {"Content-Type": "application/json"}, b'{"status":"InProgress","next":1}'
 
     def close(self):
         self.server.shutdown()
@@ -483,15 +476,110 @@ def test_no_body_is_larger_than_what_proxies_let_through(make, server):
     delivery = make(b'\\"quoted"\\' * 150_000 + b"\n" + b"short\n" * 20_000, journal.SUCCEEDED)
     known = []
 
-    def take(method, path, headers, body):
+    def take(path, body):
         if len(body) > 1 << 20:
             return 413, PAGE, b"<h1>Request Entity Too Large</h1>"
         if "/log/" in path:
             known.extend(body.splitlines())
         return 200, OF_JSON, json.dumps({"status": "", "next": len(known)}).encode()
 
-    server.forward = take
+    server.answer = take
     delivery.ship(HttpChannel(Peer(server.url, "t", "web"), ID))
     while not delivery.reported.whole:
         delivery.ship(HttpChannel(Peer(server.url, "t", "web"), ID))
     assert json.loads(known[-1])["line"] == SUCCESS_LINE
+
+
+# --- live ------------------------------------------------------------------------------------------------------------
+
+
+def numbered(lines):
+    """The numbers of the lines `line 1` and so on, in their order."""
+    return [int(line[5:]) for line in lines if line.startswith("line ")]
+
+
+def test_a_workspace_that_is_killed_during_a_deployment(make_workspace, make_machine):
+    """All log lines exactly once and in order, one end."""
+    workspace = make_workspace()
+    machine = make_machine(workspace=workspace, env=QUICK)
+    talk = "for i in $(seq 1 60); do seq -f 'line %.0f' $((i * 500 - 499)) $((i * 500)); sleep 0.03; done"
+    path = closures.nixos(machine.files, 1, after=f"{talk}; {closures.wait_for('/run/go-on')}; echo line 30001")
+    deployment = machine.order(path)
+    for most in (2_000, 12_000):
+        wait_until(lambda n=most: len(machine.workspace.log(deployment)) > n, what=f"{most} lines")
+        workspace.kill()
+        wait_until(lambda n=most: (machine.host.state / f"deployments/{deployment}/log").stat().st_size > n * 12)
+        workspace.serve()
+    machine.host.path("/run/go-on").touch()
+    outcome = machine.outcome(deployment)
+    assert outcome.status == "Succeeded"
+    lines = wait_until(lambda: [ls for ls in [workspace.log(deployment)] if ls[-1] == SUCCESS_LINE], what="its end")[0]
+    assert numbered(lines) == list(range(1, 30_002))
+    assert lines.count(SUCCESS_LINE) == 1
+
+
+def test_bad_answers_for_a_while(host, cache, peer):
+    peer.reports, left = "http", {"n": 12}
+
+    def bad(request):
+        left["n"] -= 1
+        if left["n"] < 0:
+            return (peer._take_status(ID, request.json())) if "status" in request.path else take(request)
+        return [(500, b"<h1>oops</h1>"), (429, b""), (502, b""), (413, b"")][left["n"] % 4]
+
+    def take(request):
+        return peer._take_log(ID, int(request.path.partition("offset=")[2]), request.body)
+
+    peer.answer("PUT /api/v1/deploy/", bad)
+    host.fetch(cache.url, cache.key.public, path := closures.plain(cache, 1))
+    script = closures.script(cache, "loud", closures.lines(3000))
+    host.fetch(cache.url, cache.key.public, script)
+    host.agent("web", peer.url, "t0ken", env=QUICK)
+    peer.deploy(path, script, id=ID)
+    assert peer.finished(ID) and left["n"] < 0
+    wait_until(lambda: peer.log(ID)[-1:] == [SUCCESS_LINE], what="the log's end")
+    assert numbered(peer.log(ID)) == list(range(1, 3001))
+    assert [s["status"] for s in peer.statuses[ID]].count(SUCCEEDED) == 1
+
+
+def test_sockets_that_are_cut_during_the_log(host, cache, peer):
+    """Cachix's protocol can't say what has arrived, so lines may come twice; none is lost, nor the end."""
+    talk = "for i in $(seq 1 40); do seq -f 'line %.0f' $((i * 50 - 49)) $((i * 50)); sleep 0.03; done"
+    path = closures.nixos(cache, 1, after=f"{talk}; {closures.wait_for('/run/go-on')}")
+    host.fetch(cache.url, cache.key.public, path)
+    host.agent("web", peer.url, "t0ken", env=QUICK)
+    deployment = peer.deploy(path)
+    for most in (100, 700, 1500):
+        wait_until(lambda n=most: len(peer.log(deployment)) > n, what=f"{most} lines")
+        peer.connection(f"/api/v1/deploy/log/{deployment}").reset()
+        for connection in [one for one in peer.connections if one.path == "/ws-deployment"]:
+            connection.reset()
+    peer.agent().reset()
+    host.path("/run/go-on").touch()
+    assert peer.finished(deployment)
+    wait_until(lambda: peer.log(deployment)[-1:] == [SUCCESS_LINE], what="the log's end")
+    assert sorted(set(numbered(peer.log(deployment)))) == list(range(1, 2001))
+    ends = peer.messages(deployment, "DeploymentFinished")
+    assert len({end["command"]["hasSucceeded"] for end in ends}) == 1
+
+
+@pytest.mark.parametrize("reports", ["http", None])
+def test_what_a_killed_agent_has_not_told_its_successor_tells(host, cache, peer, reports):
+    peer.reports = reports
+    path = closures.nixos(cache, 1, after=closures.lines(100))
+    host.fetch(cache.url, cache.key.public, path)
+    agent = host.agent("web", peer.url, "t0ken", env=QUICK)
+    peer.agent()
+    peer.misbehave("/api/", "500")
+    deployment = peer.deploy(path)
+    wait_until(lambda: host.step(deployment) == "succeeded", what="the end of the activation")
+    agent.kill()
+    assert not peer.log(deployment)
+    peer.heal()
+    agent = host.agent("web", peer.url, "t0ken", env=QUICK)
+    assert peer.finished(deployment)
+    wait_until(lambda: peer.log(deployment)[-1:] == [SUCCESS_LINE], what="the log's end")
+    assert numbered(peer.log(deployment)) == list(range(1, 101))
+    wait_until(lambda: json.loads((host.state / f"deployments/{deployment}/reported.json").read_text())["logged"])
+    assert host.record() == [("test", path), ("boot", path)]
+    assert agent.stop() == 0
