@@ -91,7 +91,10 @@ class SwitchProcess:
     def write(self, line: str) -> None:
         """Say something to it. Raises OSError where it has ended."""
         assert self.process.stdin is not None
-        os.write(self.process.stdin.fileno(), line.encode() + b"\n")
+        try:
+            os.write(self.process.stdin.fileno(), line.encode() + b"\n")
+        except ValueError:
+            raise BrokenPipeError("closed") from None  # by the worker's thread
 
     def read(self, timeout: float) -> Optional[str]:
         """Its next line; None where it has ended, or says nothing for `timeout` seconds."""
