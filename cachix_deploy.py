@@ -970,7 +970,7 @@ class Worker(threading.Thread):
         self.conductor = conduct.Conductor(
             conduct.Surroundings(
                 options.name, config, options.waits.ready, stop, self.source, self.last_look,
-                reporter.wake.set, reporter.measured, tell,
+                reporter.wake.set, reporter.measured, tell, lambda timeout: reach(peer, timeout),
             )
         )  # fmt: skip
 
@@ -1044,7 +1044,7 @@ class Worker(threading.Thread):
         journals, problems = journal.load_all(self.state)
         for problem in problems:
             tell(problem)
-        for entry in journals:
+        for entry in sorted(journals, key=lambda found: found.record.step in journal.HARMLESS):  # those need the network
             ours = (entry.record.agent, entry.record.host) == (self.options.name, self.options.peer.host)
             if ours and not (entry.record.step in journal.FINAL and Reported.load(entry.path("reported.json")).whole):
                 self.reporter.add(entry)
@@ -1053,7 +1053,10 @@ class Worker(threading.Thread):
     @contextlib.contextmanager
     def source(self) -> Iterator[nix.Source]:
         """The workspace's cache for Nix, with a netrc that is there no longer than it is needed."""
-        cache = self.registered.cache if self.registered is not None else None
+        while self.registered is None:  # what an earlier agent has begun needs the workspace's cache too
+            if self.stop.wait(0.1):
+                raise Error("the agent ends")
+        cache = self.registered.cache
         if cache is None:
             yield nix.Source()
             return
@@ -1145,8 +1148,12 @@ class Agent:
         self.stop.set()
         activate.process.end_all()
         switch = self.worker.conductor.switch
+        until, path = time.monotonic() + 1.0, lock.shared_path("deployment", self.options.name)
+        while switch is not None and not switch.step and lock.held(path) and time.monotonic() < until:
+            time.sleep(0.02)  # before "go" the worker has yet to write that this was no attempt
+            activate.process.end_all()
         if switch is not None and switch.step not in (journal.ACTIVATING, journal.CHECKING):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # the pipe may be closed by now, on either side
                 switch.write("bye")
 
     def request_stop(self) -> None:

@@ -46,9 +46,10 @@ def facts(entry: journal.Journal, kind: ModuleType, profile: str, log: int) -> d
 
 def rollback_failed(entry: journal.Journal, profile: str) -> Optional[journal.Record]:
     """The last deployment of this profile if its rollback failed: what ran before it is still what to go back to."""
-    known, _ = journal.load_all(os.path.dirname(os.path.dirname(entry.directory)))
-    ended = [j.record for j in known if j.record.profile == profile and j.record.id != entry.record.id]
-    return ended[-1] if ended and ended[-1].step == journal.ROLLBACK_FAILED else None
+    for found in journal.newest_first(os.path.dirname(os.path.dirname(entry.directory))):
+        if found.record.profile == profile and found.record.id != entry.record.id:
+            return found.record if found.record.step == journal.ROLLBACK_FAILED else None
+    return None
 
 
 def root(paths: list[str], entry: journal.Journal, log: int) -> None:

@@ -11,39 +11,36 @@ import importlib
 import json
 import os
 import signal
-import sys
-import threading
-from typing import Any
+from typing import Any, Optional
 
 from activate import journal, logfile, verdict, watch
 
 
 class Network:
-    """The look at the workspace, which is not this package's own: the agent has said which module has it."""
+    """The look at the workspace over a fresh connection, which is not this package's own: `config` names its module.
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
-        self.found: list[watch.Reach] = []
-        self.thread = threading.Thread(target=self.load, name="imports", daemon=True)
-        self.thread.start()
+    The agent looks as long as it is there: it has loaded what that needs, and this process need not. What may take the
+    agent, or files, away is told to `load` before; then this process looks by itself.
+    """
+
+    def __init__(self, config: dict[str, Any], agent: watch.Agent) -> None:
+        self.config, self.agent = config, agent
+        self.own: Optional[watch.Reach] = None
 
     def load(self) -> None:
-        """Read all that it needs: the files may be gone after an activation."""
-        import ctypes  # noqa: F401  # for `durable.sync`
-
-        self.found.append(importlib.import_module(self.config["network"]).load_reach(self.config))
-        gc.enable()  # the command that started this process has held it back: modules leave no garbage
+        """Read all that a look needs: the files may be gone after an activation."""
+        self.own = importlib.import_module(self.config["network"]).load_reach(self.config)
 
     def reach(self, timeout: float) -> None:
-        """One look; what could not be loaded is tried again, and raised."""
-        if not self.found:
+        """One look. Raises Error with what is wrong."""
+        if self.own is None and not self.agent.looks(timeout):
             self.load()
-        self.found[0](timeout)
+        if self.own is not None:
+            self.own(timeout)
 
 
 def main(deployment_id: str) -> int:
     """The switch process: started by an agent, never by hand."""
-    sys.setswitchinterval(0.0005)  # seconds: loading must not hold up the steps
     agent = watch.Agent(0, 1)
     line = agent.line(watch.START_TIMEOUT)
     if line is None:
@@ -52,9 +49,12 @@ def main(deployment_id: str) -> int:
     settings = verdict.Settings(**config["settings"])
     os.set_inheritable(config["lock"], False)
     agent.tell("ready")
+    import ctypes  # noqa: F401  # for `durable.sync`; this and more are loaded while the agent downloads
+
     from activate import switch
 
-    network = Network(config)
+    network = Network(config, agent)
+    gc.enable()  # the command that started this process has held it back: modules leave no garbage
     go = agent.line(watch.START_TIMEOUT)
     if go is None or not go.startswith("go "):
         return 0
@@ -64,7 +64,7 @@ def main(deployment_id: str) -> int:
     log = logfile.open_log(entry)
     os.dup2(log, 2)
     os.set_blocking(1, False)
-    process = switch.Switch(entry, log, settings, network.reach, agent, network.thread.join)
+    process = switch.Switch(entry, log, settings, network.reach, agent, network.load)
     signal.signal(signal.SIGTERM, lambda *_: process.stop.set())
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

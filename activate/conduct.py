@@ -47,6 +47,7 @@ class Surroundings:
     changed: Callable[[], None]
     measured: Callable[[journal.Journal, int], None]
     tell: Callable[[str], None]
+    reach: Callable[[float], None]  # raises where the workspace can't be reached over a fresh connection
 
 
 class Conductor:
@@ -55,6 +56,7 @@ class Conductor:
     def __init__(self, around: Surroundings) -> None:
         self.around = around
         self.switch: Optional[launch.SwitchProcess] = None
+        self.sizes: dict[str, int] = {}
 
     def settle(self, entry: journal.Journal) -> None:
         """Do what recovery decides until the deployment has ended; one that is new is only its first case."""
@@ -126,14 +128,20 @@ class Conductor:
 
     def measure(self, entry: journal.Journal) -> None:
         """Ask for the closure's size while other things happen."""
+        path = entry.record.store_path
         with contextlib.suppress(Error):
-            self.around.measured(entry, nix.path_info_size(entry.record.store_path))
+            if path not in self.sizes:
+                self.sizes = {path: nix.path_info_size(path)}  # of the last one: it may be deployed again
+            self.around.measured(entry, self.sizes[path])
 
     def follow(self, entry: journal.Journal, switch: launch.SwitchProcess, measuring: threading.Thread) -> None:
         """Hear of each step until the process ends; the final report has the closure's size in it."""
         step: Optional[str] = ""
         while step is not None:
             step = switch.read(SWITCH_TIMEOUT)
+            if step is not None and step.startswith("look "):
+                self.look(switch, *step.split()[1:])
+                continue
             if step is None or step in journal.FINAL:
                 measuring.join(SIZE_TIMEOUT)
             switch.step = step or switch.step
@@ -142,6 +150,16 @@ class Conductor:
                 self.around.changed()
         ending = f": {entry.record.reason}" if entry.record.reason else ""
         self.around.tell(f"deployment {entry.record.index}: {entry.record.step}{ending}")
+
+    def look(self, switch: launch.SwitchProcess, number: str, timeout: str) -> None:
+        """See for the switch process whether the workspace can be reached."""
+        problem = ""
+        try:
+            self.around.reach(float(timeout))
+        except Exception as error:
+            problem = str(error).replace("\n", " ") or type(error).__name__
+        with contextlib.suppress(OSError):
+            switch.write(f"{number} {problem}")
 
     def reload(self, entry: journal.Journal, step: str = "") -> None:
         """Read what the switch process has written; what it said counts where it could not write."""

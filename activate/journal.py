@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -159,6 +160,21 @@ def load_all(state: str) -> tuple[list[Journal], list[str]]:
             if found is not None:
                 journals.append(found)
     return sorted(journals, key=lambda found: found.record.times.get(RECEIVED, 0.0)), problems
+
+
+def newest_first(state: str) -> Iterator[Journal]:
+    """The journals that can be read, those first that were written last."""
+    root = os.path.join(state, "deployments")
+    written: list[tuple[float, str]] = []
+    with contextlib.suppress(OSError):
+        for name in os.listdir(root):
+            with contextlib.suppress(OSError):
+                written.append((os.stat(os.path.join(root, name, "journal.json")).st_mtime, name))
+    for _, name in sorted(written, reverse=True):
+        with contextlib.suppress(Error):
+            found = load(os.path.join(root, name))
+            if found is not None:
+                yield found
 
 
 def prune(finished: list[Journal]) -> None:

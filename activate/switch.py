@@ -30,11 +30,11 @@ class Switch:
 
     def __init__(
         self, entry: journal.Journal, log: int, settings: verdict.Settings, reach: watch.Reach, agent: watch.Agent,
-        loaded: Callable[[], None],
+        load: Callable[[], None],
     ) -> None:  # fmt: skip
-        """`reach` raises where the workspace is out of reach; `loaded` waits until that has all it needs."""
+        """`reach` raises where the workspace is out of reach; `load` reads all that this needs."""
         self.journal, self.log, self.settings, self.agent = entry, log, settings, agent
-        self.reach, self.loaded = reach, loaded
+        self.reach, self.load = reach, load
         self.stop = threading.Event()
         self.machine_lock: Optional[lock.Lock] = None
         self.kind = activate.profile
@@ -105,8 +105,8 @@ class Switch:
 
     def activate(self) -> tuple[str, bool]:
         """Activate, and judge how that went: a note for the report, and whether the system can only be booted."""
-        if self.kind is not activate.profile:  # to set a link takes no files away, which any other activation may do
-            self.loaded()
+        if self.kind is not activate.profile:  # to set a link takes nothing away, which any other activation may do
+            self.load()
         start = os.fstat(self.log).st_size
         status = self.kind.activate(self.change(), self.run)
         said = logfile.tail(self.log, start)
@@ -137,7 +137,6 @@ class Switch:
             status = self.run([script])
             if status:
                 raise Error(f"the rollback script {script} ended with status {status}")
-        self.loaded()
         watch.confirm(self.journal, self.agent, self.reach, self.settings.confirm_timeout, self.stop, self.log)
 
     def roll_back(self, why: Exception) -> None:

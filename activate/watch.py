@@ -26,7 +26,9 @@ class Agent:
     def __init__(self, reads: int, writes: int) -> None:
         self.reads, self.writes = reads, writes
         self.text = b""
-        self.ended = False
+        self.ended = self.left = False  # its end of the pipe is closed; it has said that it leaves
+        self.asked = 0
+        self.answers: dict[str, str] = {}
 
     def line(self, timeout: float) -> Optional[str]:
         """The next line; None where the agent has ended, or says nothing for `timeout` seconds."""
@@ -48,15 +50,35 @@ class Agent:
         with contextlib.suppress(OSError):
             os.write(self.writes, f"{step}\n".encode())
 
+    def hear(self, timeout: float) -> bool:
+        """Whether the agent said something within `timeout` seconds: an answer to `looks`, or that it leaves."""
+        said = self.line(timeout)
+        if said == "bye":
+            self.left = True
+        elif said is not None:
+            number, _, problem = said.partition(" ")
+            self.answers[number] = problem
+        return said is not None
+
+    def looks(self, timeout: float) -> bool:
+        """Let the agent look at the workspace; False where there is no agent any more. Raises Error."""
+        self.asked += 1
+        number, deadline = str(self.asked), time.monotonic() + timeout
+        self.tell(f"look {number} {timeout}")
+        while number not in self.answers and not self.left:
+            if not self.hear(max(0.0, deadline - time.monotonic())):
+                if self.ended:
+                    return False
+                raise Error(f"the agent found out nothing within {timeout:.0f} s")
+        if self.answers.get(number):
+            raise Error(self.answers[number])
+        return number in self.answers
+
     def was_lost(self) -> bool:
         """Whether the agent has ended, and not by its own will."""
-        while not self.ended:
-            said = self.line(0)
-            if said == "bye":
-                self.ended, self.text = True, b"bye"
-            elif said is None:
-                break
-        return self.ended and self.text != b"bye"
+        while self.hear(0):
+            pass
+        return self.ended and not self.left
 
 
 def registered_since(state: str, moment: float, boot: str) -> bool:
