@@ -1044,7 +1044,7 @@ class Worker(threading.Thread):
         journals, problems = journal.load_all(self.state)
         for problem in problems:
             tell(problem)
-        for entry in sorted(journals, key=lambda found: found.record.step in journal.HARMLESS):  # those need the network
+        for entry in sorted(journals, key=lambda found: found.record.step in journal.HARMLESS):  # the cache comes late
             ours = (entry.record.agent, entry.record.host) == (self.options.name, self.options.peer.host)
             if ours and not (entry.record.step in journal.FINAL and Reported.load(entry.path("reported.json")).whole):
                 self.reporter.add(entry)
