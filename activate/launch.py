@@ -40,7 +40,8 @@ def scoped(argv: list[str]) -> list[str]:
     if not os.path.isdir("/run/systemd/system") or program is None:
         return argv
     user = [] if os.geteuid() == 0 else ["--user"]
-    return [program, "--scope", "--collect", "--quiet", "--no-ask-password", *user, "--", *argv]
+    named = f"--description=Deployment {argv[-1]}"  # else it is the whole command line, in every journal
+    return [program, "--scope", "--collect", "--quiet", "--no-ask-password", named, *user, "--", *argv]
 
 
 class SwitchProcess:
