@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1	\2/p' Makefile | expand -t 16
 
-setup: .make/venv .make/nix ## the virtual environment in .venv, and Nix where it is missing
+setup: .make/venv .make/nix .make/systemd ## the virtual environment in .venv, Nix and what tests need where it is missing
 
 run: setup ## see the whole thing work: two hosts, a cache, a deployment, a rollback (build/run)
 	@$(BIN)/python tests/demo.py
@@ -57,3 +57,13 @@ clean: ## remove all that was made here (Nix stays)
 	@[ -d /nix ] || mkdir /nix 2>/dev/null \
 	  || { echo 'error: the directory /nix is missing: `sudo mkdir /nix`' >&2; exit 1; }
 	@touch $@
+
+# tests/test_systemd.py boots containers; where these can't be had it says so, and what to do.
+.make/systemd:
+	@mkdir -p .make; if command -v systemd-nspawn >/dev/null && command -v debootstrap >/dev/null; then touch $@; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo 'installing systemd-container and debootstrap ...'; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  install='apt-get install --yes --no-install-recommends systemd-container debootstrap debian-archive-keyring'; \
+	  { $$install || { apt-get update && $$install; }; } </dev/null >.make/systemd.log 2>&1 \
+	    && touch $@ || tail -n 3 .make/systemd.log; fi
