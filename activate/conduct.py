@@ -25,15 +25,6 @@ class Ended(Error):
         self.step = step
 
 
-def check_paths(record: journal.Record) -> None:
-    """Nothing but the path of something that was built may become an argument of Nix. Raises Error."""
-    for path in (record.store_path, record.rollback_script):
-        if path is not None and not nix.is_store_path(path):
-            raise Error(f"the workspace sent {path[:300]!r}, which is not a store path")
-        if path is not None and path.endswith(".drv"):
-            raise Error(f"{path} is a derivation, which would have to be built: deploy its output")
-
-
 @dataclass(frozen=True)
 class Surroundings:
     """What leading a deployment needs from the agent. `config` is for the switch process."""
@@ -110,7 +101,7 @@ class Conductor:
 
     def conduct(self, entry: journal.Journal, action: recovery.Action, held: lock.Lock) -> None:
         """Prepare what has to be, give the switch process the word, follow it. Raises Error."""
-        check_paths(entry.record)
+        nix.check_paths(entry.record.store_path, entry.record.rollback_script)
         config = {**self.around.config, "directory": entry.directory}
         self.switch = launch.SwitchProcess(entry.record.id, config, held, self.around.scope_timeout)
         try:

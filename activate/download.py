@@ -93,7 +93,7 @@ def room(paths: list[str], source: nix.Source, log: int) -> Optional[tuple[int, 
     """
     said = nix.realise_dry_run(paths, source)
     if classify(said) == "missing":
-        say(log, said.rstrip())
+        say(log, f"$ nix-store --realise --dry-run {' '.join(paths)}\n{said.rstrip()}")
         raise DownloadFailed(explain(said, source, paths[0]), last_lines(said))
     estimate = parse_estimate(said)
     if estimate is None:

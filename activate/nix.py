@@ -25,6 +25,15 @@ def is_store_path(text: object) -> bool:
     return isinstance(text, str) and STORE_PATH.fullmatch(text) is not None
 
 
+def check_paths(*paths: Optional[str]) -> None:
+    """Nothing but the path of something that was built may become an argument of Nix. Raises Error."""
+    for path in paths:
+        if path is not None and not is_store_path(path):
+            raise Error(f"the workspace sent {path[:300]!r}, which is not a store path")
+        if path is not None and path.endswith(".drv"):
+            raise Error(f"{path} is a derivation, which would have to be built: deploy its output")
+
+
 @dataclass(frozen=True)
 class Source:
     """Where closures come from besides the machine's own substituters: URL, all trusted keys, and a netrc file."""
