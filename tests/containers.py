@@ -207,7 +207,7 @@ class Container(Host):
     # --- running things ---
 
     def enter(self, cwd: Union[str, Path] = "/") -> list[str]:
-        return ["nsenter", "--target", str(self.init), "--all", f"--wd={cwd}", "--"]
+        return ["nsenter", "--target", str(self.init), "--all", "--"]  # `cwd` would be the test's
 
     def systemctl(self, *args: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
         """Run systemctl in it; never raises for a status."""
