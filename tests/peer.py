@@ -440,7 +440,8 @@ class Peer:
         while True:
             frame, data, fin = connection.read_frame()
             if frame == "ping" and connection.pongs:
-                connection.send("pong", data)
+                with contextlib.suppress(Gone):  # what it sent before it left is still to be read
+                    connection.send("pong", data)
             elif frame == "close":
                 with contextlib.suppress(Gone):
                     connection.send("close", data)
