@@ -654,44 +654,12 @@ class SocketChannel:
 Channel = Union[HttpChannel, SocketChannel]
 
 
-@dataclass(frozen=True)
-class Reported:
-    """How far a deployment is reported: kept in reported.json, so that any restart goes on from here."""
-
-    started: bool = False
-    sized: bool = False
-    line: int = 0
-    offset: int = 0
-    logged: bool = False
-    ended: bool = False
-    size: Optional[int] = None
-    time: str = ""
-
-    @classmethod
-    def load(cls, path: str) -> Reported:
-        """What the file says; the beginning where it says nothing that can be read: reports may be repeated."""
-        try:
-            with open(path, "rb") as file:
-                record = loads(file.read(1 << 16))
-            known = {name: checked_field(record, name, bool) for name in ("started", "sized", "logged", "ended")}
-            line, offset = checked_field(record, "line", int), checked_field(record, "offset", int)
-            size = checked_field(record, "size", int, optional=True)
-            valid = min(line, offset, size or 0) >= 0
-            return cls(**known, line=line, offset=offset, size=size, time=utc_now()) if valid else cls()
-        except (OSError, Undecodable):
-            return cls()
-
-    @property
-    def whole(self) -> bool:
-        return self.logged and self.ended
-
-
 class Delivery:
     """One deployment on its way to the workspace: started, its log, its size, its end."""
 
     def __init__(self, entry: journal.Journal, held: lock.Lock, sizes: dict[str, int]) -> None:
         self.entry, self.held, self.sizes = entry, held, sizes
-        self.reported = Reported.load(entry.path("reported.json"))
+        self.reported = logfile.Reported.load(entry.path("reported.json"))
         self.channel: Optional[Channel] = None
         self.failures, self.not_before = 0, 0.0
         self.log_failed = False
@@ -901,7 +869,9 @@ class Reporter(threading.Thread):
 def prune(state: str) -> None:
     """Remove old deployments that have ended and are reported."""
     journals, _ = journal.load_all(state)
-    done = [j for j in journals if j.record.step in journal.FINAL and Reported.load(j.path("reported.json")).whole]
+    done = [
+        j for j in journals if j.record.step in journal.FINAL and logfile.Reported.load(j.path("reported.json")).whole
+    ]
     journal.prune(done)
 
 
@@ -1046,7 +1016,9 @@ class Worker(threading.Thread):
             tell(problem)
         for entry in sorted(journals, key=lambda found: found.record.step in journal.HARMLESS):  # the cache comes late
             ours = (entry.record.agent, entry.record.host) == (self.options.name, self.options.peer.host)
-            if ours and not (entry.record.step in journal.FINAL and Reported.load(entry.path("reported.json")).whole):
+            if ours and not (
+                entry.record.step in journal.FINAL and logfile.Reported.load(entry.path("reported.json")).whole
+            ):
                 self.reporter.add(entry)
                 self.guarded(self.conductor.settle, entry)
 
@@ -1385,14 +1357,25 @@ def normalized(argv: list[str]) -> list[str]:
     return words
 
 
+def misfit(words: list[str]) -> str:
+    """What is wrong with arguments that fit no command: docopt does not say. Nothing is shown: it may be a token."""
+    command = next((word for word in words if word in ("agent", "activate")), None)
+    if command is None:
+        return "there must be a command, agent or activate"
+    if command == "activate" and words[-1] == command:
+        return "activate needs a deploy.json"
+    return f"{command} takes no such arguments"
+
+
 def parse(argv: list[str]) -> dict[str, Any]:
     """The command line as a dictionary. Raises UsageError, or SystemExit for --help and --version."""
     import docopt
 
+    words = normalized(argv)
     try:
-        return dict(docopt.docopt(__doc__, argv=normalized(argv), version=f"cachix-deploy {__version__}"))
+        return dict(docopt.docopt(__doc__, argv=words, version=f"cachix-deploy {__version__}"))
     except docopt.DocoptExit as error:
-        said = str(error).splitlines()[0] if not str(error).startswith("Usage:") else "the arguments fit no command"
+        said = str(error).splitlines()[0] if not str(error).startswith("Usage:") else misfit(words)
         raise UsageError(f"{said}: see --help") from None
 
 

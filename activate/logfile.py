@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from dataclasses import dataclass
+from typing import Optional
 
 from activate import journal
 
@@ -48,3 +51,35 @@ def cut(data: bytes, most: int, final: bool) -> tuple[list[bytes], int]:
         else:
             break
     return lines, start
+
+
+@dataclass(frozen=True)
+class Reported:
+    """How far a deployment is reported: kept in reported.json, so that any restart goes on from here."""
+
+    started: bool = False
+    sized: bool = False
+    line: int = 0
+    offset: int = 0
+    logged: bool = False
+    ended: bool = False
+    size: Optional[int] = None
+    time: str = ""
+
+    @classmethod
+    def load(cls, path: str) -> Reported:
+        """What the file says; the beginning where it says nothing that can be read: reports may be repeated."""
+        try:
+            with open(path, "rb") as file:
+                record = json.loads(file.read(1 << 16))
+            known = {name: record[name] for name in ("started", "sized", "line", "offset", "logged", "ended", "size")}
+            numbers = [known["line"], known["offset"], 0 if known["size"] is None else known["size"]]
+            flags = [known[name] for name in ("started", "sized", "logged", "ended")]
+            valid = all(type(n) is int and n >= 0 for n in numbers) and all(type(flag) is bool for flag in flags)
+            return cls(**known) if valid else cls()
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return cls()
+
+    @property
+    def whole(self) -> bool:
+        return self.logged and self.ended

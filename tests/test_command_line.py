@@ -127,17 +127,17 @@ def test_abbreviations_are_refused_without_their_value(capsys, word, form):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "the arguments fit no command: see --help"),
-        (["deploy"], "the arguments fit no command: see --help"),
-        (["agnet", "web"], "the arguments fit no command: see --help"),
-        (["agent", "web", "system", "more"], "the arguments fit no command: see --help"),
-        (["activate"], "the arguments fit no command: see --help"),
-        (["agent", "activate", "x", "y"], "the arguments fit no command: see --help"),
-        (["agent", "-q"], "the arguments fit no command: see --help"),
+        ([], "there must be a command, agent or activate: see --help"),
+        (["deploy"], "there must be a command, agent or activate: see --help"),
+        (["agnet", "web"], "there must be a command, agent or activate: see --help"),
+        (["agent", "web", "system", "more"], "agent takes no such arguments: see --help"),
+        (["activate"], "activate needs a deploy.json: see --help"),
+        (["agent", "activate", "x", "y"], "agent takes no such arguments: see --help"),
+        (["agent", "-q"], "agent takes no such arguments: see --help"),
         (["agent", "--host"], "--host requires argument: see --help"),
         (["agent", "--verbose=yes"], "--verbose must not have an argument: see --help"),
-        (["switch"], "the arguments fit no command: see --help"),
-        (["switch", "a", "b"], "the arguments fit no command: see --help"),
+        (["switch"], "there must be a command, agent or activate: see --help"),
+        (["switch", "a", "b"], "there must be a command, agent or activate: see --help"),
     ],
 )
 def test_wrong_usage(capsys, argv, said):

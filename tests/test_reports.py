@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import cachix_deploy
-from activate import journal, lock
+from activate import journal, lock, logfile
 from activate.logfile import LINE_BYTES, cut
 from cachix_deploy import (
     FAILED,
@@ -28,7 +28,6 @@ from cachix_deploy import (
     HttpChannel,
     Peer,
     Refused,
-    Reported,
     Reporter,
     Unreachable,
     Waits,
@@ -114,30 +113,30 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-FIELDS = list(asdict(Reported()))
+FIELDS = list(asdict(logfile.Reported()))
 
 
 @settings(deadline=None)
 @given(st.one_of(st.binary(), JSON.map(lambda v: json.dumps(v).encode()),
                  st.fixed_dictionaries(dict.fromkeys(FIELDS, JSON)).map(lambda v: json.dumps(v).encode())))  # fmt: skip
-@example(json.dumps({**asdict(Reported()), "line": float("inf")}).encode())
-@example(json.dumps({**asdict(Reported()), "offset": -1}).encode())
-@example(json.dumps({**asdict(Reported()), "line": 10**400}).encode())
+@example(json.dumps({**asdict(logfile.Reported()), "line": float("inf")}).encode())
+@example(json.dumps({**asdict(logfile.Reported()), "offset": -1}).encode())
+@example(json.dumps({**asdict(logfile.Reported()), "line": 10**400}).encode())
 @example(b"[" * 100_000)
 def test_a_damaged_record_is_the_beginning(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "reported.json"
     path.write_bytes(text)
-    reported = Reported.load(str(path))
+    reported = logfile.Reported.load(str(path))
     assert reported.line >= 0 and reported.offset >= 0 and isinstance(reported.whole, bool)
     assert reported.size is None or reported.size >= 0
 
 
 def test_what_was_written_is_read_again(tmp_path):
-    known = Reported(True, True, 7, 300, False, True, 4096, "t")
+    known = logfile.Reported(True, True, 7, 300, False, True, 4096, "t")
     (tmp_path / "reported.json").write_text(json.dumps(asdict(known)))
-    read = Reported.load(str(tmp_path / "reported.json"))
+    read = logfile.Reported.load(str(tmp_path / "reported.json"))
     assert {**asdict(read), "time": "t"} == asdict(known)
-    assert Reported.load(str(tmp_path / "none")) == Reported()
+    assert logfile.Reported.load(str(tmp_path / "none")) == logfile.Reported()
 
 
 # --- a delivery, with a channel that the test plays -------------------------------------------------------------------
@@ -200,7 +199,7 @@ def test_a_whole_report_in_its_order(make):
     before = list(channel.calls)
     delivery.ship(channel)
     assert channel.calls == before
-    assert Reported.load(delivery.entry.path("reported.json")).whole
+    assert logfile.Reported.load(delivery.entry.path("reported.json")).whole
 
 
 def test_a_failure_is_told_with_its_reason(make):
