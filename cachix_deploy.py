@@ -48,7 +48,7 @@ import time
 import urllib.parse
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Callable, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar, Union
 
 import activate
 from activate import durable, journal, lock, logfile, nix, verdict
@@ -431,6 +431,34 @@ class Peer:
         return f"{cache.name}.{urllib.parse.urlsplit(self.host).hostname}-1:{cache.public_key}"
 
 
+Answer = TypeVar("Answer")
+
+
+def within(timeout: float, do: Callable[[], Answer]) -> Answer:
+    """What `do` returns or raises; Unreachable where that takes longer than `timeout` seconds.
+
+    It runs in a thread of its own, which is left behind then: a name look-up can't be told to hurry, and the libraries'
+    own limits are for each packet.
+    """
+    answers: list[Answer] = []
+    problems: list[Exception] = []
+
+    def run() -> None:
+        try:
+            answers.append(do())
+        except Exception as error:
+            problems.append(error)
+
+    thread = threading.Thread(target=run, name="call", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if problems:
+        raise problems[0]
+    if not answers:
+        raise Unreachable(f"no answer within {timeout:.0f} s")
+    return answers[0]
+
+
 def connect(peer: Peer, path: str, timeout: float = CONNECT_TIMEOUT) -> websocket.WebSocket:
     """A websocket to `path` of the workspace. Raises Refused (the token), or Unreachable with what was wrong."""
     import websocket
@@ -439,16 +467,13 @@ def connect(peer: Peer, path: str, timeout: float = CONNECT_TIMEOUT) -> websocke
     socket_ = websocket.WebSocket(
         enable_multithread=True, skip_utf8_validation=True, sslopt={} if bundle is None else {"ca_certs": bundle}
     )
-    watchdog = threading.Timer(timeout, hang_up, (socket_,))  # its own timeout is per packet
-    watchdog.name, watchdog.daemon = "connect-deadline", True
-    watchdog.start()
     headers = [f"{name}: {value}" for name, value in peer.headers().items()]
+    options = {"header": headers, "timeout": timeout, "suppress_origin": True, "redirect_limit": 0}
     try:
-        url = "ws" + peer.host[4:] + path
-        socket_.connect(url, header=headers, timeout=timeout, suppress_origin=True, redirect_limit=0)  # type: ignore[no-untyped-call]
+        within(timeout, lambda: socket_.connect("ws" + peer.host[4:] + path, **options))  # type: ignore[no-untyped-call]
         if socket_.status != 101:
             raise websocket.WebSocketException("a redirect")
-    except (OSError, ValueError, websocket.WebSocketException) as error:
+    except (Unreachable, OSError, ValueError, websocket.WebSocketException) as error:
         hang_up(socket_)
         status = getattr(error, "status_code", socket_.status)  # the library keeps a redirect's answer for itself
         if status in (401, 403):
@@ -458,8 +483,6 @@ def connect(peer: Peer, path: str, timeout: float = CONNECT_TIMEOUT) -> websocke
         location = (getattr(error, "resp_headers", socket_.headers) or {}).get("location")
         moved = f" and points to {location}, which is not followed: give it as --host" if location else ""
         raise Unreachable(f"{peer.host}{path} answered HTTP {status} instead of a websocket{moved}") from None
-    finally:
-        watchdog.cancel()
     return socket_
 
 
@@ -511,28 +534,24 @@ def http(peer: Peer, method: str, path: str, timeout: float = 20.0, **kwargs: An
     with _importing:
         import requests
 
-    deadline = time.monotonic() + timeout
-    headers = {**peer.headers(), **kwargs.pop("headers", {})}
-    try:
-        answer = _session().request(
-            method,
-            peer.host + path,
-            headers=headers,
-            timeout=timeout,
-            stream=True,
-            allow_redirects=False,
-            verify=ca_bundle() or True,
-            **kwargs,
-        )
+    session, deadline = _session(), time.monotonic() + timeout
+    kwargs.update(headers={**peer.headers(), **kwargs.pop("headers", {})}, timeout=timeout, verify=ca_bundle() or True)
+
+    def call() -> requests.Response:
+        answer = session.request(method, peer.host + path, stream=True, allow_redirects=False, **kwargs)
         body = bytearray()
         for chunk in answer.iter_content(1 << 16):
             body += chunk
             if time.monotonic() > deadline or len(body) > 1 << 26:
                 raise requests.Timeout(f"the answer took longer than {timeout:.0f} s, or has no end")
         answer._content = bytes(body)
-    except (requests.RequestException, OSError, ValueError) as error:
+        return answer
+
+    try:
+        return within(timeout, call)
+    except (Unreachable, requests.RequestException, OSError, ValueError) as error:
+        _sessions.__dict__.clear()  # the call that was left behind may still use it
         raise Unreachable(f"{method} {peer.host}{path} failed: {error or type(error).__name__}") from None
-    return answer
 
 
 _sessions = threading.local()

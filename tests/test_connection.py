@@ -717,3 +717,44 @@ def test_waits_of_the_environment(monkeypatch):
     assert (Waits().ping, Waits().silence, Waits().slowest) == (30, 60, 60)
     monkeypatch.setenv("CACHIX_DEPLOY_WAITS", '{"ping": 1, "unknown": 2}')
     assert Waits.from_environment() == Waits(ping=1.0)
+
+
+# --- deadlines for the whole, not for each packet --------------------------------------------------------------------
+
+
+@pytest.fixture
+def trickle():
+    """A server that answers a byte every 50 ms, and never comes to an end; its URL."""
+    ended = threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                accepted = listener.accept()[0]
+                threading.Thread(target=answer, args=(accepted,), daemon=True).start()
+
+    def answer(accepted):
+        with contextlib.suppress(OSError), accepted:
+            while not ended.wait(0.05):
+                accepted.sendall(b"H")
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    ended.set()
+    listener.close()
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+@pytest.mark.parametrize(
+    "call", [cachix_deploy.connect, lambda peer, path, timeout: cachix_deploy.http(peer, "GET", path, timeout)]
+)
+def test_an_answer_that_trickles_has_a_deadline(trickle, monkeypatch, call, proxied):
+    if proxied:
+        monkeypatch.setenv("http_proxy", trickle)
+        monkeypatch.setenv("no_proxy", "")
+    peer = cachix_deploy.Peer("http://example.invalid" if proxied else trickle, "token", "web")
+    began = time.monotonic()
+    with pytest.raises(cachix_deploy.Unreachable, match="no answer within 1 s"):
+        call(peer, "/ws", 1.0)
+    assert time.monotonic() - began < 5
