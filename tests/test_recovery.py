@@ -1,8 +1,10 @@
 """Deployments that are interrupted: by kill -9 of either process or both, by power loss, by a lost state directory."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import closures
 import pytest
@@ -32,7 +34,7 @@ def switches(machine):
 
 def kill_switch(machine):
     for pid in wait_until(lambda: switches(machine)):
-        machine.host.output("kill", "-KILL", str(pid))
+        os.kill(pid, signal.SIGKILL)
 
 
 def interrupt(machine, how):
