@@ -65,6 +65,7 @@ class Connection:
     def __init__(self, peer: Peer, number: int, sock: socket.socket) -> None:
         self.peer, self.number, self.socket = peer, number, sock
         self.path = ""
+        self.open = False  # the handshake is done, and the agent was told that it is registered
         self.buffer = b""
         self.lock = threading.Lock()
         self.ended = threading.Event()
@@ -282,7 +283,7 @@ class Peer:
         """The newest open websocket at a path that begins so."""
 
         def look() -> Optional[Connection]:
-            found = [c for c in self.connections if c.path and is_at(c.path, path)]
+            found = [c for c in self.connections if c.open and is_at(c.path, path)]
             return next((c for c in reversed(found) if not c.ended.is_set()), None)
 
         found: Connection = wait_until(look, timeout, f"a connection to {path}")
@@ -427,6 +428,7 @@ class Peer:
         connection.pongs = kind not in ("no-pong", "half-open")
         if connection.path == "/ws" and self.registers and kind != "half-open":
             self.register(connection)
+        connection.open = True
         if kind == "half-open":
             connection.ended.wait(SECONDS)
             return
