@@ -1084,7 +1084,7 @@ class Worker(threading.Thread):
 
 
 class Stopped(Exception):
-    """The agent ends, by its own will or the operator's; `args` has the exit status."""
+    """The agent ends, because the workspace asks it to or another one has taken over."""
 
 
 class Agent:
