@@ -61,6 +61,7 @@ def test_a_killed_test_run_leaves_nothing_behind(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     pid = int(process.stdout.readline())
+    wait_until(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n", 10, "the program to be in the host")
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     process.stdout.close()
@@ -167,7 +168,10 @@ def test_an_activation_that_fails_before_and_after(host: Host, cache: Cache, sta
 
 def _client(peer: Peer, path: str = "/ws", **kw: Any) -> websocket.WebSocket:
     url = peer.url.replace("http", "ws") + path
-    return websocket.create_connection(url, timeout=5, suppress_origin=True, redirect_limit=0, **kw)
+    client = websocket.create_connection(url, timeout=5, suppress_origin=True, redirect_limit=0, **kw)
+    if client.getstatus() != 101:  # websocket-client 1.9.0 takes a redirect for a connection
+        raise websocket.WebSocketException(f"HTTP {client.getstatus()}")
+    return client
 
 
 def test_the_peer_speaks_as_the_transcripts_do(peer: Peer) -> None:
