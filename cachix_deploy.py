@@ -371,14 +371,15 @@ SYSTEM_BUNDLES = (
 
 
 def ca_bundle() -> Optional[str]:
-    """The file of trusted certificate authorities, for every connection of this program; None: certifi's own.
-
-    A zip application can't open certifi's file in place, so there Python's own default counts.
-    """
+    """The file of trusted authorities for all connections of this program: the system's, else certifi's."""
     named = [os.environ.get(name) for name in ("SSL_CERT_FILE", "NIX_SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")]
     for candidate in [*named, *SYSTEM_BUNDLES]:
         if candidate and os.path.isfile(candidate):
             return candidate
+    with contextlib.suppress(ImportError, OSError):
+        import certifi
+
+        return certifi.where()
     return None
 
 
