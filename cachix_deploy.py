@@ -51,7 +51,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar, Union
 
 import activate
-from activate import durable, journal, lock, logfile, nix, verdict
+from activate import durable, journal, lock, logfile, machine, nix, verdict
 from activate.nix import is_store_path as is_store_path
 from activate.process import Error as Error
 
@@ -571,7 +571,7 @@ def _session() -> requests.Session:
 
 # --- reports ---------------------------------------------------------------------------------------------------------
 
-BATCH_BYTES, BATCH_LINES = 1 << 17, 2000  # below 1 MiB as JSON, however much is escaped: proxies refuse more
+BATCH_LINES = 2000
 CALL_TIMEOUT = 10.0  # seconds for one call of the reporter
 
 
@@ -738,7 +738,7 @@ class Delivery:
         until, self.log_failed = time.monotonic() + 5.0, True
         while not self.reported.logged and time.monotonic() < until:
             lines, offset = self.lines_from(self.reported.offset, BATCH_LINES)
-            closing = self.final and offset >= self.log_end()
+            closing = self.final and offset >= logfile.end(self.entry)
             if closing and len(lines) < BATCH_LINES:
                 lines.append(closing_line(self.entry.record))
             else:
@@ -763,25 +763,10 @@ class Delivery:
                 line += len(lines)
             self.note(line=line, offset=offset)
 
-    def log_end(self) -> int:
-        """Where the log ends by now, in bytes; what is written after the end of the deployment does not count."""
-        size = 0
-        with contextlib.suppress(OSError):
-            size = os.stat(self.entry.path("log")).st_size
-        limit = self.entry.record.log_size
-        return size if limit is None else min(size, limit)
-
-    def read(self, offset: int) -> bytes:
-        with contextlib.suppress(OSError), open(self.entry.path("log"), "rb") as file:
-            file.seek(offset)
-            return file.read(max(0, min(BATCH_BYTES, self.log_end() - offset)))
-        return b""
-
     def lines_from(self, offset: int, most: int) -> tuple[list[str], int]:
         """Wire lines of the log from `offset` on, and the offset behind them."""
-        data = self.read(offset)
-        lines, size = logfile.cut(data, most, final=self.final and offset + len(data) >= self.log_end())
-        return [printable(line) for line in lines], offset + size
+        lines, offset = logfile.lines_from(self.entry, offset, most)
+        return [printable(line) for line in lines], offset
 
 
 def closing_line(record: journal.Record) -> str:
@@ -883,16 +868,7 @@ class Reporter(threading.Thread):
             if delivery.channel is not None:
                 delivery.channel.close()
             delivery.held.close()
-            prune(os.path.dirname(os.path.dirname(delivery.entry.directory)))
-
-
-def prune(state: str) -> None:
-    """Remove old deployments that have ended and are reported."""
-    journals, _ = journal.load_all(state)
-    done = [
-        j for j in journals if j.record.step in journal.FINAL and logfile.Reported.load(j.path("reported.json")).whole
-    ]
-    journal.prune(done)
+            logfile.prune(os.path.dirname(os.path.dirname(delivery.entry.directory)))
 
 
 # --- agent -----------------------------------------------------------------------------------------------------------
@@ -910,6 +886,7 @@ class Waits:
     handover: float = 60.0
     tail: float = 0.1
     ready: float = 2.0
+    download: float = 6 * 3600.0
     unit_recheck: float = 10.0
 
     @classmethod
@@ -955,11 +932,11 @@ class Worker(threading.Thread):
         peer = options.peer
         config = {"host": peer.host, "token": peer.token, "name": peer.name, "settings": asdict(options.settings)}
         config["network"] = "cachix_deploy"  # the module of `load_reach`
-        from activate import conduct
+        from activate import attempt, conduct
 
         self.conductor = conduct.Conductor(
-            conduct.Surroundings(
-                options.name, config, options.waits.ready, stop, self.source, self.last_look,
+            attempt.Surroundings(
+                config, options.waits.ready, options.waits.download, stop, self.source, self.last_look,
                 reporter.wake.set, reporter.measured, tell, lambda timeout: reach(peer, timeout),
             )
         )  # fmt: skip
@@ -968,13 +945,14 @@ class Worker(threading.Thread):
         self.nix_config = nix.show_config()
         self.guarded(self.recover)
         while not self.stop.is_set():
-            newest = self.queue.get()
+            queued = [self.queue.get()]
             while not self.queue.empty():
-                older, newest = newest, self.queue.get()
-                self.guarded(self.supersede, older, newest)
-                self.taken.discard(older.id)
+                queued.append(self.queue.get())
+            *older, newest = sorted(queued, key=lambda one: one.index)  # what is sent again need not come in order
+            for deployment in older:
+                self.guarded(self.supersede, deployment, newest)
             self.guarded(self.deploy, newest)
-            self.taken.discard(newest.id)
+            self.taken -= {deployment.id for deployment in queued}
 
     def put(self, deployment: Deployment) -> None:
         """Queue a deployment, once."""
@@ -1016,10 +994,12 @@ class Worker(threading.Thread):
 
     def deploy(self, deployment: Deployment) -> None:
         """See a deployment through."""
+        if deployment.resumed:
+            self.conductor.wait_for_holder(self.options.name, deployment.id)
         entry = self.begin(deployment)
         if entry is None:
             return
-        if deployment.resumed:
+        if deployment.resumed or journal.was_set_aside(entry.directory):
             self.conductor.end(entry, journal.FAILED, "state lost: without its journal nothing is executed")
             return
         tell(f"deployment {deployment.index}: {deployment.store_path}")
@@ -1027,7 +1007,10 @@ class Worker(threading.Thread):
         self.deployed.set()
 
     def recover(self) -> None:
-        """Bring to its end what an earlier agent has left, and report what it has not."""
+        """Bring to its end what an earlier agent has left, and report what it has not.
+
+        What has changed the machine is seen to whoever began it, an agent of another name or at another workspace.
+        """
         from activate import download
 
         download.remove_stale_netrcs(self.state)
@@ -1035,11 +1018,15 @@ class Worker(threading.Thread):
         for problem in problems:
             tell(problem)
         for entry in sorted(journals, key=lambda found: found.record.step in journal.HARMLESS):  # the cache comes late
-            ours = (entry.record.agent, entry.record.host) == (self.options.name, self.options.peer.host)
-            if ours and not (
-                entry.record.step in journal.FINAL and logfile.Reported.load(entry.path("reported.json")).whole
-            ):
+            record = entry.record
+            ours = (record.agent, record.host) == (self.options.name, self.options.peer.host)
+            ended = record.step in journal.FINAL
+            if ours and not (ended and logfile.Reported.load(entry.path("reported.json")).whole):
                 self.reporter.add(entry)
+                self.guarded(self.conductor.settle, entry)
+                if not ended:
+                    self.deployed.set()
+            elif not (ours or ended or record.step in journal.HARMLESS) and not self.conductor.is_held(record.agent):
                 self.guarded(self.conductor.settle, entry)
 
     @contextlib.contextmanager
@@ -1071,15 +1058,15 @@ class Worker(threading.Thread):
 
     def last_look(self, entry: journal.Journal) -> None:
         """Before anything changes: a successor, a cancellation and the agent's own end still count. Raises Error."""
-        from activate import conduct
+        from activate import attempt
 
         if self.registered is not None and self.registered.reports == "http":
             channel = HttpChannel(self.options.peer, entry.record.id)
             with contextlib.suppress(Refused, Unreachable, Gone):
                 if not channel.status(IN_PROGRESS, None, timeout=5.0):
-                    raise conduct.Ended(journal.CANCELLED, "it was cancelled before it was activated")
-        if any(later.id != entry.record.id for later in list(self.queue.queue)):  # it may have been sent again itself
-            raise conduct.Ended(journal.SUPERSEDED, "a newer deployment came before this one was activated")
+                    raise attempt.Ended(journal.CANCELLED, "it was cancelled before it was activated")
+        if any(later.index > entry.record.index for later in list(self.queue.queue)):
+            raise attempt.Ended(journal.SUPERSEDED, "a newer deployment came before this one was activated")
         if self.stop.is_set():
             raise Error("the agent ends")
 
@@ -1232,7 +1219,7 @@ class Agent:
         self.replaced = False
         self.worker.registered = message
         self.reporter.register(message)
-        said = {"pid": os.getpid(), "boot_id": journal.boot_id(), "time": time.time()}
+        said = {"pid": os.getpid(), "boot_id": machine.boot_id(), "time": time.time()}
         try:
             path = os.path.join(self.state, f"registered-{self.options.name}.json")
             durable.write_durably(path, json.dumps(said).encode())
@@ -1240,10 +1227,15 @@ class Agent:
             complain(Error(f"{self.state} can't be written: {error}"))
 
     def drain(self) -> None:
-        """Let the deployment that runs come to its end and its report arrive; new ones are not taken."""
-        while self.worker.conductor.switch is not None or not self.reporter.idle.is_set():
-            if self.stop.wait(0.2):
-                return
+        """Let the deployment that runs come to its end and its report arrive; new ones are not taken.
+
+        A report that does not arrive in time is the successor's to deliver.
+        """
+        while self.worker.conductor.attempt is not None and not self.stop.wait(0.2):
+            pass
+        until = time.monotonic() + self.waits.handover
+        while not (self.reporter.idle.is_set() or self.stop.wait(0.2)) and time.monotonic() < until:
+            pass
 
 
 def watch_signals(agent: Agent) -> None:

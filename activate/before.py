@@ -4,29 +4,50 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import activate
-from activate import journal, lock, nix
+from activate import journal, lock, machine, nix
 from activate.process import CommandFailed, Error, Run, ask, say
 
 LOCK_TIMEOUT = 4 * 3600.0  # seconds to wait for another deployment of the same machine profile
+ROOT_TIMEOUT = 600.0  # seconds
 
 
-def lock_machine(profile: str, log: int) -> lock.Lock:
-    """The lock of what the profile decides, for as long as this process lives. Raises Error or OSError."""
+class Withdrawn(Exception):
+    """Nothing was changed, and nothing is to be: the agent has ended or says so, or the machine stops."""
+
+
+def lock_machine(
+    profile: str, log: int, patience: float, stop: threading.Event, wanted: Callable[[], bool] = lambda: True
+) -> lock.Lock:
+    """The lock of what the profile decides, for as long as this process lives; whatever its last holder left running
+    has ended. Raises Error or OSError, and Withdrawn by `stop` or once it is not `wanted` any more."""
     os.makedirs(os.path.dirname(profile), mode=0o755, exist_ok=True)
     path = lock.machine_path(profile)
     if lock.held(path):
         say(log, f"waiting for another deployment of {profile} to end")
-    taken = lock.take(path, LOCK_TIMEOUT)
+    taken = lock.take(path, LOCK_TIMEOUT, wanted=lambda: wanted() and not stop.is_set())
+    if taken is None and (stop.is_set() or not wanted()):
+        raise Withdrawn
     if taken is None:
         raise Error(f"another deployment of {profile} did not end within {LOCK_TIMEOUT / 3600:.0f} hours")
+    machine.end_marked(taken.fd, log, patience)
+    machine.clear(taken.fd)
     return taken
 
 
-def facts(entry: journal.Journal, kind: ModuleType, profile: str, log: int) -> dict[str, Any]:
+def change(record: journal.Record) -> nix.Change:
+    """What a deployment changes, and what ran before."""
+    return nix.Change(
+        record.store_path, str(record.profile), record.previous_running, record.previous_profile,
+        record.previous_generation, committed=journal.COMMITTING in record.times,
+    )  # fmt: skip
+
+
+def facts(entry: journal.Journal, kind: ModuleType, profile: str, log: int, timeout: float) -> dict[str, Any]:
     """The facts that the journal keeps of what ran before. The machine lock is held. Raises Error for a wrong kind."""
     target = nix.target(profile)
     if target is not None and os.path.isdir(target) and activate.detect(target) is not kind:
@@ -40,7 +61,7 @@ def facts(entry: journal.Journal, kind: ModuleType, profile: str, log: int) -> d
     unrestored = rollback_failed(entry, profile)
     if unrestored is not None:
         previous = {name: getattr(unrestored, name) for name in previous}
-    root([p for p in (previous["previous_running"], previous["previous_profile"]) if p], entry, log)
+    root([p for p in (previous["previous_running"], previous["previous_profile"]) if p], entry, log, timeout)
     return {"kind": kind.NAME, "profile": profile, **previous}
 
 
@@ -52,24 +73,24 @@ def rollback_failed(entry: journal.Journal, profile: str) -> Optional[journal.Re
     return None
 
 
-def root(paths: list[str], entry: journal.Journal, log: int) -> None:
+def root(paths: list[str], entry: journal.Journal, log: int, timeout: float) -> None:
     """Give what ran before a GC root each, as far as the download has not done so in its own step."""
     missing = [path for path in dict.fromkeys(paths) if path not in entry.record.rooted]
     if not missing:
         return
     with contextlib.suppress(CommandFailed):
         argv = ["nix-store", "--realise", *missing, "--add-root", entry.path("previous"), "--indirect"]
-        if ask(argv, 600)[0] == 0:
+        if ask(argv, min(ROOT_TIMEOUT, timeout))[0] == 0:
             return
     say(log, f"warning: the garbage collector may take {' '.join(missing)}, and then there is no way back")
 
 
 def stranger(change: nix.Change, kind: ModuleType) -> str:
     """Who else has deployed, in a sentence; empty where what runs is ours or what ran before."""
-    running = kind.running_path(change.profile)
-    if running in (change.new, change.previous_running, change.previous_profile):
+    runs = kind.running_path(change.profile) or nix.target(change.profile)
+    if runs in (change.new, change.previous_running, change.previous_profile):
         return ""
-    return f"{running} runs now, so somebody else has deployed: it is left alone"
+    return f"{runs} runs now, so somebody else has deployed: it is left alone"
 
 
 def nothing_to_undo(change: nix.Change, kind: ModuleType) -> str:

@@ -14,6 +14,7 @@ import signal
 from typing import Any, Optional
 
 from activate import journal, logfile, verdict, watch
+from activate.process import Error
 
 
 class Network:
@@ -33,8 +34,12 @@ class Network:
 
     def reach(self, timeout: float) -> None:
         """One look. Raises Error with what is wrong."""
-        if self.own is None and not self.agent.looks(timeout):
-            self.load()
+        if self.own is None:
+            problem = self.agent.asks(f"{watch.LOOK} {timeout}", timeout)
+            if problem:
+                raise Error(problem)
+            if problem is None:
+                self.load()
         if self.own is not None:
             self.own(timeout)
 
@@ -58,9 +63,9 @@ def main(deployment_id: str) -> int:
     go = agent.line(watch.START_TIMEOUT)
     if go is None or not go.startswith("go "):
         return 0
-    entry = journal.load(config["directory"])
-    if entry is None or entry.record.id != deployment_id:
-        return 1
+    _, action, text = go.split(" ", 2)
+    # What the agent says counts, and not the file: the state may be lost, or on a disk that takes nothing any more.
+    entry = journal.Journal(config["directory"], journal.Record.from_json(text.encode()))
     log = logfile.open_log(entry)
     os.dup2(log, 2)
     os.set_blocking(1, False)
@@ -69,7 +74,7 @@ def main(deployment_id: str) -> int:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     try:
-        process.perform(go[3:])
+        process.perform(action)
     except switch.Stopping:
         record = entry.record
         with contextlib.suppress(OSError):  # an interruption by the system's end counts as no attempt

@@ -13,6 +13,7 @@ from activate import lock, logfile, nix
 from activate.process import Error, run, say
 
 DEADLINE = 6 * 3600.0  # seconds for one closure; a stalled transfer ends much earlier by Nix's own time limit
+LOOK_DEADLINE = 1800.0  # seconds for what Nix only looks at
 LAST_LINES = 25
 PROGRESS_SECONDS = 5.0
 UNITS = {"bytes": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
@@ -86,12 +87,12 @@ def free_space() -> int:
     return stat.f_bavail * stat.f_frsize
 
 
-def room(paths: list[str], source: nix.Source, log: int) -> Optional[tuple[int, int]]:
+def room(paths: list[str], source: nix.Source, log: int, timeout: float) -> Optional[tuple[int, int]]:
     """Refuse, before anything is downloaded, what is missing or does not fit; how many paths and bytes there will be.
 
     Raises DownloadFailed.
     """
-    said = nix.realise_dry_run(paths, source)
+    said = nix.realise_dry_run(paths, source, min(LOOK_DEADLINE, timeout))
     if classify(said) == "missing":
         say(log, f"$ nix-store --realise --dry-run {' '.join(paths)}\n{said.rstrip()}")
         raise DownloadFailed(explain(said, source, paths[0]), last_lines(said))
@@ -109,20 +110,22 @@ def room(paths: list[str], source: nix.Source, log: int) -> Optional[tuple[int, 
     return fetched, estimate[1]
 
 
-def download(paths: list[str], previous: list[str], link: str, source: nix.Source, log: int) -> bool:
+def download(
+    paths: list[str], previous: list[str], link: str, source: nix.Source, log: int, timeout: float = DEADLINE
+) -> bool:
     """Have `paths` and their closures in the store, with a GC root each; whether `previous` got theirs too.
 
-    Raises DownloadFailed, or CommandFailed where Nix can't be run.
+    `timeout` is in seconds, for each command. Raises DownloadFailed, or CommandFailed where Nix can't be run.
     """
-    if nix.may_forbid_substitution() and nix.realise_present([*paths, *previous], link):
+    if nix.may_forbid_substitution() and nix.realise_present([*paths, *previous], link, min(LOOK_DEADLINE, timeout)):
         say(log, "in the store already: " + " ".join(paths))
         return True
-    total = room(paths, source, log)
+    total = room(paths, source, log, timeout)
     start, done = os.fstat(log).st_size, threading.Event()
     watcher = threading.Thread(target=show_progress, args=(log, start, total, done), name="progress", daemon=True)
     watcher.start()
     try:
-        status = nix.realise(paths, link, source, lambda argv: run(argv, log, DEADLINE))
+        status = nix.realise(paths, link, source, lambda argv: run(argv, log, timeout))
     finally:
         done.set()
         watcher.join(5.0)
@@ -130,6 +133,21 @@ def download(paths: list[str], previous: list[str], link: str, source: nix.Sourc
         text = logfile.tail(log, start)
         raise DownloadFailed(explain(text, source, paths[0]), last_lines(text))
     return False
+
+
+def repair(paths: list[str], source: nix.Source, log: int, timeout: float) -> None:
+    """Download again what lost its contents when power was lost soon after Nix had it: Nix still holds it for valid.
+
+    Raises DownloadFailed.
+    """
+    damaged = nix.damaged_paths(paths, timeout)
+    if damaged:
+        start = os.fstat(log).st_size
+        if nix.repair(damaged, source, lambda argv: run(argv, log, timeout)):
+            text = logfile.tail(log, start)
+            raise DownloadFailed(
+                f"what a power loss has damaged could not be downloaded again: {damaged[0]}", last_lines(text)
+            )
 
 
 def show_progress(log: int, start: int, total: Optional[tuple[int, int]], done: threading.Event) -> None:

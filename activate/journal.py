@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from activate.durable import write_durably
-from activate.process import Error, output, xdg
+from activate.process import Error, xdg
 
 VERSION = 1
 RECEIVED, DOWNLOADING, READY = "received", "downloading", "ready"
@@ -22,7 +22,7 @@ FAILED, CANCELLED, SUPERSEDED = "failed", "cancelled", "superseded"
 HARMLESS = frozenset({RECEIVED, DOWNLOADING, READY})  # nothing on the machine was changed
 FINAL = frozenset({SUCCEEDED, ROLLED_BACK, ROLLBACK_FAILED, FAILED, CANCELLED, SUPERSEDED})
 STEPS = HARMLESS | FINAL | {ACTIVATING, CHECKING, COMMITTING, ROLLING_BACK}
-KEPT_JOURNALS = 20
+SET_ASIDE = ".unreadable-"
 
 
 class Unreadable(Error):
@@ -31,7 +31,10 @@ class Unreadable(Error):
 
 @dataclass(frozen=True)
 class Record:
-    """What a journal says. Paths are absolute, times seconds since 1970, `log_size` is where the log ends, in bytes."""
+    """What a journal says. Paths are absolute, times seconds since 1970, `log_size` is where the log ends, in bytes.
+
+    `attempts` counts those to take the present step, `revision` all that was ever entered.
+    """
 
     id: str
     index: int
@@ -49,6 +52,7 @@ class Record:
     boot_id: str = ""
     step: str = RECEIVED
     attempts: int = 0
+    revision: int = 0
     reason: Optional[str] = None
     detail: Optional[str] = None
     times: dict[str, float] = field(default_factory=dict)
@@ -67,9 +71,10 @@ class Record:
             unknown = {name: value for name, value in read.items() if name not in names}
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise Unreadable(f"not a journal ({error})") from None
-        texts = (record.id, record.agent, record.host, record.store_path, record.step)
+        texts = (record.id, record.agent, record.host, record.store_path, record.step, record.boot_id)
         optional = (record.rollback_script, record.profile, record.previous_running, record.previous_profile)
         valid = all(isinstance(text, str) for text in texts) and all(isinstance(t, (str, type(None))) for t in optional)
+        valid = valid and all(type(number) is int for number in (record.index, record.attempts, record.revision))
         if not valid or record.step not in STEPS or not _times(record.times):
             raise Unreadable("not a journal (a value is of the wrong type)")
         return dataclasses.replace(record, unknown=unknown)
@@ -96,12 +101,20 @@ class Journal:
 
     def enter(self, step: str, **facts: Any) -> None:
         """Write that `step` begins, and what is known by now; only then may its effect be had. Raises OSError."""
-        if step != self.record.step and step in (ACTIVATING, COMMITTING, ROLLING_BACK):
-            facts.setdefault("attempts", 0)
+        if step not in self.record.times and step in (ACTIVATING, COMMITTING, ROLLING_BACK):
+            facts.setdefault("attempts", 0)  # only then: a commit that is checked anew each time is bounded too
         times = {**self.record.times, step: time.time()}
+        facts["revision"] = self.record.revision + 1
         self.record = dataclasses.replace(self.record, step=step, times=times, **facts)
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
         write_durably(self.path("journal.json"), self.record.to_json())
+
+    def reload(self) -> None:
+        """Read what another process has written, unless more is known already than could be written."""
+        with contextlib.suppress(Error):
+            found = load(self.directory)
+            if found is not None and found.record.revision >= self.record.revision:
+                self.record = found.record
 
     def drop_roots(self) -> None:
         """Let the garbage collector have what this deployment kept for itself: by now the profile keeps what counts."""
@@ -121,29 +134,30 @@ def state_directory() -> str:
     return os.path.join(xdg("XDG_STATE_HOME", ".local/state"), "cachix-deploy")
 
 
-def boot_id() -> str:
-    """What tells this boot of the machine from all others; empty where the system does not say."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            return file.read().strip()
-    except OSError:
-        with contextlib.suppress(Error):
-            return output(["sysctl", "-n", "kern.bootsessionuuid"], 5).strip()
-        return ""
-
-
 def load(directory: str) -> Optional[Journal]:
-    """The journal of a deployment's directory; None where there is none. Raises Unreadable, after setting it aside."""
+    """The journal of a deployment's directory; None where there is none.
+
+    Raises Unreadable: what is no journal was set aside then, what could not be looked at stays.
+    """
     path = os.path.join(directory, "journal.json")
     try:
         with open(path, "rb") as file:
             return Journal(directory, Record.from_json(file.read(1 << 22)))
     except FileNotFoundError:
         return None
-    except (OSError, Unreadable) as error:
+    except (IsADirectoryError, Unreadable) as error:
         with contextlib.suppress(OSError):
-            os.rename(path, f"{path}.unreadable-{time.time():.0f}")
+            os.rename(path, f"{path}{SET_ASIDE}{time.time_ns()}")
         raise Unreadable(f"{path} can't be read and was set aside: {error}") from None
+    except OSError as error:
+        raise Unreadable(f"{path} can't be read: {error}") from None
+
+
+def was_set_aside(directory: str) -> bool:
+    """Whether a deployment was begun here whose journal is lost."""
+    with contextlib.suppress(OSError):
+        return any(SET_ASIDE in name for name in os.listdir(directory))
+    return False
 
 
 def load_all(state: str) -> tuple[list[Journal], list[str]]:
@@ -175,11 +189,3 @@ def newest_first(state: str) -> Iterator[Journal]:
             found = load(os.path.join(root, name))
             if found is not None:
                 yield found
-
-
-def prune(finished: list[Journal]) -> None:
-    """Remove all but the newest of `finished`: journals that ended and whose end was reported."""
-    import shutil
-
-    for journal in finished[: max(0, len(finished) - KEPT_JOURNALS)]:
-        shutil.rmtree(journal.directory, ignore_errors=True)

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any, Optional
 
-from activate import lock, process
+from activate import journal, lock, process, recovery
 from activate.process import Error
 
 READY_TIMEOUT = 30.0  # seconds; within a scope much less, see `SwitchProcess`
@@ -71,8 +71,8 @@ class SwitchProcess:
         with contextlib.suppress(OSError):
             self.write(self.config)
 
-    def go(self, action: str) -> None:
-        """Wait until it is ready, and give it the word. Raises Error.
+    def go(self, action: str, record: journal.Record) -> None:
+        """Wait until it is ready, and give it the word with what the journal says. Raises Error.
 
         A scope that can't be had (no bus) shows by silence or an early end: then a plain new session has to do.
         """
@@ -82,10 +82,12 @@ class SwitchProcess:
             if not self.scoped:
                 raise Error("the switch process did not get ready")
             self.boot(self.argv)
-            self.go(action)
+            self.go(action, record)
             return
+        if action != recovery.START:
+            self.step = journal.ACTIVATING if action == recovery.ACTIVATE else record.step
         try:
-            self.write(f"go {action}")
+            self.write(f"go {action} {record.to_json().decode().replace(chr(10), '')}")
         except OSError:
             raise Error("the switch process ended before it began") from None
 

@@ -12,7 +12,7 @@ import os
 import struct
 import time
 from dataclasses import dataclass
-from typing import Optional
+from typing import Callable, Optional
 
 from activate.process import xdg
 
@@ -38,16 +38,17 @@ class Lock:
             os.close(self.fd)
 
 
-def take(path: str, timeout: float = 0.0, text: Optional[str] = None) -> Optional[Lock]:
-    """The lock of file `path`, with `text` written into it; None if it is still held after `timeout` seconds.
-
-    Raises OSError where the file can't be opened.
+def take(
+    path: str, timeout: float = 0.0, text: Optional[str] = None, wanted: Callable[[], bool] = lambda: True
+) -> Optional[Lock]:
+    """The lock of file `path`, with `text` written into it; None if it is still held after `timeout` seconds, or as
+    soon as it is not wanted any more. Raises OSError where the file can't be opened.
     """
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     lock = Lock(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     deadline = time.monotonic() + timeout
     while not _try(lock.fd):
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= deadline or not wanted():
             lock.close()
             return None
         time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -11,6 +12,8 @@ from typing import Optional
 from activate import journal
 
 LINE_BYTES = 1 << 16  # a line on the wire is at most this long
+KEPT_JOURNALS = 20
+READ_BYTES = 1 << 17  # below 1 MiB as JSON, however much is escaped: proxies refuse more
 
 
 def open_log(entry: journal.Journal) -> int:
@@ -53,6 +56,31 @@ def cut(data: bytes, most: int, final: bool) -> tuple[list[bytes], int]:
     return lines, start
 
 
+def end(entry: journal.Journal) -> int:
+    """Where the log ends by now, in bytes; what is written after the end of the deployment does not count."""
+    size = 0
+    with contextlib.suppress(OSError):
+        size = os.stat(entry.path("log")).st_size
+    limit = entry.record.log_size
+    return size if limit is None else min(size, limit)
+
+
+def lines_from(entry: journal.Journal, offset: int, most: int) -> tuple[list[bytes], int]:
+    """Wire lines of the log from `offset` on, and the offset behind them.
+
+    They are durable: what a power loss could take away must not have been told, the lines after it would be counted
+    wrong. At the end of a deployment the whole log is durable already.
+    """
+    data, final = b"", entry.record.step in journal.FINAL
+    with contextlib.suppress(OSError), open(entry.path("log"), "rb") as file:
+        file.seek(offset)
+        data = file.read(max(0, min(READ_BYTES, end(entry) - offset)))
+        if data and not final:
+            os.fsync(file.fileno())
+    lines, size = cut(data, most, final=final and offset + len(data) >= end(entry))
+    return lines, offset + size
+
+
 @dataclass(frozen=True)
 class Reported:
     """How far a deployment is reported: kept in reported.json, so that any restart goes on from here."""
@@ -83,3 +111,13 @@ class Reported:
     @property
     def whole(self) -> bool:
         return self.logged and self.ended
+
+
+def prune(state: str) -> None:
+    """Remove all but the newest of the deployments that have ended and are reported."""
+    import shutil
+
+    journals, _ = journal.load_all(state)
+    done = [j for j in journals if j.record.step in journal.FINAL and Reported.load(j.path("reported.json")).whole]
+    for finished in done[: max(0, len(done) - KEPT_JOURNALS)]:
+        shutil.rmtree(finished.directory, ignore_errors=True)

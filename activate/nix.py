@@ -57,15 +57,27 @@ def realise(paths: list[str], link: str, source: Source, run: Run) -> int:
     return run(["nix-store", "--realise", *paths, "--add-root", link, "--indirect", *source.options()])
 
 
-def realise_present(paths: list[str], link: str) -> bool:
+def realise_present(paths: list[str], link: str, timeout: float) -> bool:
     """Give paths a GC root as `realise` does if all are valid already; nothing is downloaded."""
     argv = ["nix-store", "--realise", *paths, "--add-root", link, "--indirect"]
-    return ask([*argv, "--option", "substitute", "false", "--max-jobs", "0"], 300)[0] == 0
+    return ask([*argv, "--option", "substitute", "false", "--max-jobs", "0"], timeout)[0] == 0
 
 
-def realise_dry_run(paths: list[str], source: Source) -> str:
+def realise_dry_run(paths: list[str], source: Source, timeout: float) -> str:
     """What a download would fetch, in Nix's words; fills Nix's cache of narinfos, so that it does not ask again."""
-    return ask(["nix-store", "--realise", "--dry-run", *paths, *source.options()], 1800)[2]
+    return ask(["nix-store", "--realise", "--dry-run", *paths, *source.options()], timeout)[2]
+
+
+def damaged_paths(paths: list[str], timeout: float) -> list[str]:
+    """Those in the closures of `paths` whose contents are not what was registered: all of them are read."""
+    closure = output(["nix-store", "--query", "--requisites", *paths], timeout).split()
+    said = ask(["nix-store", "--verify-path", *closure], timeout)[2]
+    return [path for path in closure if f"path '{path}' was modified" in said]
+
+
+def repair(paths: list[str], source: Source, run: Run) -> int:
+    """Replace the contents of valid paths by those of a substituter."""
+    return run(["nix-store", "--repair-path", *paths, *source.options()])
 
 
 def may_forbid_substitution() -> bool:

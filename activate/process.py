@@ -79,13 +79,14 @@ def say(log: int, line: str) -> None:
         os.write(log, f"{start}{line}\n".encode("utf-8", "replace"))
 
 
-def run(argv: list[str], log: int, timeout: float) -> int:
+def run(argv: list[str], log: int, timeout: float, before: Optional[Callable[[], None]] = None) -> int:
     """Run `argv` with its output in the log file and return its exit status (negative: the signal that ended it).
 
-    Raises CommandFailed where it can't be started, DeadlinePassed after its whole process group was ended.
+    `before` is called by the process that becomes the command. Raises CommandFailed where it can't be started,
+    DeadlinePassed after its whole process group was ended.
     """
     say(log, "$ " + " ".join(argv))
-    process = start(argv, log, log)
+    process = start(argv, log, log, before)
     try:
         if not wait(process, timeout):
             end_group(process)
@@ -96,13 +97,16 @@ def run(argv: list[str], log: int, timeout: float) -> int:
     return int(process.returncode)
 
 
-def start(argv: list[str], stdout: int, stderr: int) -> subprocess.Popen[bytes]:
+def start(
+    argv: list[str], stdout: int, stderr: int, before: Optional[Callable[[], None]] = None
+) -> subprocess.Popen[bytes]:
     """Start `argv` in a session of its own, so that its whole group can be ended. Raises CommandFailed."""
     env = environment()
     try:
         process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=env, cwd="/", start_new_session=True
-        )
+            argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=env, cwd="/", start_new_session=True,
+            preexec_fn=before,
+        )  # fmt: skip
         _running.add(process)
         return process
     except (OSError, ValueError) as error:
@@ -136,15 +140,6 @@ def checked(run: Run, argv: list[str]) -> None:
     status = run(argv)
     if status:
         raise CommandFailed(argv, f"ended with status {status}")
-
-
-def system_is_stopping() -> bool:
-    """Whether systemd is shutting the machine down."""
-    if not os.path.isdir("/run/systemd/system"):
-        return False
-    with contextlib.suppress(CommandFailed):
-        return "stopping" in ask(["systemctl", "is-system-running"], 10)[1]
-    return False
 
 
 def wait(process: subprocess.Popen[bytes], timeout: float) -> bool:

@@ -14,9 +14,11 @@ ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Facts:
-    """What is true now: which deployment holds the deployment lock, what runs, what the profile points at."""
+    """What is true now: which deployment holds the deployment lock, this boot of the machine, what runs, and what the
+    profile points at. What runs may be unknown: soon after a boot nothing says so yet."""
 
     holder: Optional[str] = None
+    boot_id: str = ""
     running: Optional[str] = None
     target: Optional[str] = None
 
@@ -41,14 +43,16 @@ def next_action(record: journal.Record, facts: Facts) -> Action:
         if spent:
             return Action(END, journal.FAILED, f"it was interrupted {ATTEMPTS} times before anything was changed")
         return Action(START, reason="it was interrupted before anything was changed" if record.attempts else "")
-    if facts.running not in (record.store_path, record.previous_running, record.previous_profile):
-        other = f"it was interrupted, and {facts.running} runs now: somebody else has deployed, it is left alone"
+    runs = facts.running or facts.target
+    if runs not in (record.store_path, record.previous_running, record.previous_profile):
+        other = f"it was interrupted, and {runs} runs now: somebody else has deployed, it is left alone"
         return Action(END, journal.FAILED, other)
+    what = "it was interrupted" if facts.boot_id == record.boot_id else "the machine restarted"
     if record.step == journal.COMMITTING and not spent:
         if facts.running == record.store_path:
-            return Action(COMMIT, reason="it was interrupted while it was committed")
-        return Action(ACTIVATE, reason="the machine restarted before the new system was the one that boots")
+            return Action(COMMIT, reason=f"{what} while it was committed")
+        return Action(ACTIVATE, reason=f"{what} before the new system was the one that boots")
     if record.step == journal.ROLLING_BACK and spent:
         reason = f"{record.reason or 'it was interrupted'}; the rollback was interrupted {ATTEMPTS} times"
         return Action(END, journal.ROLLBACK_FAILED, reason)
-    return Action(ROLL_BACK, reason="it was interrupted before it was confirmed")
+    return Action(ROLL_BACK, reason=record.reason or f"{what} before it was confirmed")

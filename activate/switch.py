@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from dataclasses import replace
 from typing import Any, Callable, Optional
 
 import activate
-from activate import before, durable, journal, lock, logfile, nix, verdict, watch
-from activate.process import CommandFailed, Error, ask, run, say, system_is_stopping
+from activate import before, durable, journal, lock, logfile, machine, nix, recovery, verdict, watch
+from activate.process import Error, run, say
+
+BEGIN_TIMEOUT = 30.0  # seconds for the agent's last look, which takes much less
 
 
 class Stopping(BaseException):
@@ -38,31 +41,36 @@ class Switch:
         self.stop = threading.Event()
         self.machine_lock: Optional[lock.Lock] = None
         self.kind = activate.profile
+        self.began = time.time()
 
     def run(self, argv: list[str]) -> int:
-        return run(argv, self.log, self.settings.activation_timeout)
+        """Run what changes the machine; the machine lock tells of it, should this process not live to see its end."""
+        assert self.machine_lock is not None
+        try:
+            return run(argv, self.log, self.settings.activation_timeout, machine.marker(self.machine_lock.fd))
+        finally:
+            machine.clear(self.machine_lock.fd)
 
     def change(self) -> nix.Change:
         """What is changed, and what ran before."""
-        record = self.journal.record
-        return nix.Change(
-            record.store_path, str(record.profile), record.previous_running, record.previous_profile,
-            record.previous_generation, committed=journal.COMMITTING in record.times,
-        )  # fmt: skip
+        return before.change(self.journal.record)
 
-    def perform(self, action: str = "deploy") -> None:
+    def perform(self, action: str = recovery.START) -> None:
         """Take the deployment to its end, from the start or as recovery decided. Raises Stopping."""
         try:
-            self.prepare(anew=action == "deploy")
+            self.prepare(anew=action == recovery.START)
+        except before.Withdrawn:
+            self.look_whether_stopping()
+            return
         except (Error, OSError) as error:
             say(self.log, str(error))
-            if action == "deploy":  # else the machine has been changed: the next attempt may succeed
+            if action == recovery.START:  # else the machine has been changed: the next attempt may succeed
                 self.finish(journal.FAILED, error)
             return
         try:
-            if action == "roll-back":
-                raise Error(self.journal.record.reason or "it was interrupted before it was confirmed")
-            self.forward(activate_first=action != "commit")
+            if action == recovery.ROLL_BACK:
+                raise Error(str(self.journal.record.reason))
+            self.forward(activate_first=action != recovery.COMMIT)
         except Untouched as error:
             self.finish(journal.FAILED, error)
         except Exception as error:  # a mistake of this program is no reason to leave the machine unconfirmed
@@ -74,20 +82,23 @@ class Switch:
 
     def prepare(self, anew: bool) -> None:
         """Lock the machine and, for a new deployment, enter `activating`. Raises Error where nothing was changed."""
-        record = self.journal.record
+        record, timeout = self.journal.record, self.settings.activation_timeout
         if anew:
             self.kind = activate.detect(record.store_path)
             profile = self.kind.profile_path(record.profile_name)
-            self.machine_lock = before.lock_machine(profile, self.log)
-            facts = before.facts(self.journal, self.kind, profile, self.log)
+            wanted = self.agent.is_there
+            self.machine_lock = before.lock_machine(profile, self.log, timeout, self.stop, wanted)
+            facts = before.facts(self.journal, self.kind, profile, self.log, timeout)
             self.journal.record = replace(record, **facts)
-            self.enter(journal.ACTIVATING, boot_id=journal.boot_id())
+            if self.agent.asks(watch.BEGIN, BEGIN_TIMEOUT) != "":
+                raise before.Withdrawn
+            self.enter(journal.ACTIVATING, boot_id=machine.boot_id())
             return
         try:
             self.kind = activate.kind_named(str(record.kind))
         except KeyError:
             raise Error(f"this version does not know the kind {record.kind!r}") from None
-        self.machine_lock = before.lock_machine(str(record.profile), self.log)
+        self.machine_lock = before.lock_machine(str(record.profile), self.log, timeout, self.stop)
 
     def forward(self, activate_first: bool) -> None:
         """Activate, check, commit; whatever goes wrong is raised."""
@@ -107,28 +118,21 @@ class Switch:
         """Activate, and judge how that went: a note for the report, and whether the system can only be booted."""
         if self.kind is not activate.profile:  # to set a link takes nothing away, which any other activation may do
             self.load()
+        self.began = time.time()
         start = os.fstat(self.log).st_size
         status = self.kind.activate(self.change(), self.run)
         said = logfile.tail(self.log, start)
         new_runs = self.kind.running_path(self.change().profile) == self.change().new
         move, reason = verdict.judge(self.kind.NAME, status, new_runs, said, self.settings)
-        if move == verdict.RECHECK and self.units_recovered(verdict.failed_units(said)):
-            return "", False
+        if move == verdict.RECHECK:
+            units, pause = verdict.failed_units(said), self.settings.unit_recheck
+            if watch.units_recovered(units, pause, self.stop, self.log):
+                return "", False
         if move in (verdict.RECHECK, verdict.UNDO):
             raise Error(reason)
         if move == verdict.UNTOUCHED:
             raise Untouched(reason)
         return reason, move == verdict.BOOT
-
-    def units_recovered(self, names: list[str]) -> bool:
-        """Look at failed units once more, after a while: a restart may have brought them up."""
-        say(self.log, f"some units failed, looking again in {self.settings.unit_recheck:.0f} s: {' '.join(names)}")
-        self.stop.wait(self.settings.unit_recheck)
-        with contextlib.suppress(CommandFailed):
-            states = ask(["systemctl", "is-active", *names], 30)[1].split() if names else []
-            say(self.log, f"they are now: {' '.join(states)}")
-            return verdict.recovered(names, states)
-        return False
 
     def check(self) -> None:
         """Is the machine still well? Raises Error where it is not."""
@@ -137,7 +141,8 @@ class Switch:
             status = self.run([script])
             if status:
                 raise Error(f"the rollback script {script} ended with status {status}")
-        watch.confirm(self.journal, self.agent, self.reach, self.settings.confirm_timeout, self.stop, self.log)
+        timeout = self.settings.confirm_timeout
+        watch.confirm(self.journal, self.agent, self.reach, timeout, self.stop, self.log, self.began)
 
     def roll_back(self, why: Exception) -> None:
         """Restore what ran before, by no more than what is on this machine."""
@@ -147,8 +152,9 @@ class Switch:
         if left:
             self.finish(journal.FAILED, Error(f"{reason}; {left}"))
             return
-        with contextlib.suppress(OSError):  # a state that can't be written is no reason to leave the machine as it is
-            self.journal.enter(journal.ROLLING_BACK, reason=reason)
+        if self.journal.record.step != journal.ROLLING_BACK:
+            with contextlib.suppress(OSError):  # what can't be written is no reason to leave the machine as it is
+                self.journal.enter(journal.ROLLING_BACK, reason=reason)
         self.agent.tell(journal.ROLLING_BACK)
         say(self.log, f"rolling back: {reason}")
         if change.previous_running is None and self.kind is not activate.profile:
@@ -180,13 +186,13 @@ class Switch:
             if step == journal.SUCCEEDED:
                 raise
             say(self.log, f"the end of the deployment could not be written: {error}")
-        self.agent.tell(step)
+        self.agent.tell(" ".join([step, *(reason or "").split()]))
 
-    def look_whether_stopping(self, step: str) -> None:
+    def look_whether_stopping(self, step: str = "") -> None:
         """Raises Stopping where there must be no further step."""
         effect = step in (journal.ACTIVATING, journal.COMMITTING, journal.ROLLING_BACK)
-        if self.stop.is_set() or (effect and system_is_stopping()):
+        if self.stop.is_set() or (effect and machine.is_stopping()):
             raise Stopping
 
     def sync(self) -> None:
-        durable.sync([nix.STORE, os.path.dirname(self.change().profile)])
+        durable.sync([nix.STORE, os.path.dirname(self.change().profile), self.journal.directory])

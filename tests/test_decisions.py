@@ -2,12 +2,14 @@
 
 import dataclasses
 import itertools
+import json
+import resource
 
 import pytest
 
-from activate import journal, recovery, verdict
+from activate import journal, logfile, recovery, verdict
 
-NEW, OLD, OTHER = ("/nix/store/" + letter * 32 + "-s" for letter in "abc")
+NEW, OLD, OLDER, OTHER = ("/nix/store/" + letter * 32 + "-s" for letter in "abcd")
 ROLLBACK, TOLERATE = verdict.Settings(), verdict.Settings(on_unit_failure="tolerate", on_reboot_needed="boot")
 
 
@@ -49,45 +51,52 @@ def test_failed_units_and_their_recovery():
     assert not verdict.recovered([], [])
 
 
-def record(step, attempts=0, previous=OLD):
+def record(step, attempts=0, previous=OLD, boot_id=""):
+    older = None if previous is None else OLDER
     return journal.Record(
-        "id",
-        1,
-        "agent",
-        "http://h",
-        NEW,
-        step=step,
-        attempts=attempts,
-        previous_running=previous,
-        previous_profile=previous,
-    )
+        "id", 1, "agent", "http://h", NEW, step=step, attempts=attempts, previous_running=previous,
+        previous_profile=older, boot_id=boot_id,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize(("step", "attempts"), list(itertools.product(sorted(journal.STEPS), range(5))))
-@pytest.mark.parametrize("running", [NEW, OLD, OTHER, None])
-@pytest.mark.parametrize("holder", [None, "id", "another"])
-def test_next_action_over_the_whole_product(step, attempts, running, holder):
-    action = recovery.next_action(record(step, attempts), recovery.Facts(holder, running, running))
+PATHS = [NEW, OLD, OLDER, OTHER, None]
+
+
+def expected(step, attempts, holder, running, target):
+    """The table of design.md, section 5, in words of its own: what to do, and the step to end with."""
     if holder == "id":
-        assert action.do == recovery.ADOPT
-    elif step in journal.FINAL:
-        assert action.do == recovery.REPORT
-    elif step in journal.HARMLESS:
-        assert action.do == (recovery.START if attempts < 3 else recovery.END)
-        assert action.step in ("", journal.FAILED)
-    elif running in (OTHER, None):
-        assert (action.do, action.step) == (recovery.END, journal.FAILED)
-    elif step in (journal.ACTIVATING, journal.CHECKING):
-        assert action.do == recovery.ROLL_BACK
-    elif step == journal.COMMITTING and attempts < 3:
-        assert action.do == (recovery.COMMIT if running == NEW else recovery.ACTIVATE)
-    elif step == journal.COMMITTING:
-        assert action.do == recovery.ROLL_BACK
-    else:
-        assert step == journal.ROLLING_BACK
-        assert (action.do, action.step) == (
-            (recovery.ROLL_BACK, "") if attempts < 3 else (recovery.END, journal.ROLLBACK_FAILED)
-        )
+        return recovery.ADOPT, ""
+    if step in journal.FINAL:
+        return recovery.REPORT, ""
+    if step in journal.HARMLESS:
+        return (recovery.START, "") if attempts < 3 else (recovery.END, journal.FAILED)
+    ours = running in (NEW, OLD, OLDER) if running else target in (NEW, OLD, OLDER)
+    if not ours:
+        return recovery.END, journal.FAILED
+    if step == journal.COMMITTING and attempts < 3:
+        return (recovery.COMMIT if running == NEW else recovery.ACTIVATE), ""
+    if step == journal.ROLLING_BACK and attempts >= 3:
+        return recovery.END, journal.ROLLBACK_FAILED
+    return recovery.ROLL_BACK, ""
+
+
+@pytest.mark.parametrize("step", sorted(journal.STEPS))
+def test_next_action_over_the_whole_product(step):
+    for attempts, holder, boot, running, target in itertools.product(
+        range(5), (None, "id", "another"), ("this", "before", ""), PATHS, PATHS
+    ):
+        facts = recovery.Facts(holder, boot, running, target)
+        action = recovery.next_action(record(step, attempts, boot_id="this"), facts)
+        assert (action.do, action.step) == expected(step, attempts, holder, running, target), (facts, attempts)
+        if action.do in (recovery.END, recovery.ROLL_BACK, recovery.COMMIT, recovery.ACTIVATE):
+            assert action.reason
+        if action.do in (recovery.COMMIT, recovery.ACTIVATE, recovery.ROLL_BACK):
+            assert ("the machine restarted" in action.reason) == (boot != "this")
+
+
+def test_why_it_is_rolled_back_is_not_forgotten():
+    begun = dataclasses.replace(record(journal.ROLLING_BACK, 1), reason="the script failed")
+    assert recovery.next_action(begun, recovery.Facts(None, "", NEW, NEW)).reason == "the script failed"
 
 
 def test_a_first_profile_may_run_nothing():
@@ -96,15 +105,44 @@ def test_a_first_profile_may_run_nothing():
     assert action.do == recovery.ROLL_BACK
 
 
-def test_steps_reset_the_attempts(tmp_path):
+def test_the_first_time_in_a_step_begins_its_attempts_anew(tmp_path):
     entry = journal.Journal(str(tmp_path / "d"), record(journal.RECEIVED, attempts=2))
     entry.enter(journal.DOWNLOADING)
     assert entry.record.attempts == 2
     entry.enter(journal.ACTIVATING)
     assert entry.record.attempts == 0
-    entry.enter(journal.ACTIVATING, attempts=1)
+    entry.enter(journal.COMMITTING)
+    entry.enter(journal.COMMITTING, attempts=1)
     entry.enter(journal.CHECKING)
-    assert entry.record.attempts == 1
+    entry.enter(journal.COMMITTING)
+    assert entry.record.attempts == 1, "a commit before which the machine restarts again and again must come to an end"
+    assert entry.record.revision == 6
+
+
+def test_what_could_not_be_written_is_not_forgotten(tmp_path):
+    """The disk has an older word than the process that could not write."""
+    entry = journal.Journal(str(tmp_path / "d"), record(journal.ACTIVATING))
+    entry.enter(journal.ACTIVATING)
+    (tmp_path / "d/journal.json.new").mkdir()
+    with pytest.raises(OSError):
+        entry.enter(journal.ROLLING_BACK, attempts=2)
+    entry.reload()
+    assert (entry.record.step, entry.record.attempts) == (journal.ROLLING_BACK, 2)
+    (tmp_path / "d/journal.json.new").rmdir()
+    other = journal.Journal(str(tmp_path / "d"), entry.record)
+    other.enter(journal.ROLLED_BACK)
+    entry.reload()
+    assert entry.record.step == journal.ROLLED_BACK
+
+
+def test_the_journal_of_the_first_version_is_read(tmp_path):
+    (tmp_path / "journal.json").write_text(
+        '{"id":"i","index":1,"agent":"a","host":"h","store_path":"p","step":"activating","kind":"NixOS"}'
+    )
+    found = journal.load(str(tmp_path)).record
+    assert (found.step, found.kind, found.attempts, found.revision, found.previous_running) == (
+        journal.ACTIVATING, "NixOS", 0, 0, None,
+    )  # fmt: skip
 
 
 def test_journal_keeps_unknown_keys_and_reads_a_newer_version(tmp_path):
@@ -146,14 +184,41 @@ def test_journal_of_garbage_is_set_aside(tmp_path, text):
     assert journals == [] and len(problems) == 1 and "was set aside" in problems[0]
 
 
-def test_old_journals_are_pruned(tmp_path):
-    entries = []
+def test_a_journal_that_can_not_be_looked_at_now_stays(tmp_path, monkeypatch):
+    entry = journal.Journal(str(tmp_path / "d"), record(journal.CHECKING))
+    entry.enter(journal.CHECKING)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+    try:
+        with pytest.raises(journal.Unreadable):
+            journal.load(str(tmp_path / "d"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert journal.load(str(tmp_path / "d")).record.step == journal.CHECKING
+    assert not journal.was_set_aside(str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("instead", ["directory", "zeros"])
+def test_what_stands_in_place_of_a_journal_is_set_aside(tmp_path, instead):
+    if instead == "directory":
+        (tmp_path / "journal.json").mkdir()
+    else:
+        (tmp_path / "journal.json").write_bytes(b"\0" * 900)
+    with pytest.raises(journal.Unreadable, match="was set aside"):
+        journal.load(str(tmp_path))
+    assert journal.load(str(tmp_path)) is None and journal.was_set_aside(str(tmp_path))
+
+
+def test_old_deployments_are_pruned_once_they_are_reported(tmp_path):
     for number in range(25):
-        entry = journal.Journal(str(tmp_path / f"{number:02}"), record(journal.SUCCEEDED))
+        begun = dataclasses.replace(record(journal.RECEIVED), times={journal.RECEIVED: number})
+        entry = journal.Journal(str(tmp_path / f"deployments/{number:02}"), begun)
         entry.enter(journal.SUCCEEDED)
-        entries.append(entry)
-    journal.prune(entries)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{number:02}" for number in range(5, 25)]
+        whole = logfile.Reported(logged=number != 3, ended=True)
+        (tmp_path / f"deployments/{number:02}/reported.json").write_text(json.dumps(dataclasses.asdict(whole)))
+    logfile.prune(str(tmp_path))
+    left = sorted(path.name for path in (tmp_path / "deployments").iterdir())
+    assert left == ["03", *(f"{number:02}" for number in range(5, 25))]
 
 
 def test_record_is_the_journal_byte_for_byte(tmp_path):

@@ -60,9 +60,9 @@ def test_realise_without_a_cache_leaves_the_machines_own_keys_alone():
 
 
 def test_questions(asked):
-    assert nix.realise_present([NEW, OLD], "/state/new")
+    assert nix.realise_present([NEW, OLD], "/state/new", 300)
     assert nix.path_info_size(NEW) == 12345
-    nix.realise_dry_run([NEW], nix.Source())
+    nix.realise_dry_run([NEW], nix.Source(), 1800)
     assert asked == [
         ["nix-store", "--realise", NEW, OLD, "--add-root", "/state/new", "--indirect"]
         + ["--option", "substitute", "false", "--max-jobs", "0"],

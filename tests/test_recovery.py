@@ -57,7 +57,8 @@ def test_in_the_activation_is_rolled_back(nixos_machine, how):
     interrupt(machine, how)
     outcome = machine.outcome(deployment)
     assert (outcome.status, outcome.step) == ("Failed", "rolled-back")
-    assert "it was interrupted before it was confirmed" in outcome.reason
+    what = "the machine restarted" if how == "power" else "it was interrupted"
+    assert f"{what} before it was confirmed" in outcome.reason
     assert machine.host.running() == machine.host.profile() == machine.host.boot_default() == first
     assert outcome.log.splitlines()[-1].startswith("Failed to activate the deployment. ")
     assert machine.deploy(closures.nixos(machine.files, 3)).status == "Succeeded"
