@@ -100,8 +100,15 @@ def nothing_to_undo(change: nix.Change, kind: ModuleType) -> str:
     return "it ran before already: nothing to roll back" if same else stranger(change, kind)
 
 
+def has_previous(change: nix.Change, kind: ModuleType) -> bool:
+    """Whether there is something to go back to: for a plain path that may be no profile at all."""
+    return change.previous_running is not None or kind is activate.profile
+
+
 def restore(change: nix.Change, kind: ModuleType, run: Run) -> list[str]:
     """Roll back, and look whether that worked; what is not as it was before, a sentence each."""
+    if not has_previous(change, kind):
+        return ["there is no previous system to go back to"]
     try:
         return kind.rollback(change, run) or differences(change, kind)
     except Exception as error:  # a mistake of this program must not hide that the machine was left like this

@@ -51,6 +51,7 @@ class Switch:
         finally:
             machine.clear(self.machine_lock.fd)
 
+    @property
     def change(self) -> nix.Change:
         """What is changed, and what ran before."""
         return before.change(self.journal.record)
@@ -107,11 +108,13 @@ class Switch:
             note, boots_only = self.activate()
             if not boots_only:
                 self.enter(journal.CHECKING)
-                self.check()
-                if stranger := before.stranger(self.change(), self.kind):
+                watch.run_script(self.journal.record.rollback_script, self.run)
+                timeout = self.settings.confirm_timeout
+                watch.confirm(self.journal, self.agent, self.reach, timeout, self.stop, self.log, self.began)
+                if stranger := before.stranger(self.change, self.kind):
                     raise Untouched(stranger)
         self.enter(journal.COMMITTING)
-        self.kind.commit(self.change(), self.run)
+        self.kind.commit(self.change, self.run)
         self.finish(journal.SUCCEEDED, Error(note) if note else None)
 
     def activate(self) -> tuple[str, bool]:
@@ -120,9 +123,9 @@ class Switch:
             self.load()
         self.began = time.time()
         start = os.fstat(self.log).st_size
-        status = self.kind.activate(self.change(), self.run)
+        status = self.kind.activate(self.change, self.run)
         said = logfile.tail(self.log, start)
-        new_runs = self.kind.running_path(self.change().profile) == self.change().new
+        new_runs = self.kind.running_path(self.change.profile) == self.change.new
         move, reason = verdict.judge(self.kind.NAME, status, new_runs, said, self.settings)
         if move == verdict.RECHECK:
             units, pause = verdict.failed_units(said), self.settings.unit_recheck
@@ -134,32 +137,22 @@ class Switch:
             raise Untouched(reason)
         return reason, move == verdict.BOOT
 
-    def check(self) -> None:
-        """Is the machine still well? Raises Error where it is not."""
-        script = self.journal.record.rollback_script
-        if script is not None:
-            status = self.run([script])
-            if status:
-                raise Error(f"the rollback script {script} ended with status {status}")
-        timeout = self.settings.confirm_timeout
-        watch.confirm(self.journal, self.agent, self.reach, timeout, self.stop, self.log, self.began)
-
     def roll_back(self, why: Exception) -> None:
         """Restore what ran before, by no more than what is on this machine."""
-        change, reason = self.change(), str(why)
+        change, reason = self.change, str(why)
         self.look_whether_stopping(journal.ROLLING_BACK)
         left = before.nothing_to_undo(change, self.kind)
         if left:
             self.finish(journal.FAILED, Error(f"{reason}; {left}"))
             return
         if self.journal.record.step != journal.ROLLING_BACK:
-            with contextlib.suppress(OSError):  # what can't be written is no reason to leave the machine as it is
-                self.journal.enter(journal.ROLLING_BACK, reason=reason)
+            self.note_rollback(attempts=1, reason=reason)
         self.agent.tell(journal.ROLLING_BACK)
         say(self.log, f"rolling back: {reason}")
-        if change.previous_running is None and self.kind is not activate.profile:
-            problems = ["there is no previous system to go back to"]
-        else:
+        problems = before.restore(change, self.kind, self.run)
+        while problems and before.has_previous(change, self.kind) and self.journal.record.attempts < recovery.ATTEMPTS:
+            say(self.log, f"the rollback failed, and is tried again: {'; '.join(problems)}")
+            self.note_rollback(attempts=self.journal.record.attempts + 1)
             problems = before.restore(change, self.kind, self.run)
         if problems:
             self.look_whether_stopping(journal.ROLLING_BACK)  # the system's end has ended the commands: no verdict
@@ -167,6 +160,12 @@ class Switch:
         else:
             back = change.previous_running or "no profile, as before"
             self.finish(journal.ROLLED_BACK, Error(f"{reason}; rolled back to {back}"))
+
+    def note_rollback(self, **facts: Any) -> None:
+        """Enter `rolling-back`. What can't be written is no reason to leave the machine as it is."""
+        self.look_whether_stopping(journal.ROLLING_BACK)
+        with contextlib.suppress(OSError):
+            self.journal.enter(journal.ROLLING_BACK, **facts)
 
     def enter(self, step: str, **facts: Any) -> None:
         """Go on to `step`: effects so far are durable, then it is written, then its effect may be had."""
@@ -195,4 +194,4 @@ class Switch:
             raise Stopping
 
     def sync(self) -> None:
-        durable.sync([nix.STORE, os.path.dirname(self.change().profile), self.journal.directory])
+        durable.sync([nix.STORE, os.path.dirname(self.change.profile), self.journal.directory])

@@ -12,7 +12,7 @@ import time
 from typing import Callable, Optional
 
 from activate import journal, lock, machine, verdict
-from activate.process import CommandFailed, Error, ask, say
+from activate.process import CommandFailed, Error, Run, ask, say
 
 LOOK, BEGIN = "look", "begin"  # what the agent is asked: reach the workspace; is the deployment still wanted
 START_TIMEOUT = 12 * 3600.0  # seconds from the start of the process to "go": the longest download and more
@@ -94,6 +94,12 @@ def registered_since(state: str, moment: float, boot: str, lost: int) -> bool:
             if said["time"] >= moment and said["boot_id"] == boot and said["pid"] != lost:
                 return True
     return False
+
+
+def run_script(script: Optional[str], run: Run) -> None:
+    """Let the rollback script look whether the machine is well. Raises Error where it is not."""
+    if script is not None and (status := run([script])):
+        raise Error(f"the rollback script {script} ended with status {status}")
 
 
 def units_recovered(names: list[str], pause: float, stop: threading.Event, log: int) -> bool:

@@ -337,7 +337,7 @@ def test_another_kind_than_the_profiles_is_refused(nixos_machine):
 
 def test_after_a_failed_rollback_the_previous_stays_the_previous(nixos_machine):
     machine, first = nixos_machine()
-    breaks = "if [ -e /run/broken ]; then rm /run/broken; exit 1; fi"
+    breaks = "[ ! -e /run/broken ] || exit 1"
     machine.workspace.push(closures.nixos(machine.files, "unrelated"))
     second = closures.nixos(machine.files, 2, before=breaks)
     assert machine.deploy(second).status == "Succeeded"
@@ -345,6 +345,8 @@ def test_after_a_failed_rollback_the_previous_stays_the_previous(nixos_machine):
     outcome = machine.deploy(third)
     assert (outcome.status, outcome.step) == ("Failed", "rollback-failed")
     assert machine.host.running() == third and "the rollback failed" in outcome.reason
+    assert machine.host.record().count(("test", second)) == 1 + 3
+    machine.host.path("/run/broken").unlink()
     fourth = closures.nixos(machine.files, 4, after="exit 1")
     outcome = machine.deploy(fourth)
     assert (outcome.status, outcome.step) == ("Failed", "rolled-back")
