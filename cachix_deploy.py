@@ -1026,6 +1026,8 @@ class Worker(threading.Thread):
                 self.guarded(self.conductor.settle, entry)
                 if not ended:
                     self.deployed.set()
+            elif ended and record.step != journal.ROLLBACK_FAILED:
+                entry.drop_roots()
             elif not (ours or ended or record.step in journal.HARMLESS) and not self.conductor.is_held(record.agent):
                 self.guarded(self.conductor.settle, entry)
 

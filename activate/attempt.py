@@ -72,8 +72,6 @@ class Attempt:
         entry, record, boot = self.entry, self.entry.record, machine.boot_id()
         again = journal.DOWNLOADING in record.times
         unsafe = again and record.boot_id != boot  # the machine restarted: what Nix holds for valid may be lost
-        if again:
-            machine.end_commands(entry.path("new"))
         entry.enter(journal.DOWNLOADING, boot_id=record.boot_id if unsafe else boot)
         self.around.changed()
         paths = [record.store_path, *([record.rollback_script] if record.rollback_script else [])]

@@ -76,6 +76,8 @@ class Conductor:
         """One action, under the deployment lock."""
         if action.do == recovery.REPORT:
             return
+        if entry.record.attempts:
+            self.end_left(entry)
         if action.reason:
             self.around.tell(f"deployment {entry.record.index}: {action.reason}")
         if action.do == recovery.END:
@@ -87,10 +89,22 @@ class Conductor:
             self.attempt.run(action, held)
         except Ended as ended:
             self.end(entry, ended.step, str(ended))
+        except launch.Lost as error:  # the next attempt is counted
+            self.around.tell(f"deployment {entry.record.index}: {error}")
         except Exception as error:  # even a mistake of this program must not leave a deployment without an end
             self.prevented(entry, error)
         finally:
             self.attempt = None
+
+    def end_left(self, entry: journal.Journal) -> None:
+        """End what an interrupted attempt has left running, unless somebody else has seen to that and goes on."""
+        machine.end_commands(entry.directory)
+        held = None if entry.record.profile is None else lock.take(lock.machine_path(entry.record.profile))
+        if held is not None:
+            log = logfile.open_log(entry)
+            machine.end_marked(held.fd, log, before.LOCK_TIMEOUT)
+            os.close(log)
+            held.close()
 
     def count(self, entry: journal.Journal, action: recovery.Action) -> None:
         """Note one more attempt, before it is made. Raises OSError where that can't be and nothing was changed."""

@@ -15,12 +15,17 @@ from typing import Any, Optional
 from activate import journal, lock, process, recovery
 from activate.process import Error
 
+END_TIMEOUT = 5.0  # seconds
 READY_TIMEOUT = 30.0  # seconds; within a scope much less, see `SwitchProcess`
 # What would hand a token over, or tie the process to the service that started it.
 WITHHELD = frozenset(
     ("CACHIX_AGENT_TOKEN", "CACHIX_ACTIVATE_TOKEN", "CREDENTIALS_DIRECTORY")
     + ("NOTIFY_SOCKET", "JOURNAL_STREAM", "INVOCATION_ID")
 )
+
+
+class Lost(Error):
+    """Somebody has ended the switch process while it waited for "go"."""
 
 
 def own_command() -> list[str]:
@@ -50,6 +55,7 @@ class SwitchProcess:
     def __init__(self, deployment_id: str, config: dict[str, Any], held: lock.Lock, scope_timeout: float) -> None:
         """Start it with the deployment lock; it boots while the agent goes on. Raises Error."""
         self.step = ""
+        self.begun = False
         self.argv = [*own_command(), "switch", deployment_id]
         self.config = json.dumps({**config, "lock": held.fd})
         self.held = held
@@ -81,15 +87,17 @@ class SwitchProcess:
             self.kill()
             if not self.scoped:
                 raise Error("the switch process did not get ready")
+            self.close()
             self.boot(self.argv)
             self.go(action, record)
             return
         if action != recovery.START:
             self.step = journal.ACTIVATING if action == recovery.ACTIVATE else record.step
+        self.begun = True
         try:
             self.write(f"go {action} {record.to_json().decode().replace(chr(10), '')}")
         except OSError:
-            raise Error("the switch process ended before it began") from None
+            raise Lost("the switch process ended before it began") from None
 
     def write(self, line: str) -> None:
         """Say something to it. Raises OSError where it has ended."""
@@ -117,7 +125,7 @@ class SwitchProcess:
         """End it; only ever done before "go". What a systemd-run that hangs has started holds the lock too."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.close()
+        process.wait(self.process, END_TIMEOUT)
 
     def close(self) -> None:
         """Let go of it, and see it end: before "go" it does so without a trace."""
@@ -125,4 +133,5 @@ class SwitchProcess:
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-        process.wait(self.process, 10.0)
+        if not process.wait(self.process, END_TIMEOUT) and not self.begun:
+            self.kill()

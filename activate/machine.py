@@ -96,11 +96,14 @@ def end_marked(fd: int, log: int, patience: float) -> None:
         end_group(pid)
 
 
-def end_commands(argument: str) -> None:
-    """End the commands, with their process groups, that have this argument: an agent that was killed has left them."""
+def end_commands(directory: str) -> None:
+    """End the commands, with their process groups, that have an argument below this directory: who waited for them was
+    killed."""
+    beginning = os.fsencode(directory) + b"/"
     for pid in _processes():
         with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
-            if os.fsencode(argument) in file.read(1 << 20).split(b"\0") and os.getpgid(pid) == pid:
+            words = file.read(1 << 20).split(b"\0")
+            if any(word.startswith(beginning) for word in words) and os.getpgid(pid) == pid:
                 end_group(pid)
 
 

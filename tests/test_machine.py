@@ -110,13 +110,13 @@ def test_where_nothing_tells_a_process_from_another_it_is_waited_for(file, log):
     assert time.monotonic() - began > 0.3
 
 
-def test_commands_are_found_by_an_argument(tmp_path):
-    mark = str(tmp_path / "new")
+def test_commands_are_found_by_their_arguments(tmp_path):
+    mark = str(tmp_path / "here" / "new")
     words = ["/bin/sh", "-c", "sleep 300 & wait", "sh", "--add-root", mark]
     ours = subprocess.Popen(words, start_new_session=True)
-    other = subprocess.Popen([*words[:-1], mark + "er"], start_new_session=True)
+    other = subprocess.Popen([*words[:-1], str(tmp_path / "hereafter/new")], start_new_session=True)
     wait_until(lambda: machine.started(ours.pid))
-    machine.end_commands(mark)
+    machine.end_commands(str(tmp_path / "here"))
     assert ours.wait(10) == -15 and other.poll() is None
     os.killpg(other.pid, 9)
     other.wait()

@@ -1,0 +1,110 @@
+"""Worlds for the tests of faults, and the summary by promise."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Callable
+
+import disk
+import pytest
+import scenes
+from invariants import assert_invariants
+from live import Workspace
+from world import World
+
+
+@pytest.fixture(scope="session")
+def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory in memory for the images of disks, in a mount namespace of this process' own."""
+    directory = tmp_path_factory.mktemp("disks")
+    if os.geteuid() != 0 or not disk.own_mounts():
+        yield directory
+        return
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8g", "none", str(directory)], check=True)
+    yield directory
+    subprocess.run(["umount", "--lazy", str(directory)], check=False)
+
+
+@pytest.fixture
+def make_world(request: pytest.FixtureRequest, disks: Path, live: Workspace) -> Iterator[Callable[..., World]]:
+    """A machine with a connected agent that runs a first system; its invariants are looked at when the test ends."""
+    made: list[World] = []
+    directories: list[Path] = []
+
+    def make(kind: str = "nixos", start: bool = True, workspace: Workspace = live, **more: Any) -> World:
+        directory = disks / uuid.uuid4().hex[:12]
+        directory.mkdir()
+        directories.append(directory)
+        name = f"faults-{directory.name}"
+        made.append(World(directory, workspace, name, kind, power=os.geteuid() == 0, **more))
+        prepare(made[-1])
+        if start:
+            made[-1].start()
+            made[-1].connected()
+        return made[-1]
+
+    yield make
+    report = getattr(request.node, "report", None)
+    for world in made:
+        if report is not None and report.failed:
+            show(world)
+        world.close()
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def prepare(world: World) -> None:
+    """Let the machine have run a first system all the time."""
+    first = scenes.KINDS[world.kind](world.files, "first")
+    if world.kind == "home_manager":
+        world.workspace.push(first)
+        world.host.fetch(world.workspace.cache_url, world.files.key.public, first)
+        world.host.path("/nix/var/nix/profiles/per-user/root").mkdir(parents=True, exist_ok=True)
+        world.host.output(f"{first}/activate")
+        subprocess.run(["sync", "-f", str(world.directory / "disk")], check=True)
+        world.visits.clear()
+    else:
+        world.install(first)
+    assert world.running() == world.profile() == first
+
+
+@pytest.fixture
+def world(make_world: Callable[..., World]) -> World:
+    """A NixOS machine."""
+    return make_world()
+
+
+@pytest.fixture
+def finish() -> Callable[[World], None]:
+    """The end of every case: the invariants, and another deployment after which they hold too."""
+
+    def finish(world: World, version: str = "next") -> None:
+        world.heal()
+        assert_invariants(world)
+        deployment = scenes.deploy(world, version)
+        assert world.ended(deployment) == "succeeded", world.workspace.deployment(deployment)
+        assert_invariants(world)
+
+    return finish
+
+
+def show(world: World) -> None:
+    """What helps where a case has failed."""
+    print("\n".join(["visits:", *(f"  {visit}  -> {visit.order}" for visit in world.visits)]))
+    if world.agents:
+        print("agent:\n" + world.agent.text()[-6000:])
+    for deployment, entry in world.journals().items():
+        print(f"journal: {entry}\nlog:\n" + world.workspace.text(deployment)[-3000:])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.when == "call":
+        item.report = report  # type: ignore[attr-defined]
+    return report
