@@ -17,6 +17,49 @@ from invariants import assert_invariants
 from live import Workspace
 from world import World
 
+HERE = Path(__file__).parent
+MOST = 12  # cases of one test that `make test` runs whole
+EACH = 5  # of more cases it runs each fifth: coprime to how many faults and times there are, so that all have a turn
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", action="store_true", help="all cases of tests/faults, and a summary by promise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "promise(*numbers): which promises a test is a case of")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Note each case's promises where the summary finds them, and leave out what only `make faults` runs."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if HERE in item.path.parents:
+            cases.setdefault(f"{item.path}::{getattr(item, 'originalname', item.name)}", []).append(item)
+            numbers = {number for mark in item.iter_markers("promise") for number in mark.args}
+            item.user_properties += [("promise", number) for number in sorted(numbers)]
+    if config.getoption("--faults"):
+        return
+    left = [item for found in cases.values() if len(found) > MOST for i, item in enumerate(found) if i % EACH]
+    if left:
+        items[:] = [item for item in items if item not in set(left)]
+        config.hook.pytest_deselected(items=left)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """How many cases were run, and how many of each promise."""
+    if not config.getoption("--faults"):
+        return
+    ended = {name: terminalreporter.stats.get(name, []) for name in ("passed", "failed", "error", "skipped")}
+    run = [report for report in ended["passed"] if report.when == "call"]
+    bad = list(ended["failed"] + ended["error"])
+    terminalreporter.section("faults")
+    for number in range(1, 16):
+        mine = [report for report in run if ("promise", number) in map(tuple, report.user_properties)]
+        broken = [report for report in bad if ("promise", number) in map(tuple, report.user_properties)]
+        terminalreporter.line(f"promise {number:2}: {len(mine):4} cases held, {len(broken)} failed")
+    terminalreporter.line(f"{len(run) + len(bad)} cases, {len(bad) or 'none'} failed, {len(ended['skipped'])} skipped")
+
 
 @pytest.fixture(scope="session")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

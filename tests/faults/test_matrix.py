@@ -4,6 +4,7 @@ import pytest
 import scenes
 from world import ALWAYS
 
+pytestmark = pytest.mark.promise(1, 2, 6, 7, 11)
 STEPS = {"S": "succeeded", "F": "failed", "B": "rolled-back", "X": "rollback-failed"}
 # Where the programs of each step are, and the scene that brings them there.
 POINTS = {

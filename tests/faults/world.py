@@ -334,9 +334,10 @@ class World:
 
     def ended(self, deployment: str, timeout: float = 60.0) -> str:
         """Wait for the end of a deployment, on the machine and at the workspace; its last step."""
+        if deployment not in self.lost:  # files first: to ask the workspace all the time would slow all other tests
+            wait_until(lambda: self.host.step(deployment) in FINAL, timeout, f"the end of {deployment} in its journal")
+            wait_until(lambda: self.is_reported(deployment), 30, f"the whole report of {deployment}")
         self.workspace.wait(deployment, timeout)
-        wait_until(lambda: self.host.step(deployment) in FINAL or deployment in self.lost, 20, "the end in the journal")
-        wait_until(lambda: self.is_reported(deployment) or deployment in self.lost, 20, "the whole report")
         return self.host.step(deployment)
 
     def is_reported(self, deployment: str) -> bool:
