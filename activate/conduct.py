@@ -34,7 +34,12 @@ class Conductor:
         """Do what recovery decides until the deployment has ended; one that is new is only its first case."""
         give_up = time.monotonic() + before.LOCK_TIMEOUT
         path = lock.shared_path("deployment", entry.record.agent)
+        tried = False
         while entry.record.step not in journal.FINAL and not self.around.stop.is_set():
+            if tried and machine.is_stopping():  # no switch process goes on then, the next boot does
+                self.around.stop.wait(ADOPTED_PAUSE)
+                continue
+            tried = True
             try:
                 held = lock.take(path, text=entry.record.id)
             except OSError as error:

@@ -44,8 +44,10 @@ class Switch:
         self.began = time.time()
 
     def run(self, argv: list[str]) -> int:
-        """Run what changes the machine; the machine lock tells of it, should this process not live to see its end."""
+        """Run what changes the machine; the machine lock tells of it, should this process not live to see its end.
+        Raises Stopping: the step is taken anew after that, so that it need not come to its end now."""
         assert self.machine_lock is not None
+        self.look_whether_stopping()
         try:
             return run(argv, self.log, self.settings.activation_timeout, machine.marker(self.machine_lock.fd))
         finally:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import time
 from typing import Any, Callable
 
@@ -96,11 +99,19 @@ def stop_agent(world: World, visit: Visit) -> str:
     return "go"
 
 
+def stop_switch(world: World, visit: Visit) -> str:
+    """SIGTERM reaches the switch process and all that it has started, and nobody else."""
+    for pid in world.descendants(world.switches()):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    return "go"
+
+
 FAULTS: dict[str, Reply] = {
     "exit": "exit 1", "hang": "hang", "die": "die", "kill-switch": kill_switch, "kill-agent": kill_agent,
     "kill-both": kill_both, "power": power,
 }  # fmt: skip
-ENDINGS: dict[str, Reply] = {"shutdown": shutdown, "stop-agent": stop_agent}
+ENDINGS: dict[str, Reply] = {"shutdown": shutdown, "stop-agent": stop_agent, "stop-switch": stop_switch}
 
 
 def deploy(world: World, version: Any, how: str = GOOD) -> str:

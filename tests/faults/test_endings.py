@@ -1,0 +1,89 @@
+"""Orderly ends in every step: the machine is shut down, the agent is stopped, the switch process is told to stop.
+
+None of them counts as an attempt, so that it may happen more often than anything is attempted.
+"""
+
+import time
+
+import pytest
+import scenes
+from hosts import wait_until
+from test_matrix import POINTS, STEPS
+from world import Visit
+
+pytestmark = pytest.mark.promise(1, 2, 6, 8, 10)
+OFTEN = 4  # one more than there are attempts
+# How a deployment ends; the kinds' other points are as these.
+ENDS = {
+    "shutdown": {"received": "S", "downloading": "S", "ready": "S", "committing": "S", "profile-set": "S",
+                 "booting": "S", "booted": "S"},
+    "stop-agent": {"activating": "S", "activated": "S", "checking": "S", "received": "S", "downloading": "S",
+                   "ready": "S", "committing": "S", "profile-set": "S", "booting": "S", "booted": "S"},
+    "stop-switch": {"received": "S", "downloading": "S", "ready": "S", "committing": "S", "profile-set": "S",
+                    "booting": "S", "booted": "S"},
+}  # fmt: skip
+OF_ITSELF = {"home_manager": {"profile-set"}}  # points of these names that belong to the activation
+
+
+def cases():
+    for kind, points in POINTS.items():
+        for point in points:
+            for ending in scenes.ENDINGS:
+                yield kind, point, ending, 1
+                if kind == "nixos":
+                    yield kind, point, ending, OFTEN
+
+
+def expected(kind, point, ending):
+    activation = point in OF_ITSELF.get(kind, ())
+    return ENDS[ending].get("activating" if activation else point, "B")
+
+
+def named(case):
+    return "-".join([*case[:3], "once" if case[3] == 1 else "often"])
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=named)
+def test_an_orderly_end_in_a_step(make_world, finish, case):
+    kind, point, ending, times = case
+    world = make_world(kind)
+    pattern, how = POINTS[kind][point]
+    order = world.order(pattern, scenes.ENDINGS[ending], times)
+    deployment = scenes.deploy(world, "second", how)
+    assert world.ended(deployment) == STEPS[expected(kind, point, ending)], world.workspace.deployment(deployment)
+    assert order.times < times, "the fault has not happened"
+    finish(world)
+
+
+@pytest.mark.parametrize("kind", list(POINTS))
+@pytest.mark.parametrize("how", [scenes.GOOD, scenes.BAD_CHECK])
+@pytest.mark.promise(4)
+def test_the_power_goes_right_after_the_end_was_reported(make_world, finish, kind, how):
+    world = make_world(kind)
+    deployment = scenes.deploy(world, "second", how)
+    world.workspace.wait(deployment)
+    world.lose_power()
+    world.connected()
+    assert world.ended(deployment) == ("succeeded" if how == scenes.GOOD else "rolled-back")
+    finish(world)
+
+
+@pytest.mark.parametrize("point", ["activating", "committing", "rolling-back"])
+def test_nobody_enters_a_step_while_the_system_stops(make_world, finish, point):
+    """The agent and its switch process go on for a while when systemd ends the machine."""
+    world = make_world()
+    pattern, how = POINTS["nixos"][point]
+    before = {"activating": r"^nix-store .*--add-root \S+/previous", "committing": "^script", "rolling-back": "^test"}
+
+    def stopping(world, visit: Visit) -> str:
+        (world.faults / "system").write_text("stopping\n")
+        return "go"
+
+    world.order(before[point], stopping)
+    deployment = scenes.deploy(world, "second", how)
+    wait_until(lambda: (world.faults / "system").read_text() == "stopping\n", 30)
+    time.sleep(1)
+    assert not [visit for visit in world.visits if visit.step == point], "a step was entered"
+    world.shut_down()
+    world.ended(deployment)
+    finish(world)
