@@ -955,8 +955,8 @@ class Worker(threading.Thread):
             self.taken -= {deployment.id for deployment in queued}
 
     def put(self, deployment: Deployment) -> None:
-        """Queue a deployment, once."""
-        if deployment.id not in self.taken:
+        """Queue a deployment, once. The end of one that has just ended may be told already, and is to be told again."""
+        if deployment.id not in self.taken or self.conductor.has_ended(self.state, deployment.id):
             self.taken.add(deployment.id)
             self.queue.put(deployment)
 

@@ -64,6 +64,13 @@ class Conductor:
         """Whether a deployment of the agent of this name is under way, whichever process sees it through."""
         return lock.held(lock.shared_path("deployment", agent))
 
+    def has_ended(self, state: str, deployment_id: str) -> bool:
+        """Whether a deployment is known here, and has come to its end."""
+        with contextlib.suppress(Error):
+            found = journal.load(os.path.join(state, "deployments", deployment_id))
+            return found is not None and found.record.step in journal.FINAL
+        return False
+
     def wait_for_holder(self, agent: str, deployment_id: str) -> None:
         """Wait as long as another process sees this deployment through, which may keep its state elsewhere."""
         path, give_up = lock.shared_path("deployment", agent), time.monotonic() + before.LOCK_TIMEOUT
