@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
+import chains
 import disk
 import pytest
 import scenes
+from hosts import wait_until
 from invariants import assert_invariants
 from live import Workspace
+from scripted import Scripted
 from world import World
 
 HERE = Path(__file__).parent
@@ -134,6 +137,27 @@ def finish() -> Callable[[World], None]:
         assert_invariants(world)
 
     return finish
+
+
+@pytest.fixture
+def scripted(tmp_path: Path) -> Iterator[Scripted]:
+    """A workspace that sends what the test wants: `make_world(workspace=scripted)`."""
+    made = Scripted(tmp_path / "cache")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def held(make_world: Callable[..., World]) -> Callable[..., tuple[World, str]]:
+    """A machine, and a deployment whose activation waits for `chains.go_on`: `held(workspace=scripted)`."""
+
+    def make(**more: Any) -> tuple[World, str]:
+        world = make_world(**{"args": chains.PATIENT, **more})
+        deployment = world.deploy(chains.system(world, chains.HOLD), scenes.script(world.files))
+        wait_until(lambda: "test second" in world.story(), 30, "the activation")
+        return world, deployment
+
+    return make
 
 
 def show(world: World) -> None:

@@ -258,7 +258,7 @@ class World:
     def _receive(self, line: str) -> None:
         helper, pid, rest = line.split(" ", 2)
         point, _, argument = rest.partition(" ")
-        visit = Visit(point, argument, int(pid), _session(int(helper)), self.step())
+        visit = Visit(point, argument, int(pid), _session(int(helper)), self.step(_switch_of(int(pid))))
         self._look_for_overlap(visit)
         found = next((o for o in self.orders if o.times > 0 and re.search(o.pattern, f"{point} {argument}")), None)
         reply = "go"
@@ -297,11 +297,11 @@ class World:
         own = [one for one in self.visits if one.session == session]
         return own[-1].point == f"{own[0].point}.end" and own[-1].order == "go"
 
-    def step(self) -> str:
-        """What the newest journal says now."""
+    def step(self, deployment: str = "*") -> str:
+        """What the journal of a deployment says now, or the newest one."""
         newest = ("", 0.0)
         with contextlib.suppress(OSError):
-            for path in self.host.state.glob("deployments/*/journal.json"):
+            for path in self.host.state.glob(f"deployments/{deployment}/journal.json"):
                 with contextlib.suppress(OSError, ValueError):
                     record = json.loads(path.read_bytes())
                     newest = max(newest, (record["step"], max(record["times"].values())), key=lambda one: one[1])
@@ -350,6 +350,26 @@ class World:
         """The calls so far, each with the step in which it came; paths by their versions."""
         return [re.sub(r"/nix/store/\S+-(\w+)(?=\s|$)", r"\1", str(visit)) for visit in self.visits]
 
+    def story(self) -> str:
+        """The calls so far in short, a line for each step, which a fault or another download begins anew: what was
+        begun, and what the test has answered where that was not `go`. What Nix only looks at is left out."""
+        lines: list[list[str]] = []
+        begin, last = True, ""
+        for text, visit in zip(self.chain(), self.visits):
+            words = _short(text.partition(": ")[2])
+            if not words:
+                continue
+            point, _, argument = words.partition(" ")
+            if point.endswith(".end"):
+                if visit.order == "go":
+                    continue
+                words = f"{point[:-4]} {argument} (done)"
+            if begin or visit.step != last or point == "download":
+                lines.append([f"{visit.step}: "])
+            lines[-1].append(words if visit.order == "go" else f"{words} -> {visit.order}")
+            begin, last = visit.order != "go", visit.step
+        return "\n".join(head + ", ".join(calls) for head, *calls in lines)
+
     def leaks(self) -> list[str]:
         """Where the token can be read that must not be."""
         secret, places = self.token.encode(), []
@@ -373,6 +393,29 @@ class World:
         return found
 
 
+def _short(call: str) -> str:
+    """A call as `World.story` tells it; empty for what changes nothing."""
+    if call.startswith("nix-store"):
+        root = re.search(r"--realise (\w+) .*/current-home", call)
+        found = re.search(r"--realise (\w+) .*--indirect --max-jobs 32", call)
+        return f"current-home {root[1]}" if root else f"download {found[1]}" if found else ""
+    if call.startswith("systemd-run"):
+        return ""
+    call = re.sub(r"^nix-env(\.end)? .*--set ", r"set\1 ", call)
+    return re.sub(r"^nix-env(\.end)? .*--switch-generation ", r"generation\1 ", call)
+
+
+def _switch_of(pid: int) -> str:
+    """The deployment whose switch process has started a process; `*` where none has."""
+    while pid > 1:
+        with contextlib.suppress(OSError):
+            found = re.search(rb"\0switch\0([0-9a-f-]{36})\0", Path(f"/proc/{pid}/cmdline").read_bytes())
+            if found:
+                return found[1].decode()
+        pid = _parent(pid)
+    return "*"
+
+
 def _runs(pid: int) -> bool:
     with contextlib.suppress(OSError, IndexError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -382,6 +425,12 @@ def _runs(pid: int) -> bool:
 def _session(pid: int) -> int:
     with contextlib.suppress(OSError, IndexError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[3])
+    return 0
+
+
+def _parent(pid: int) -> int:
+    with contextlib.suppress(OSError, IndexError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return 0
 
 

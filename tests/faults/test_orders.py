@@ -1,0 +1,180 @@
+"""A workspace that sends deployments twice, late or newer ones at any moment, and takes them back."""
+
+import pytest
+import scenes
+from chains import COMMITTED, DOWNLOAD, GOOD, MACHINE_LOCK, WAITING, another_holds, deployed, go_on, log_of, system
+from hosts import wait_until
+from world import Asked
+
+# --- deployments that are sent again ---------------------------------------------------------------------------------
+
+
+@pytest.mark.promise(6, 13)
+def test_sent_again_before_it_is_begun(held, scripted, finish):
+    world, first = held(workspace=scripted)
+    queued = scenes.deploy(world, "third")
+    scripted.again(queued)
+    go_on(world)
+    assert [world.ended(first), world.ended(queued)] == ["succeeded", "succeeded"]
+    assert world.story() == f"{GOOD}\n{deployed('third')}"
+    assert scripted.ends(queued) == ["Succeeded"]
+    finish(world)
+
+
+@pytest.mark.promise(6, 13)
+def test_sent_again_while_it_runs(held, scripted, finish):
+    world, deployment = held(workspace=scripted)
+    scripted.again(deployment)
+    scripted.again(deployment, resumed=True)
+    go_on(world)
+    assert world.ended(deployment) == "succeeded"
+    finish(world)  # the next deployment shows that nothing else was queued
+    assert world.story() == f"{GOOD}\n{deployed('next')}"
+    assert scripted.ends(deployment) == ["Succeeded"]
+
+
+@pytest.mark.promise(6, 13)
+@pytest.mark.parametrize("how", [scenes.GOOD, scenes.BAD])
+def test_sent_again_after_its_end(make_world, scripted, finish, how):
+    world = make_world(workspace=scripted)
+    deployment = scenes.deploy(world, "second", how)
+    end = world.ended(deployment)
+    told = scripted.ends(deployment)
+    scripted.again(deployment)
+    wait_until(lambda: scripted.ends(deployment) == 2 * told, 20, "the result once more")
+    assert world.ended(deployment) == end == ("succeeded" if how == scenes.GOOD else "rolled-back")
+    assert world.story().count("test second") == 1
+    finish(world)
+
+
+@pytest.mark.promise(15)
+def test_resumed_without_a_journal(make_world, scripted, finish):
+    world = make_world(workspace=scripted)
+    path = system(world, "")
+    deployment = "00000000-1111-4222-8333-444444444444"
+    scripted.sent[deployment] = {"store_path": path, "script": None, "index": 1}
+    world.asked.append(Asked(deployment, path, world.running()))
+    scripted.again(deployment, resumed=True)
+    assert world.ended(deployment) == "failed"
+    assert world.story() == ""
+    assert scripted.deployment(deployment)["reason"].startswith("state lost")
+    finish(world)
+
+
+RESUMED = {
+    DOWNLOAD: (scenes.GOOD, f"downloading: download second -> hang\n{GOOD}"),
+    r"^nix-store .*--add-root \S+/previous": (scenes.GOOD, GOOD),
+    r"^test \S+-second": (scenes.GOOD, "activating: test second -> hang\nrolling-back: test first"),
+    r"^script": (scenes.GOOD, "activating: test second\nchecking: script good -> hang\nrolling-back: test first"),
+    r"^boot \S+-second": (scenes.GOOD, f"{GOOD} -> hang\n{COMMITTED}"),
+    r"^test \S+-first": (scenes.BAD, "rolling-back: test first -> hang\nrolling-back: test first"),
+}
+
+
+RESUMED_IN = ["downloading", "ready", "activating", "checking", "committing", "rolling-back"]
+
+
+@pytest.mark.promise(2, 8, 15)
+@pytest.mark.parametrize("point", RESUMED, ids=RESUMED_IN)
+def test_resumed_with_a_journal(make_world, scripted, finish, point):
+    how, chain = RESUMED[point]
+    world = make_world(workspace=scripted)
+    world.order(point, scenes.kill_both)
+    deployment = scenes.deploy(world, "second", how)
+    wait_until(lambda: world.agent.text().count("is connected to") == 2, 30, "the next agent")
+    scripted.again(deployment, resumed=True)
+    scripted.again(deployment, resumed=True)
+    world.ended(deployment)
+    finish(world)
+    assert world.story().partition(f"\n{deployed('next')}")[0].endswith(chain)
+    assert world.story().count("test second") == chain.count("test second") + (how == scenes.BAD)
+
+
+# --- successors and cancellations ------------------------------------------------------------------------------------
+
+
+@pytest.mark.promise(6, 14)
+def test_only_the_newest_of_the_queue_is_deployed(held, scripted, finish):
+    world, first = held(workspace=scripted)
+    queued = [scenes.deploy(world, version) for version in ("third", "fourth", "fifth")]
+    scripted.arrived()
+    go_on(world)
+    assert world.ended(first) == "succeeded"
+    assert list(map(world.ended, queued)) == ["superseded", "superseded", "succeeded"]
+    assert world.story() == f"{GOOD}\n{deployed('fifth')}"
+    for older in queued[:2]:
+        assert scripted.deployment(older)["reason"] == "deployment 4 came before this one was begun"
+    finish(world)
+
+
+@pytest.mark.promise(14)
+def test_a_successor_comes_while_the_machine_lock_is_awaited(make_world, scripted, finish):
+    world = make_world(workspace=scripted)
+    with another_holds(world.host.path(MACHINE_LOCK)):
+        older = scenes.deploy(world, "second")
+        wait_until(lambda: WAITING in log_of(world, older), 30, "the wait for the lock")
+        newer = scenes.deploy(world, "third")
+        scripted.arrived()
+    assert [world.ended(older), world.ended(newer)] == ["superseded", "succeeded"]
+    assert world.story() == f"downloading: download second\n{deployed('third')}"
+    finish(world)
+
+
+@pytest.mark.promise(14)
+def test_a_successor_comes_at_the_last_look(make_world, scripted, finish):
+    world = make_world(workspace=scripted)
+    newer = []
+
+    def send():
+        newer.append(scenes.deploy(world, "third"))
+        scripted.arrived()
+
+    scripted.at_last_look(send)
+    older = scenes.deploy(world, "second")
+    assert world.ended(older) == "superseded"
+    assert world.ended(newer[0]) == "succeeded"
+    assert world.story() == f"downloading: download second\n{deployed('third')}"
+    finish(world)
+
+
+def cancel(world, deployment):
+    assert world.workspace.request("POST", f"/api/v1/deploy/deployment/{deployment}/cancel")[0] == 200
+
+
+@pytest.mark.promise(14)
+def test_cancelled_in_the_queue(held, scripted, finish):
+    world, first = held(workspace=scripted)
+    queued = scenes.deploy(world, "third")
+    scripted.arrived()
+    scripted.peer.cancelled.add(queued)
+    go_on(world)
+    assert [world.ended(first), world.ended(queued)] == ["succeeded", "cancelled"]
+    assert world.story() == f"{GOOD}\ndownloading: download third"
+    finish(world)
+
+
+@pytest.mark.promise(14)
+def test_cancelled_in_the_download(world, finish):
+    deployments = []
+
+    def take_back(world, visit):
+        wait_until(lambda: deployments, 10, "the id of the deployment")
+        cancel(world, deployments[0])
+        return "go"
+
+    world.order(DOWNLOAD, take_back)
+    deployments.append(scenes.deploy(world, "second"))
+    assert world.ended(deployments[0]) == "cancelled"
+    assert world.story() == "downloading: download second"
+    finish(world)
+
+
+@pytest.mark.promise(14)
+def test_cancelled_while_the_machine_lock_is_awaited(world, finish):
+    with another_holds(world.host.path(MACHINE_LOCK)):
+        deployment = scenes.deploy(world, "second")
+        wait_until(lambda: WAITING in log_of(world, deployment), 30, "the wait for the lock")
+        cancel(world, deployment)
+    assert world.ended(deployment) == "cancelled"
+    assert world.story() == "downloading: download second"
+    finish(world)
