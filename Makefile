@@ -1,21 +1,30 @@
 # What a person types. Everything it needs it sets up by itself, once: see the stamps in .make/.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 4
+SECONDS ?= 60
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PARALLEL := -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint bench pyz clean
+.PHONY: help setup run test faults soak lint bench pyz clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1	\2/p' Makefile | expand -t 16
 
-setup: .make/venv .make/nix .make/systemd ## the virtual environment in .venv, Nix and what tests need where it is missing
+setup: .make/venv .make/nix .make/systemd .make/disks ## the virtual environment in .venv, Nix and what tests need where it is missing
 
 run: setup ## see the whole thing work: two hosts, a cache, a deployment, a rollback (build/run)
 	@$(BIN)/python tests/demo.py
 
-test: setup ## all tests, with real Nix; ARGS="-k name" chooses
-	$(BIN)/python -m pytest $(ARGS)
+test: setup ## all tests, with real Nix, and a fifth of the fault cases; ARGS="-k name" chooses
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+faults: setup ## every fault in every step of a deployment, and how many cases of each promise have held
+	$(BIN)/python -m pytest $(PARALLEL) --faults -m promise $(ARGS)
+
+soak: setup ## random faults in random deployments for SECONDS=60; SEED=n begins with that schedule
+	$(BIN)/python -m pytest $(PARALLEL) tests/faults/test_soak.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 lint: .make/venv ## ruff and mypy
 	$(BIN)/ruff check .
@@ -67,3 +76,12 @@ clean: ## remove all that was made here (Nix stays)
 	  install='apt-get install --yes --no-install-recommends systemd-container debootstrap debian-archive-keyring'; \
 	  { $$install || { apt-get update && $$install; }; } </dev/null >.make/systemd.log 2>&1 \
 	    && touch $@ || tail -n 3 .make/systemd.log; fi
+
+# tests/faults cuts the power of file systems of its own, and looks by strace at what is made durable when.
+.make/disks:
+	@mkdir -p .make; if command -v mkfs.ext4 >/dev/null && command -v strace >/dev/null; then touch $@; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo 'installing e2fsprogs and strace ...'; \
+	  export DEBIAN_FRONTEND=noninteractive; install='apt-get install --yes --no-install-recommends e2fsprogs strace'; \
+	  { $$install || { apt-get update && $$install; }; } </dev/null >.make/disks.log 2>&1 \
+	    && touch $@ || tail -n 3 .make/disks.log; fi

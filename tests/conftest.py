@@ -17,6 +17,13 @@ from machines import Machine
 from peer import Peer
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """For tests/faults, whose own conftest.py comes too late for that."""
+    parser.addoption("--faults", action="store_true", help="all cases of tests/faults, and a summary by promise")
+    parser.addoption("--seconds", type=float, default=60.0, help="for how long random schedules are drawn")
+    parser.addoption("--seed", type=int, help="the first schedule's, instead of a random one")
+
+
 @pytest.fixture
 def make_host(tmp_path: Path) -> Iterator[Callable[..., Host]]:
     """Hosts by name: `make_host("second")`."""

@@ -193,6 +193,7 @@ def test_a_token_refused_at_once_ends_it(host: Host, peer: Peer) -> None:
     assert TOKEN not in agent.text() and "error: " in agent.text()
 
 
+@pytest.mark.promise(10)
 @pytest.mark.parametrize("kind", ["silent", "half-open", "no-pong", "500"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_can_be_stopped_whatever_the_workspace_does(host: Host, peer: Peer, kind: str, number: int) -> None:

@@ -248,6 +248,7 @@ def drip(data, pause=0.05):
     return serve
 
 
+@pytest.mark.promise(10)
 @pytest.mark.parametrize(
     "serve",
     [
@@ -266,6 +267,7 @@ def test_connecting_has_a_deadline(serve, scheme):
     listener.close()
 
 
+@pytest.mark.promise(10)
 def test_reaching_has_a_deadline(peer):
     for kind in ("no-pong", "half-open", "silent"):
         peer.misbehave("/ws-deployment", kind, times=1)
@@ -298,6 +300,7 @@ COMMANDS = st.builds(
 TEXTS = st.one_of(st.text(), JSON.map(json.dumps), COMMANDS.map(json.dumps))
 
 
+@pytest.mark.promise(13)
 @settings(deadline=None, max_examples=300)
 @given(st.one_of(st.binary(), TEXTS, TEXTS.map(lambda text: text.encode("utf-16", "surrogatepass"))))
 def test_decoders_say_undecodable_and_nothing_else(text):
@@ -330,6 +333,7 @@ def odd_messages(rng):
         yield "".join(rng.choice('{}[]",:0\\u\n') for _ in range(rng.randint(0, 60)))
 
 
+@pytest.mark.promise(13)
 def test_it_survives_a_heap_of_garbage(host, cache, peer):
     rng = random.Random(2026)
     path = present(host, cache, plain(cache, 1))
@@ -346,6 +350,7 @@ def test_it_survives_a_heap_of_garbage(host, cache, peer):
     assert "Traceback" not in agent.text(), agent.text()
 
 
+@pytest.mark.promise(6, 13)
 def test_every_order_with_an_odd_value_gets_its_report(host, cache, peer):
     """What can be decoded is never met with silence, and is nothing that Nix could take for an option."""
     agent = start(host, peer)
@@ -363,6 +368,7 @@ def test_every_order_with_an_odd_value_gets_its_report(host, cache, peer):
     assert "Traceback" not in agent.text() and host.record() == []
 
 
+@pytest.mark.promise(13)
 @pytest.mark.parametrize(
     ("odd", "public"),
     [
@@ -652,6 +658,7 @@ def ends_in_time(agent):
     assert "Traceback" not in agent.text()
 
 
+@pytest.mark.promise(10)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may listen on the port of name servers")
 def test_it_ends_while_the_name_server_hangs(host):
     address = f"127.{random.randint(1, 254)}.{random.randint(1, 254)}.77"
@@ -665,6 +672,7 @@ def test_it_ends_while_the_name_server_hangs(host):
         ends_in_time(agent)
 
 
+@pytest.mark.promise(10)
 def test_it_ends_while_it_downloads(host, cache, peer):
     peer.cache = cache.wire()
     path = nixos(cache, 1)
@@ -682,6 +690,7 @@ def test_it_ends_while_it_downloads(host, cache, peer):
     assert peer.finished(deployment) and host.running() == path
 
 
+@pytest.mark.promise(10)
 def test_it_ends_while_it_waits_to_connect_again(host, peer):
     peer.stop()
     agent = start(host, peer, waits={"backoff": 60.0, "slowest": 60.0})
@@ -746,6 +755,7 @@ def trickle():
     listener.close()
 
 
+@pytest.mark.promise(10)
 @pytest.mark.parametrize("proxied", [False, True])
 @pytest.mark.parametrize(
     "call", [cachix_deploy.connect, lambda peer, path, timeout: cachix_deploy.http(peer, "GET", path, timeout)]

@@ -80,6 +80,7 @@ def expected(step, attempts, holder, running, target):
     return recovery.ROLL_BACK, ""
 
 
+@pytest.mark.promise(2, 7, 15)
 @pytest.mark.parametrize("step", sorted(journal.STEPS))
 def test_next_action_over_the_whole_product(step):
     for attempts, holder, boot, running, target in itertools.product(
@@ -119,6 +120,7 @@ def test_the_first_time_in_a_step_begins_its_attempts_anew(tmp_path):
     assert entry.record.revision == 6
 
 
+@pytest.mark.promise(12)
 def test_what_could_not_be_written_is_not_forgotten(tmp_path):
     """The disk has an older word than the process that could not write."""
     entry = journal.Journal(str(tmp_path / "d"), record(journal.ACTIVATING))
@@ -135,6 +137,7 @@ def test_what_could_not_be_written_is_not_forgotten(tmp_path):
     assert entry.record.step == journal.ROLLED_BACK
 
 
+@pytest.mark.promise(8)
 def test_the_journal_of_the_first_version_is_read(tmp_path):
     (tmp_path / "journal.json").write_text(
         '{"id":"i","index":1,"agent":"a","host":"h","store_path":"p","step":"activating","kind":"NixOS"}'
@@ -145,6 +148,7 @@ def test_the_journal_of_the_first_version_is_read(tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.promise(8)
 def test_journal_keeps_unknown_keys_and_reads_a_newer_version(tmp_path):
     entry = journal.Journal(str(tmp_path / "d"), record(journal.READY))
     entry.enter(journal.READY)
@@ -157,6 +161,7 @@ def test_journal_keeps_unknown_keys_and_reads_a_newer_version(tmp_path):
     assert '"moon": [\n' in path.read_text() and '"version": 9' in path.read_text()
 
 
+@pytest.mark.promise(12, 15)
 def test_journal_is_readable_or_set_aside_whatever_its_bytes(tmp_path):
     entry = journal.Journal(str(tmp_path / "d"), record(journal.CHECKING))
     entry.enter(journal.CHECKING)
@@ -172,6 +177,7 @@ def test_journal_is_readable_or_set_aside_whatever_its_bytes(tmp_path):
 NEARLY = b'{"id":"a","index":1,"agent":"a","host":"h","store_path":"p",'
 
 
+@pytest.mark.promise(12)
 @pytest.mark.parametrize(
     "text",
     [b"\0" * 300, b"[]", b"null", b"7", b'{"id": 1}', b"[" * 100000]
@@ -184,6 +190,7 @@ def test_journal_of_garbage_is_set_aside(tmp_path, text):
     assert journals == [] and len(problems) == 1 and "was set aside" in problems[0]
 
 
+@pytest.mark.promise(12)
 def test_a_journal_that_can_not_be_looked_at_now_stays(tmp_path, monkeypatch):
     entry = journal.Journal(str(tmp_path / "d"), record(journal.CHECKING))
     entry.enter(journal.CHECKING)
@@ -198,6 +205,7 @@ def test_a_journal_that_can_not_be_looked_at_now_stays(tmp_path, monkeypatch):
     assert not journal.was_set_aside(str(tmp_path / "d"))
 
 
+@pytest.mark.promise(12)
 @pytest.mark.parametrize("instead", ["directory", "zeros"])
 def test_what_stands_in_place_of_a_journal_is_set_aside(tmp_path, instead):
     if instead == "directory":

@@ -137,6 +137,7 @@ def test_not_in_the_cache(machine):
     assert "don't know how to build these paths" in outcome.reason  # the last lines of Nix's output
 
 
+@pytest.mark.promise(13)
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
@@ -151,6 +152,7 @@ def test_what_the_cache_has_is_not_what_was_signed(machine, how, reason):
     assert_untouched(machine, machine.deploy(path), reason.format(path=path))
 
 
+@pytest.mark.promise(11)
 def test_a_private_cache_needs_the_agents_token_which_is_nowhere_afterwards(make_workspace, make_machine):
     machine = make_machine(workspace=make_workspace(private=True))
     keep = 'for a; do [ "${f:-}" ] && cp "$a" /nix/var/netrc-seen; f=; [ "$a" = netrc-file ] && f=1; done'
@@ -189,6 +191,7 @@ def test_the_log_shows_how_many_paths_and_bytes_have_come(make_machine):
     assert found and float(found[1]) > 5, outcome.log
 
 
+@pytest.mark.promise(3)
 def test_a_missing_rollback_script_is_found_before_anything_changes(machine):
     script = closures.script(machine.files, "unpushed", "exit 0")
     path = closures.nixos(machine.files, 1)
@@ -200,6 +203,7 @@ def test_a_missing_rollback_script_is_found_before_anything_changes(machine):
 # --- activations that fail -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize(
     ("options", "code", "reason"),
     [
@@ -263,6 +267,7 @@ def test_a_system_that_needs_a_reboot_may_be_set_to_boot(nixos_machine):
     assert machine.host.profile() == machine.host.boot_default() == new
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize(
     ("code", "options", "reason"),
     [
@@ -287,6 +292,7 @@ def test_a_rollback_script_that_fails(nixos_machine, code, options, reason):
     assert "boot" not in [action for action, path in machine.host.record() if path != first]
 
 
+@pytest.mark.promise(3, 5)
 def test_a_workspace_that_can_not_be_reached_any_more(make_workspace, nixos_machine):
     workspace = make_workspace()
     machine, first = nixos_machine("--confirm-timeout=2", workspace=workspace)
@@ -335,6 +341,7 @@ def test_another_kind_than_the_profiles_is_refused(nixos_machine):
     assert machine.host.profile() == first
 
 
+@pytest.mark.promise(3)
 def test_after_a_failed_rollback_the_previous_stays_the_previous(nixos_machine):
     machine, first = nixos_machine()
     breaks = "[ ! -e /run/broken ] || exit 1"
@@ -365,6 +372,7 @@ def held_download(make_machine):
     return machine
 
 
+@pytest.mark.promise(14)
 def test_cancelled_before_the_activation(make_machine):
     machine = held_download(make_machine)
     deployment = machine.order(closures.nixos(machine.files, 1))
@@ -377,6 +385,7 @@ def test_cancelled_before_the_activation(make_machine):
     assert machine.deploy(closures.nixos(machine.files, 2)).status == "Succeeded"
 
 
+@pytest.mark.promise(13)
 def test_a_store_path_that_is_none_is_reported(machine):
     derivation = machine.files.add("thing.drv", "Derive([])")
     outcome = machine.deploy(derivation)
@@ -386,6 +395,7 @@ def test_a_store_path_that_is_none_is_reported(machine):
 # --- the agent -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(8, 10)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_agent_and_a_running_switch_goes_on(nixos_machine, number):
     machine, _ = nixos_machine()
@@ -438,6 +448,7 @@ def test_bootstrap_hands_over(make_host, live, name):
 # --- logs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(9)
 def test_any_bytes_and_the_closing_line_on_its_own(make_machine):
     machine = make_machine()
     noise = b"umlaut \xc3\xa4\nbad \xff\xfe\nnul \x00 end\nescape \x1b[31mred\x1b[0m\ttab\r\nno newline"
@@ -454,6 +465,7 @@ def complete(lines):
     return lines if lines and lines[-1] == SUCCESS else None
 
 
+@pytest.mark.promise(9)
 def test_200_000_lines_and_one_of_20_MB_arrive_in_order_and_cost_no_memory(make_machine):
     machine = make_machine()
     machine.deploy(closures.nixos(machine.files, "warm-up"))
@@ -470,6 +482,7 @@ def test_200_000_lines_and_one_of_20_MB_arrive_in_order_and_cost_no_memory(make_
     assert grown < 30 << 20, f"the agent grew by {grown >> 20} MiB"
 
 
+@pytest.mark.promise(9)
 def test_a_daemon_that_keeps_the_log_open_delays_nothing(make_machine):
     machine = make_machine()
     began = time.monotonic()
@@ -477,6 +490,7 @@ def test_a_daemon_that_keeps_the_log_open_delays_nothing(make_machine):
     assert outcome.status == "Succeeded" and time.monotonic() - began < 30
 
 
+@pytest.mark.promise(11)
 def test_nothing_that_is_run_sees_the_token_or_the_services_variables(make_machine):
     secrets = {"NOTIFY_SOCKET": "/run/notify", "CREDENTIALS_DIRECTORY": "/run/credentials", "INVOCATION_ID": "abc"}
     machine = make_machine(env={**FAST["env"], **secrets})

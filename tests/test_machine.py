@@ -17,6 +17,8 @@ HOLDER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from activate import lock, machine, process
+
+pytestmark = pytest.mark.promise(1, 2)
 held = lock.take(sys.argv[2])
 machine.clear(held.fd)
 log = os.open(sys.argv[3], os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -256,6 +256,7 @@ def test_classes_of_failure(said, name):
     assert "\n" not in reason
 
 
+@pytest.mark.promise(13)
 @pytest.mark.parametrize(
     ("path", "good"),
     [

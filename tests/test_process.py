@@ -31,6 +31,7 @@ def test_the_command_stands_before_its_output_and_always_on_a_line_of_its_own(lo
     assert said(log) == "$ /bin/sh -c printf one; printf two >&2\nonetwo\n$ /bin/sh -c exit 7\n"
 
 
+@pytest.mark.promise(10)
 def test_a_deadline_ends_the_whole_group(log, tmp_path, monkeypatch):
     monkeypatch.setattr(process, "KILL_AFTER", 0.2)
     script = f"trap '' TERM; sleep 300 & echo $! > {tmp_path}/child; wait"
@@ -53,6 +54,7 @@ def test_a_program_that_is_missing(log):
         process.run(["/nonexistent/program"], log, 1)
 
 
+@pytest.mark.promise(9)
 def test_a_background_child_that_keeps_the_log_open_does_not_delay(log, tmp_path):
     began = time.monotonic()
     assert process.run(["/bin/sh", "-c", f"sleep 60 & echo $! > {tmp_path}/child; exit 0"], log, 30) == 0
@@ -89,6 +91,7 @@ def test_the_environment_is_built(monkeypatch):
     assert env["USER"] and env["LOGNAME"] == env["USER"]
 
 
+@pytest.mark.promise(11)
 def test_a_command_sees_no_token_and_inherits_no_descriptor(log, monkeypatch):
     monkeypatch.setenv("CACHIX_AGENT_TOKEN", "secret-token")
     process.run(["/bin/sh", "-c", "env; ls /proc/self/fd | wc -l; readlink /proc/self/fd/0"], log, 10)
@@ -96,6 +99,7 @@ def test_a_command_sees_no_token_and_inherits_no_descriptor(log, monkeypatch):
     assert said(log).endswith("/dev/null\n")
 
 
+@pytest.mark.promise(1)
 def test_a_lock_is_exclusive_and_ends_with_its_holder(tmp_path):
     path = str(tmp_path / "dir" / "a.lock")
     held = lock.take(path, text="one")
@@ -109,6 +113,7 @@ def test_a_lock_is_exclusive_and_ends_with_its_holder(tmp_path):
     again.close()
 
 
+@pytest.mark.promise(1)
 def test_an_inherited_lock_is_held_until_the_last_copy_is_closed(tmp_path):
     path = str(tmp_path / "a.lock")
     held = lock.take(path)
@@ -120,6 +125,7 @@ def test_an_inherited_lock_is_held_until_the_last_copy_is_closed(tmp_path):
     assert not lock.held(path)
 
 
+@pytest.mark.promise(1)
 @pytest.mark.skipif(not lock.OFD, reason="flock elsewhere")
 def test_locks_are_those_of_cachix_and_not_lost_by_closing_another_descriptor(tmp_path):
     path = str(tmp_path / "a.lock")
@@ -142,6 +148,7 @@ def test_lock_files_are_where_cachix_has_them(monkeypatch):
     assert lock.shared_path("agent", "web") == "/home/x/.cache/cachix/deploy/locks/agent-web.lock"
 
 
+@pytest.mark.promise(1)
 def test_all_system_profiles_share_one_machine_lock():
     root = "/nix/var/nix/profiles"
     assert lock.machine_path(f"{root}/system") == f"{root}/.cachix-deploy-system.lock"

@@ -10,6 +10,8 @@ import closures
 import pytest
 from hosts import wait_until
 
+pytestmark = pytest.mark.promise(2, 6, 7, 15)
+
 WAITS = json.dumps({"unit_recheck": 0.2, "backoff": 0.1, "slowest": 0.5})
 ONCE = "[ -e /nix/var/{name} ] || {{ touch /nix/var/{name}; {code}; }}"
 

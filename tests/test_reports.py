@@ -34,6 +34,8 @@ from cachix_deploy import (
     printable,
 )
 
+pytestmark = pytest.mark.promise(6)
+
 ID = "00000000-0000-4000-8000-000000000001"
 WAITS = json.dumps({"unit_recheck": 0.1, "backoff": 0.05, "slowest": 0.2})
 QUICK = {"CACHIX_DEPLOY_WAITS": WAITS}

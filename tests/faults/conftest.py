@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import uuid
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
@@ -25,22 +26,17 @@ MOST = 12  # cases of one test that `make test` runs whole
 EACH = 5  # of more cases it runs each fifth: coprime to how many faults and times there are, so that all have a turn
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", action="store_true", help="all cases of tests/faults, and a summary by promise")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "promise(*numbers): which promises a test is a case of")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Note each case's promises where the summary finds them, and leave out what only `make faults` runs."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
+        numbers = {number for mark in item.iter_markers("promise") for number in mark.args}
+        item.user_properties += [("promise", number) for number in sorted(numbers)]
         if HERE in item.path.parents:
             cases.setdefault(f"{item.path}::{getattr(item, 'originalname', item.name)}", []).append(item)
-            numbers = {number for mark in item.iter_markers("promise") for number in mark.args}
-            item.user_properties += [("promise", number) for number in sorted(numbers)]
+        if item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.timeout(config.getoption("--seconds") + 300))
+    items.sort(key=lambda item: item.get_closest_marker("soak") is None)  # the longest first
     if config.getoption("--faults"):
         return
     left = [item for found in cases.values() if len(found) > MOST for i, item in enumerate(found) if i % EACH]
@@ -50,7 +46,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """How many cases were run, and how many of each promise."""
+    """How many cases were run, and how many of each promise; which random schedules."""
+    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "when")]
+    for report in reports:
+        seeds = [seed for name, seed in report.user_properties if name == "soak"]
+        if seeds and report.when == "call":
+            terminalreporter.line(f"soak: {len(seeds)} schedules, seeds {seeds[0]} to {seeds[-1]}")
     if not config.getoption("--faults"):
         return
     ended = {name: terminalreporter.stats.get(name, []) for name in ("passed", "failed", "error", "skipped")}
@@ -66,7 +67,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory in memory for the images of disks, in a mount namespace of this process' own."""
+    """A directory for machines, in memory and in a mount namespace of this process' own where that can be had."""
     directory = tmp_path_factory.mktemp("disks")
     if os.geteuid() != 0 or not disk.own_mounts():
         yield directory
@@ -76,8 +77,23 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(directory)], check=False)
 
 
+@pytest.fixture(scope="session")
+def power(disks: Path) -> bool:
+    """Whether disks can lose power here. Elsewhere a power loss takes all but what is on the disk."""
+    try:
+        probe = disk.Disk(disks / "probe.img", disks / "probe")
+        probe.lose_power()
+        probe.close()
+    except (OSError, subprocess.CalledProcessError) as error:
+        warnings.warn(f"a power loss takes no unsynced data here: {error}", stacklevel=1)
+        return False
+    return True
+
+
 @pytest.fixture
-def make_world(request: pytest.FixtureRequest, disks: Path, live: Workspace) -> Iterator[Callable[..., World]]:
+def make_world(
+    request: pytest.FixtureRequest, disks: Path, power: bool, live: Workspace
+) -> Iterator[Callable[..., World]]:
     """A machine with a connected agent that runs a first system; its invariants are looked at when the test ends."""
     made: list[World] = []
     directories: list[Path] = []
@@ -87,21 +103,27 @@ def make_world(request: pytest.FixtureRequest, disks: Path, live: Workspace) -> 
         directory.mkdir()
         directories.append(directory)
         name = f"faults-{directory.name}"
-        made.append(World(directory, workspace, name, kind, power=os.geteuid() == 0, **more))
+        made.append(World(directory, workspace, name, kind, power=power, **more))
         prepare(made[-1])
         if start:
             made[-1].start()
             made[-1].connected()
         return made[-1]
 
+    def close() -> None:
+        report = getattr(request.node, "report", None)
+        for world in made:
+            if report is not None and report.failed:
+                show(world)
+            world.close()
+        for directory in directories:
+            shutil.rmtree(directory, ignore_errors=True)
+        made.clear()
+        directories.clear()
+
+    make.close = close  # type: ignore[attr-defined]  # for a test that makes many, one after another
     yield make
-    report = getattr(request.node, "report", None)
-    for world in made:
-        if report is not None and report.failed:
-            show(world)
-        world.close()
-    for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
+    close()
 
 
 def prepare(world: World) -> None:
