@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from machines import FINAL
 WAITS = {"unit_recheck": 0.2, "backoff": 0.05, "slowest": 0.3, "ready": 1.5, "download": 5.0, "tail": 0.05}
 OPTIONS = ("--activation-timeout=5", "--confirm-timeout=10")
 ALWAYS = 1 << 30
+UNKNOWN = "?"  # instead of a step
 CHANGES = ("test", "boot", "activate", "nix-env")  # programs that change the machine: one at a time
 VISIT = """#!/bin/sh
 answer=$NIX_FAULTS/answer.$$
@@ -119,6 +121,7 @@ class World:
         self.problems: list[str] = []  # of the harness itself
         self.agents: list[Program] = []
         self.lost: set[str] = set()  # deployments whose state was taken away
+        self.blind = False  # for now the step on disk is not the one that was taken
         self.cuts = 0
         self.faults = self.directory / "faults"
         self.faults.mkdir(parents=True)
@@ -194,6 +197,15 @@ class World:
         """The switch processes."""
         return [pid for pid, line in self.host.processes().items() if re.search(r" switch [0-9a-f-]{36}\s*$", line)]
 
+    def descendants(self, pids: list[int]) -> list[int]:
+        """These processes, and what they have started, as far as it runs."""
+        known = list(pids)
+        while True:
+            more = [pid for pid in self.host.processes() if pid not in known and _parent(pid) in known]
+            if not more:
+                return known
+            known += more
+
     def kill(self, switch: bool = False, agent: bool = False) -> None:
         """SIGKILL at once; another agent is started where one was killed."""
         pids = [*(self.switches() if switch else []), *([self.agent.pid] if agent else [])]
@@ -231,6 +243,15 @@ class World:
         self.host.reboot()
         self.came_up()
         self.start()
+
+    def separate_state(self, size: str) -> None:
+        """Give the state a small disk of its own, before the agent starts. Needs root."""
+        self.host.close()
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(self.host.state.resolve())], check=True
+        )
+        self.host.reboot()
+        self.came_up()
 
     # --- orders ---
 
@@ -299,6 +320,8 @@ class World:
 
     def step(self, deployment: str = "*") -> str:
         """What the journal of a deployment says now, or the newest one."""
+        if self.blind:
+            return UNKNOWN
         newest = ("", 0.0)
         with contextlib.suppress(OSError):
             for path in self.host.state.glob(f"deployments/{deployment}/journal.json"):
