@@ -127,9 +127,8 @@ def utc_now() -> str:
 
 def nix_system() -> str:
     """This machine as Nix names it, such as x86_64-linux or aarch64-darwin."""
-    machine = os.uname().machine
-    machine = {"arm64": "aarch64", "amd64": "x86_64", "i386": "i686"}.get(machine, machine)
-    return f"{machine}-{sys.platform}"
+    name = {"arm64": "aarch64", "amd64": "x86_64", "i386": "i686"}.get(os.uname().machine, os.uname().machine)
+    return f"{name}-{sys.platform}"
 
 
 def checked_field(record: Any, name: str, kinds: Union[type, tuple[type, ...]], optional: bool = False) -> Any:
@@ -438,8 +437,8 @@ Answer = TypeVar("Answer")
 def within(timeout: float, do: Callable[[], Answer]) -> Answer:
     """What `do` returns or raises; Unreachable where that takes longer than `timeout` seconds.
 
-    It runs in a thread of its own, which is left behind then: a name look-up can't be told to hurry, and the libraries'
-    own limits are for each packet.
+    It runs in a thread of its own, as a name look-up can't be told to hurry, and the libraries' own limits are for each
+    packet. A thread that is late ends, and closes what it has opened, as soon as it wakes: at the next packet.
     """
     answers: list[Answer] = []
     problems: list[Exception] = []
@@ -449,6 +448,8 @@ def within(timeout: float, do: Callable[[], Answer]) -> Answer:
             answers.append(do())
         except Exception as error:
             problems.append(error)
+        except SystemExit:  # it is late, see below
+            pass
 
     thread = threading.Thread(target=run, name="call", daemon=True)
     thread.start()
@@ -456,6 +457,9 @@ def within(timeout: float, do: Callable[[], Answer]) -> Answer:
     if problems:
         raise problems[0]
     if not answers:
+        import ctypes
+
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
         raise Unreachable(f"no answer within {timeout:.0f} s")
     return answers[0]
 
@@ -583,12 +587,12 @@ def printable(line: bytes) -> str:
 class HttpChannel:
     """Reports to our workspace: every call is acknowledged, and may be repeated."""
 
-    def __init__(self, peer: Peer, deployment_id: str) -> None:
-        self.peer, self.id = peer, deployment_id
+    def __init__(self, peer: Peer, deployment_id: str, timeout: float = CALL_TIMEOUT) -> None:
+        self.peer, self.id, self.timeout = peer, deployment_id, timeout
 
-    def call(self, method: str, path: str, timeout: float = CALL_TIMEOUT, **kwargs: Any) -> requests.Response:
+    def call(self, method: str, path: str, timeout: Optional[float] = None, **kwargs: Any) -> requests.Response:
         """An answer that the protocol knows. Raises Refused, Unreachable or Gone."""
-        answer = http(self.peer, method, path, timeout, **kwargs)
+        answer = http(self.peer, method, path, timeout or self.timeout, **kwargs)
         if answer.status_code in (401, 403):
             raise Refused(f"{self.peer.host} refused the token (HTTP {answer.status_code})")
         ours = answer.headers.get("Content-Type", "").startswith("application/json")  # no page of a proxy
@@ -599,18 +603,18 @@ class HttpChannel:
         return answer
 
     def status(
-        self, status: str, size: Optional[int], reason: Optional[str] = None, timeout: float = CALL_TIMEOUT
+        self, status: str, size: Optional[int], reason: Optional[str] = None, timeout: Optional[float] = None
     ) -> bool:
         """Put a status; whether it counts, which it does not where the deployment was cancelled."""
         body = {"status": status, "time": utc_now(), "closureSize": size, "reason": reason}
         path = f"/api/v1/deploy/deployment/{self.id}/status"
         return self.call("PUT", path, timeout, json=body).status_code != 409
 
-    def lines(self, index: int, lines: list[str], timeout: float = CALL_TIMEOUT) -> int:
+    def lines(self, index: int, lines: list[str]) -> int:
         """Append lines, the first of which has this index; the index that the workspace expects next."""
         now = utc_now()
         body = "".join(dumps(LogLine(line, now).to_json()) + "\n" for line in lines)
-        answer = self.call("PUT", f"/api/v1/deploy/log/{self.id}?offset={index}", timeout, data=body.encode())
+        answer = self.call("PUT", f"/api/v1/deploy/log/{self.id}?offset={index}", data=body.encode())
         try:
             return int(checked_field(loads(answer.content), "next", int))
         except Undecodable:
@@ -630,8 +634,8 @@ def retry_after(answer: requests.Response) -> float:
 class SocketChannel:
     """Reports to Cachix: frames on two sockets. A frame has arrived when a ping that was sent after it is answered."""
 
-    def __init__(self, peer: Peer, deployment_id: str, agent_id: str) -> None:
-        self.peer, self.id, self.agent_id = peer, deployment_id, agent_id
+    def __init__(self, peer: Peer, deployment_id: str, agent_id: str, waits: Waits) -> None:
+        self.peer, self.id, self.agent_id, self.waits = peer, deployment_id, agent_id, waits
         self.sockets: dict[str, websocket.WebSocket] = {}
 
     def send(self, path: str, frames: list[str]) -> None:
@@ -640,14 +644,13 @@ class SocketChannel:
 
         try:
             if path not in self.sockets:
-                self.sockets[path] = connect(self.peer, path)
+                self.sockets[path] = connect(self.peer, path, self.waits.connect)
             for frame in frames:
                 self.sockets[path].send(frame)
-            round_trip(self.sockets[path], CALL_TIMEOUT)
+            round_trip(self.sockets[path], self.waits.call)
         except (Error, OSError, websocket.WebSocketException) as error:
-            broken = self.sockets.pop(path, None)
-            if broken is not None:
-                broken.shutdown()  # type: ignore[no-untyped-call]
+            if path in self.sockets:
+                self.sockets.pop(path).shutdown()  # type: ignore[no-untyped-call]
             if isinstance(error, Error):
                 raise
             raise Unreachable(f"{self.peer.host}{path}: {error or type(error).__name__}") from None
@@ -682,7 +685,7 @@ class Delivery:
         self.reported = logfile.Reported.load(entry.path("reported.json"))
         self.channel: Optional[Channel] = None
         self.failures, self.not_before = 0, 0.0
-        self.log_failed = False
+        self.log_failed, self.hurried = False, False
 
     @property
     def final(self) -> bool:
@@ -709,6 +712,8 @@ class Delivery:
                 step(channel)
             except Error as error:
                 problems.append(error)
+                if getattr(error, "retry_after", 0.0) and step != self.ship_log:
+                    break  # it asked to be left alone
         if problems:
             raise problems[0]
 
@@ -738,11 +743,9 @@ class Delivery:
         until, self.log_failed = time.monotonic() + 5.0, True
         while not self.reported.logged and time.monotonic() < until:
             lines, offset = self.lines_from(self.reported.offset, BATCH_LINES)
-            closing = self.final and offset >= logfile.end(self.entry)
-            if closing and len(lines) < BATCH_LINES:
+            closing = self.final and offset >= logfile.end(self.entry) and len(lines) < BATCH_LINES
+            if closing:
                 lines.append(closing_line(self.entry.record))
-            else:
-                closing = False
             if not lines:
                 break
             self.acknowledge(channel.lines(self.reported.line, lines), len(lines), offset, closing)
@@ -809,19 +812,18 @@ class Reporter(threading.Thread):
     def channel(self, delivery: Delivery, registered: AgentRegistered) -> Channel:
         """The way of reporting that the workspace asked for."""
         if registered.reports == "http":
-            return HttpChannel(self.peer, delivery.entry.record.id)
+            return HttpChannel(self.peer, delivery.entry.record.id, self.waits.call)
         if isinstance(delivery.channel, SocketChannel) and delivery.channel.agent_id == registered.id:
             return delivery.channel
-        return SocketChannel(self.peer, delivery.entry.record.id, registered.id)
+        return SocketChannel(self.peer, delivery.entry.record.id, registered.id, self.waits)
 
     def run(self) -> None:
         waiting: list[journal.Journal] = []
         while True:
             self.wake.wait(self.pause(bool(waiting)))
             self.wake.clear()
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    waiting.append(self.added.get_nowait())
+            while not self.added.empty():
+                waiting.append(self.added.get())
             waiting = [entry for entry in waiting if not self.take(entry)]
             if self.registered is not None:
                 for delivery in list(self.deliveries):
@@ -847,6 +849,8 @@ class Reporter(threading.Thread):
 
     def attend(self, delivery: Delivery, registered: AgentRegistered) -> None:
         """Ship what is there; a failure is tried again after a while."""
+        if delivery.final and delivery.log_failed and not delivery.hurried:  # the end does not wait for a log
+            delivery.hurried, delivery.not_before = True, 0.0
         if time.monotonic() < delivery.not_before:
             return
         try:
@@ -880,6 +884,8 @@ class Waits:
 
     ping: float = 30.0
     silence: float = 60.0
+    connect: float = CONNECT_TIMEOUT
+    call: float = CALL_TIMEOUT
     backoff: float = 1.0
     slowest: float = 60.0
     healthy: float = 60.0
@@ -1063,9 +1069,9 @@ class Worker(threading.Thread):
         from activate import attempt
 
         if self.registered is not None and self.registered.reports == "http":
-            channel = HttpChannel(self.options.peer, entry.record.id)
+            channel = HttpChannel(self.options.peer, entry.record.id, self.options.waits.call / 2)
             with contextlib.suppress(Refused, Unreachable, Gone):
-                if not channel.status(IN_PROGRESS, None, timeout=5.0):
+                if not channel.status(IN_PROGRESS, None):
                     raise attempt.Ended(journal.CANCELLED, "it was cancelled before it was activated")
         if any(later.index > entry.record.index for later in list(self.queue.queue)):
             raise attempt.Ended(journal.SUPERSEDED, "a newer deployment came before this one was activated")
@@ -1097,7 +1103,7 @@ class Agent:
         while not self.stop.is_set():
             began, slowest = time.monotonic(), False
             try:
-                self.socket = connect(self.options.peer, "/ws")
+                self.socket = connect(self.options.peer, "/ws", self.waits.connect)
                 first = False
                 self.serve(self.socket)
             except Stopped:
@@ -1112,9 +1118,8 @@ class Agent:
                     tell(str(error))
             if self.stop.is_set():
                 break
-            slowest = slowest or self.replaced
             failures = 0 if time.monotonic() - began > self.waits.healthy else failures + 1
-            pause = self.waits.slowest if slowest else backoff(failures - 1, self.waits)
+            pause = self.waits.slowest if slowest or self.replaced else backoff(failures - 1, self.waits)
             if self.socket is not None:
                 hang_up(self.socket)  # a broken connection is not held open until the next one
             debug(f"connecting again in {pause:.1f} s")

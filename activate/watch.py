@@ -143,7 +143,7 @@ def confirm(
         left = deadline - time.monotonic()
         if left <= 0:
             raise Error(f"the workspace could not be reached for {timeout:.0f} s after the activation: {problem}")
-        said = attempt(reach, min(ATTEMPT, left))
+        said = attempt(reach, min(ATTEMPT, timeout / 4, left))  # one lost connection must not cost all of the time
         if said is not None and said != problem:
             say(log, f"the workspace can't be reached: {said}")
         problem = said

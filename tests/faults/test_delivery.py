@@ -1,0 +1,225 @@
+"""A workspace that is down, slow or out of its mind: no activation waits for it, and all is told once it is well."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+
+import closures
+import pytest
+import scenes
+from hosts import wait_until
+from machines import FINAL
+from proxy import Answer, Proxy
+from world import ALWAYS, WAITS
+
+from cachix_deploy import Peer, Unreachable, http
+
+pytestmark = pytest.mark.promise(6, 7, 9)
+BRIEF = {**WAITS, "ping": 0.3, "silence": 0.8, "connect": 0.7, "call": 0.5}
+JSON = "Content-Type: application/json\r\n"
+REPORT = "^> PUT /api/v1/deploy/"
+# What becomes of every report: what happens to which messages, and how many calls are to be made like that.
+TREATMENTS = {
+    "500": (REPORT, Answer(500, body=b"<h1>Internal Server Error</h1>" * 1000), 20),
+    "401": (REPORT, Answer(401, JSON, b"{}"), 20),
+    "HTML": (REPORT, Answer(200, body=b"<h1>Please log in to this network</h1>"), 20),
+    "no answer": (REPORT, "half-open", 6),
+    "not read": (REPORT, "stall", 6),
+    "reset": (REPORT, "reset", 20),
+    "slow": (r"^< \d+ PUT /api/v1/deploy/", "slow", 8),
+}
+
+
+@pytest.fixture
+def proxy(live):
+    with Proxy(live.url) as made:
+        yield made
+
+
+def deploy(world, version, talk):
+    """Order a system whose activation says something."""
+    return world.deploy(scenes.nixos(world.files, version, extra=talk), scenes.script(world.files))
+
+
+def ends(world, deployment):
+    """The last step of a deployment, as soon as the machine has taken it; the workspace need not know."""
+    wait_until(lambda: world.host.step(deployment) in FINAL, 30, f"the end of {deployment}")
+    return world.host.step(deployment)
+
+
+def untold(world, deployment):
+    """Nothing of a deployment has been acknowledged."""
+    path = world.host.state / "deployments" / deployment / "reported.json"
+    told = json.loads(path.read_text()) if path.exists() else {}
+    return not (told.get("started") or told.get("line") or told.get("ended"))
+
+
+def threads(world):
+    return len(os.listdir(f"/proc/{world.agent.pid}/task"))
+
+
+def grows_not(world, proxy, pattern, calls):
+    """So many calls later the agent has no more threads, and no more memory than what is kept for reuse."""
+    begun, memory, most = proxy.count(pattern), world.agent.memory(), threads(world)
+    wait_until(lambda: proxy.count(pattern) >= begun + calls, 30, f"{calls} calls")
+    assert threads(world) <= most + 2  # one call, and one that has not ended yet
+    assert world.agent.memory() < memory + (8 << 20)
+
+
+@pytest.mark.parametrize("name", TREATMENTS)
+def test_reports_that_fail_delay_nothing_and_arrive_in_the_end(make_world, proxy, finish, name):
+    pattern, kind, calls = TREATMENTS[name]
+    world = make_world(url=proxy.url, waits=BRIEF)
+    proxy.order(pattern, kind, ALWAYS)
+    deployment = deploy(world, "second", closures.lines(3000))
+    assert ends(world, deployment) == "succeeded"
+    assert untold(world, deployment), "the activation has waited for its reports"
+    grows_not(world, proxy, REPORT, calls)
+    assert untold(world, deployment)
+    proxy.heal()
+    assert world.ended(deployment) == "succeeded"
+    finish(world)
+
+
+def test_a_workspace_that_asks_to_be_left_alone_is_left_alone(make_world, proxy, finish):
+    """Between two calls lies what was asked for: more it may be, but never less."""
+    world = make_world(url=proxy.url, waits=BRIEF)
+    proxy.order(REPORT, Answer(429, "Retry-After: 1\r\n" + JSON, b"{}"), ALWAYS)
+    deployment = deploy(world, "second", "echo a")
+    assert ends(world, deployment) == "succeeded"
+    begun = proxy.count(REPORT)
+    wait_until(lambda: proxy.count(REPORT) >= begun + 3, 30, "three calls")
+    times = [one.time for one in proxy.seen if one.label.startswith("> PUT")][begun:]
+    assert all(later - earlier >= 1.0 for earlier, later in zip(times, times[1:])), times
+    proxy.heal()
+    assert world.ended(deployment) == "succeeded"
+    finish(world)
+
+
+@pytest.mark.promise(3, 5)
+def test_a_workspace_that_is_down_from_the_activation_on(make_world, proxy, finish):
+    """A system that can't reach it is rolled back; what happened is told once it is there again."""
+    world = make_world(url=proxy.url, waits=BRIEF, args=("--activation-timeout=5", "--confirm-timeout=2"))
+
+    def down(*_):
+        proxy.refuse()
+        return "go"
+
+    world.order(r"^test \S+-second", down)
+    deployment = deploy(world, "second", closures.lines(3000))
+    assert ends(world, deployment) == "rolled-back"
+    most, memory, tries = threads(world), world.agent.memory(), world.agent.text().count("not reported yet")
+    wait_until(lambda: world.agent.text().count("not reported yet") > tries + 10, 30, "more attempts")
+    assert threads(world) <= most + 2 and world.agent.memory() < memory + (8 << 20)
+    proxy.listen()
+    assert world.ended(deployment) == "rolled-back"
+    assert "could not be reached" in world.workspace.deployment(deployment)["reason"]
+    finish(world)
+
+
+def test_a_log_that_fails_holds_back_neither_the_end_nor_the_next_deployment(make_world, proxy, finish):
+    """Not even one that asks to be left alone for an hour; who starts anew asks again."""
+    world = make_world(url=proxy.url, waits=BRIEF)
+    proxy.order(f"{REPORT}log/", Answer(429, "Retry-After: 3600\r\n" + JSON, b"{}"), ALWAYS)
+
+    def refused(*_):
+        path = f"{REPORT}log/{world.asked[-1].id}"
+        wait_until(lambda: proxy.count(path), what="a log that is refused")
+        return "go"
+
+    world.order(r"^test\.end", refused, 2)
+    for version in ("second", "third"):
+        deployment = deploy(world, version, closures.lines(3000))
+        assert world.workspace.wait(deployment, 20) == "Succeeded"
+    assert [world.workspace.log(asked.id) for asked in world.asked] == [[], []]
+    proxy.heal()
+    assert world.agent.stop() == 0
+    world.start()
+    for asked in world.asked:
+        assert world.ended(asked.id) == "succeeded"
+    finish(world)
+
+
+@pytest.mark.parametrize("kind", ["stall", "half-open", "slow"])
+def test_any_log_while_the_workspace_takes_nothing(make_world, proxy, finish, kind):
+    """Megabytes, of any bytes and in lines of any length: who writes them does not wait, and nothing is lost."""
+    world = make_world(url=proxy.url, waits=BRIEF)
+    proxy.order(f"{REPORT}log/", kind, ALWAYS)
+    strange = bytes(range(256)) + b"\0\n\n\xc3\n\xff\xfe\0\r\n" + "\u2028\U0001f600\n".encode()
+    talk = [closures.output(strange), *3 * [closures.long_line(1 << 20)], closures.lines(50_000)]
+    deployment = deploy(world, "second", "\n".join([*talk, closures.output(strange)]))
+    assert ends(world, deployment) == "succeeded"
+    assert world.workspace.log(deployment) == []
+    grows_not(world, proxy, f"{REPORT}log/", 3)
+    assert world.agent.memory("VmHWM") < 100 << 20
+    proxy.heal()
+    assert world.ended(deployment) == "succeeded"
+    assert len(world.workspace.log(deployment)) > 50_000
+    finish(world)
+
+
+# --- one call --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drip():
+    """A server that answers by some bytes and then byte by byte, for ever: (its port, connections that have ended)."""
+    listener, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
+    ended = []
+
+    def serve(connection, first):
+        with contextlib.suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(first)
+            while not over.wait(0.02):
+                connection.sendall(b"x")
+        ended.append(connection)
+        connection.close()
+
+    def accept():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=serve, args=(connection, made.first), daemon=True).start()
+
+    class Made:
+        port, first = listener.getsockname()[1], b""
+
+    made = Made()
+    made.ended = ended
+    threading.Thread(target=accept, daemon=True).start()
+    yield made
+    over.set()
+    with contextlib.suppress(OSError):
+        listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+@pytest.mark.promise(10)
+@pytest.mark.parametrize(
+    ("url", "first"),
+    [
+        ("http://127.0.0.1:{}", b""),
+        ("http://127.0.0.1:{}", b"HTTP/1.1 200 OK\r\nX-Long: "),
+        ("http://127.0.0.1:{}", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"),
+        ("http://workspace.example", b"HTTP/1.1 200 OK\r\nX-Long: "),
+        ("https://workspace.example", b"HTTP/1.1 200 Connection established\r\nX-Long: "),
+        ("https://127.0.0.1:{}", b"\x16\x03\x03\x3f\xff\x02\x00\x3f\xfb"),
+    ],
+    ids=["status", "header", "chunk", "proxy", "tunnel", "TLS"],
+)
+def test_a_call_that_is_late_leaves_no_thread_and_no_connection(drip, monkeypatch, url, first):
+    """Each byte is in time, so no limit of a packet ends it."""
+    drip.first = first
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{drip.port}")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for _ in range(3):
+        with pytest.raises(Unreachable):
+            http(Peer(url.format(drip.port), "t"), "GET", "/", timeout=0.2)
+    wait_until(
+        lambda: not [one for one in threading.enumerate() if one.name == "call"], 10, "the calls' threads to end"
+    )
+    wait_until(lambda: len(drip.ended) == 3, 10, "the connections to end")
