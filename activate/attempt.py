@@ -113,8 +113,9 @@ class Attempt:
             switch.step = step or switch.step
             entry.reload()
             if step in journal.FINAL:  # before that, the log is looked at often enough
-                if entry.record.step != step:  # it could not be written
-                    entry.record = replace(entry.record, step=step, reason=rest or None)
+                if entry.record.step != step:  # it could not be written, and what the disk says must not come back
+                    revision = entry.record.revision + 1
+                    entry.record = replace(entry.record, step=step, reason=rest or None, revision=revision)
                 self.around.changed()
                 self.around.tell(f"deployment {entry.record.index}: {step}{': ' * bool(rest)}{rest}")
 

@@ -8,7 +8,7 @@ import time
 from typing import Any, Optional
 
 import activate
-from activate import before, journal, launch, lock, logfile, machine, nix, recovery
+from activate import before, ends, journal, launch, lock, logfile, machine, nix, recovery
 from activate.attempt import Attempt, Ended, Surroundings
 from activate.process import Error, say
 
@@ -23,6 +23,7 @@ class Conductor:
         self.around = around
         self.attempt: Optional[Attempt] = None
         self.sizes: dict[str, int] = {}
+        self.ends = ends.Ends(around.stop)
 
     @property
     def switch(self) -> Optional[launch.SwitchProcess]:
@@ -56,8 +57,8 @@ class Conductor:
                 self.end(entry, journal.FAILED, f"another deployment of agent {entry.record.agent} did not end")
             else:
                 self.around.stop.wait(ADOPTED_PAUSE)
-        if entry.record.step in journal.FINAL - {journal.ROLLBACK_FAILED}:  # that one's previous path is still needed
-            entry.drop_roots()
+        if entry.record.step in journal.FINAL:
+            self.ends.keep(entry)
         self.around.changed()
 
     def is_held(self, agent: str) -> bool:
@@ -126,6 +127,7 @@ class Conductor:
             step, facts = journal.ROLLING_BACK, {"attempts": 1, "reason": action.reason}
         try:
             entry.enter(step, **facts)
+            self.ends.write(entry.record.agent)
         except OSError as error:
             if step in journal.HARMLESS:
                 raise
@@ -147,17 +149,19 @@ class Conductor:
             self.end(entry, journal.FAILED, reason, getattr(error, "detail", None))
 
     def end(self, entry: journal.Journal, step: str, reason: str, detail: Optional[str] = None) -> None:
-        """End a deployment that no switch process has to end."""
+        """End a deployment that no switch process has to end. A download may have outlived its agent and journal."""
+        machine.end_commands(entry.directory)
         log = logfile.open_log(entry)
         try:
             if detail:
                 say(log, reason)
             with contextlib.suppress(OSError):
                 os.fsync(log)
-            entry.enter(step, reason=reason, detail=detail, log_size=os.fstat(log).st_size)
+            entry.enter(step, reason=reason, detail=detail, log_size=logfile.end(entry))
         except OSError as error:
             self.around.tell(f"the end of deployment {entry.record.index} can't be written: {error}")
         finally:
             os.close(log)
         self.around.tell(f"deployment {entry.record.index}: {step}: {reason}")
+        self.ends.keep(entry)
         self.around.changed()

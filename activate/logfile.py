@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import sys
+import time
 from dataclasses import dataclass
 from typing import Optional
 
@@ -60,7 +62,8 @@ def end(entry: journal.Journal) -> int:
     """Where the log ends by now, in bytes; what is written after the end of the deployment does not count."""
     size = 0
     with contextlib.suppress(OSError):
-        size = os.stat(entry.path("log")).st_size
+        found = os.stat(entry.path("log"))
+        size = found.st_size if stat.S_ISREG(found.st_mode) else 0
     limit = entry.record.log_size
     return size if limit is None else min(size, limit)
 
@@ -105,6 +108,10 @@ class Reported:
             flags = [known[name] for name in ("started", "sized", "logged", "ended")]
             valid = all(type(n) is int and n >= 0 for n in numbers) and all(type(flag) is bool for flag in flags)
             return cls(**known) if valid else cls()
+        except IsADirectoryError:  # it would be in the way of all that is to be noted
+            with contextlib.suppress(OSError):
+                os.rename(path, f"{path}{journal.SET_ASIDE}{time.time_ns()}")
+            return cls()
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return cls()
 
