@@ -208,7 +208,8 @@ class World:
 
     def kill(self, switch: bool = False, agent: bool = False) -> None:
         """SIGKILL at once; another agent is started where one was killed."""
-        pids = [*(self.switches() if switch else []), *([self.agent.pid] if agent else [])]
+        switches = self.switches() if switch else []
+        pids = [*([self.agent.pid] if agent else []), *switches]  # else the agent would see the other one's end
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
