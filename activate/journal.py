@@ -14,7 +14,7 @@ from typing import Any, Optional
 from activate.durable import write_durably
 from activate.process import Error, xdg
 
-VERSION = 1
+VERSION = 1  # a key that is added takes a new one
 RECEIVED, DOWNLOADING, READY = "received", "downloading", "ready"
 ACTIVATING, CHECKING, COMMITTING, ROLLING_BACK = "activating", "checking", "committing", "rolling-back"
 SUCCEEDED, ROLLED_BACK, ROLLBACK_FAILED = "succeeded", "rolled-back", "rollback-failed"
@@ -75,8 +75,9 @@ class Record:
         optional = (record.rollback_script, record.profile, record.previous_running, record.previous_profile)
         valid = all(isinstance(text, str) for text in texts) and all(isinstance(t, (str, type(None))) for t in optional)
         valid = valid and all(type(number) is int for number in (record.index, record.attempts, record.revision))
-        if not valid or record.step not in STEPS or not _times(record.times):
-            raise Unreadable("not a journal (a value is of the wrong type)")
+        lacks = read.get("version") == VERSION and names - set(read)
+        if lacks or not valid or record.step not in STEPS or not _times(record.times):
+            raise Unreadable("not a journal (a value is of the wrong type, or a key is missing)")
         return dataclasses.replace(record, unknown=unknown)
 
     def to_json(self) -> bytes:
