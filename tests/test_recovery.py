@@ -1,5 +1,6 @@
 """Deployments that are interrupted: by kill -9 of either process or both, by power loss, by a lost state directory."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,6 +10,8 @@ import signal
 import closures
 import pytest
 from hosts import wait_until
+
+from activate import journal, logfile
 
 pytestmark = pytest.mark.promise(2, 6, 7, 15)
 
@@ -205,3 +208,99 @@ def test_somebody_elses_deployment_is_left_alone(nixos_machine):
     assert f"{other} runs now, so somebody else has deployed: it is left alone" in outcome.reason
     assert machine.host.running() == other and machine.host.profile() == first
     machine.host.output(f"{first}/bin/switch-to-configuration", "test")
+
+
+# --- damaged files, byte by byte -------------------------------------------------------------------------------------
+
+OLD, NEW = (f"/nix/store/{letter * 32}-system" for letter in "ab")
+WHOLE = journal.Record(
+    "0a1b", 7, "web", "https://ours", NEW, NEW, None, "NixOS", "/nix/var/nix/profiles/system", OLD, OLD, 4, (OLD,),
+    "boot", journal.COMMITTING, 1, 5, "why", None, {journal.RECEIVED: 1.5, journal.COMMITTING: 2.5}, 70,
+)  # fmt: skip
+FIELDS = [field.name for field in dataclasses.fields(journal.Record)]
+REPORTED = logfile.Reported(True, True, 12, 345, False, False, 678, "2026-01-01T00:00:00Z")
+
+
+def places(text):
+    """For each byte of a journal: the key of its line, and whether it is part of that key's value."""
+    key = ""
+    for line in text.decode().splitlines(keepends=True):
+        found = re.match(r' "(\w+)": ', line)
+        key = found[1] if found else key
+        start = found.end() if found else 0
+        yield from ((key, index >= start) for index in range(len(line)))
+
+
+def read(text):
+    """What a journal says; None where that can't be relied on."""
+    try:
+        return journal.Record.from_json(text)
+    except journal.Unreadable:
+        return None
+
+
+def test_a_journal_of_any_length_but_its_own_says_nothing():
+    text = WHOLE.to_json()
+    assert read(text) == WHOLE
+    assert [length for length in range(len(text)) if read(text[:length])] == []
+    assert [length for length in range(len(text)) if read(text[:length].ljust(len(text), b"\0"))] == []
+
+
+def test_a_zero_anywhere_in_a_journal_is_noticed():
+    text = WHOLE.to_json()
+    assert [at for at in range(len(text)) if read(text[:at] + b"\0" + text[at + 1 :])] == []
+
+
+def test_a_flipped_bit_in_a_journal_is_noticed_or_changes_the_value_in_which_it_is():
+    text = WHOLE.to_json()
+    kept = 0
+    for at, (key, in_value) in enumerate(places(text)):
+        for bit in range(8):
+            found = read(text[:at] + bytes([text[at] ^ 1 << bit]) + text[at + 1 :])
+            if found is not None:
+                differ = {name for name in FIELDS if getattr(found, name) != getattr(WHOLE, name)} - {"unknown"}
+                assert differ <= ({key} if in_value else set()), (at, bit, differ)
+                kept += 1
+    assert kept < 8 * len(text) / 2, "most of it is noticed"
+
+
+def test_of_a_journal_of_this_version_no_key_may_be_missing():
+    values = json.loads(WHOLE.to_json())
+    for name in values:
+        less = {key: value for key, value in values.items() if key != name}
+        found = read(json.dumps(less).encode())
+        assert found is None or (name, found) == ("version", WHOLE)
+
+
+@pytest.mark.parametrize("version", [None, 0])
+def test_of_an_older_journal_keys_may_be_missing(version):
+    known = {"id": "i", "index": 1, "agent": "a", "host": "h", "store_path": NEW, "step": journal.CHECKING}
+    found = read(json.dumps(known if version is None else {**known, "version": version}).encode())
+    assert found is not None and (found.step, found.previous_running, found.attempts) == (journal.CHECKING, None, 0)
+
+
+def test_a_newer_journal_keeps_its_keys_and_one_with_a_step_of_its_own_is_set_aside(tmp_path):
+    newer = {**json.loads(WHOLE.to_json()), "version": 2, "moon": {"phase": 3}}
+    found = read(json.dumps(newer).encode())
+    assert found is not None and json.loads(found.to_json()) == newer
+    (tmp_path / "journal.json").write_text(json.dumps({**newer, "step": "waning"}))
+    with pytest.raises(journal.Unreadable, match="was set aside"):
+        journal.load(str(tmp_path))
+    assert journal.was_set_aside(str(tmp_path))
+
+
+def test_of_a_damaged_report_nothing_is_believed(tmp_path):
+    """It begins anew then: lines may come twice, none is left out."""
+    path, text = tmp_path / "reported.json", json.dumps(dataclasses.asdict(REPORTED)).encode()
+    path.write_bytes(text)
+    assert dataclasses.replace(logfile.Reported.load(str(path)), time=REPORTED.time) == REPORTED
+    for at in range(len(text)):
+        for damaged in (text[:at], text[:at] + b"\0" + text[at + 1 :], text[:at].ljust(len(text), b"\0")):
+            path.write_bytes(damaged)
+            assert logfile.Reported.load(str(path)) == logfile.Reported()
+
+
+def test_a_directory_in_the_place_of_a_report_is_set_aside(tmp_path):
+    (tmp_path / "reported.json").mkdir()
+    assert logfile.Reported.load(str(tmp_path / "reported.json")) == logfile.Reported()
+    assert not (tmp_path / "reported.json").exists()
