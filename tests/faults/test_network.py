@@ -109,7 +109,13 @@ def test_a_fault_at_a_message(make_world, proxy, finish, message):
 @pytest.mark.promise(3, 5)
 @pytest.mark.parametrize(
     ("message", "fault"),
-    [("reach", "reset"), ("reach-answer", "half-open"), ("reach-ping", "truncate"), ("reach-pong", "cut")],
+    [
+        ("reach", "reset"),
+        ("reach-answer", "half-open"),
+        ("reach-answer", "slow"),
+        ("reach-ping", "truncate"),
+        ("reach-pong", "cut"),
+    ],
 )
 def test_a_system_from_which_the_workspace_is_never_reached(make_world, proxy, finish, message, fault):
     world = make_world(url=proxy.url, args=("--activation-timeout=5", "--confirm-timeout=2"), waits=BRIEF)
