@@ -647,7 +647,7 @@ class SocketChannel:
                 self.sockets[path] = connect(self.peer, path, self.waits.connect)
             for frame in frames:
                 self.sockets[path].send(frame)
-            round_trip(self.sockets[path], self.waits.call)
+            within(self.waits.call, lambda: round_trip(self.sockets[path], self.waits.call))
         except (Error, OSError, websocket.WebSocketException) as error:
             if path in self.sockets:
                 self.sockets.pop(path).shutdown()  # type: ignore[no-untyped-call]
@@ -1094,6 +1094,7 @@ class Agent:
         self.socket: Optional[websocket.WebSocket] = None
         self.pending: list[Deployment] = []
         self.replaced = False
+        self.leave_by = float("inf")
 
     def run(self) -> int:
         """Stay connected until asked to stop; the exit status."""
@@ -1133,9 +1134,9 @@ class Agent:
         """What is to be done before the end, by the agent's own will: a running switch goes on, a download ends."""
         self.stop.set()
         activate.process.end_all()
-        switch = self.worker.conductor.switch
-        until, path = time.monotonic() + 1.0, lock.shared_path("deployment", self.options.name)
-        while switch is not None and not switch.step and lock.held(path) and time.monotonic() < until:
+        switch, is_held = self.worker.conductor.switch, self.worker.conductor.is_held
+        until = self.leave_by = min(self.leave_by, time.monotonic() + 6.0)  # a last look takes 5 s at most
+        while switch is not None and not switch.step and is_held(self.options.name) and time.monotonic() < until:
             time.sleep(0.02)  # before "go" the worker has yet to write that this was no attempt
             activate.process.end_all()
         if switch is not None and switch.step not in (journal.ACTIVATING, journal.CHECKING):
@@ -1257,8 +1258,9 @@ def watch_signals(agent: Agent) -> None:
         while not {signal.SIGTERM, signal.SIGINT} & set(receives.recv(64)):
             pass
         tell("asked to stop")
+        until = time.monotonic() + 8.0
         agent.request_stop()
-        time.sleep(8.0)
+        time.sleep(max(0.0, until - time.monotonic()))
         os._exit(0)  # whatever holds the main thread: a name look-up, a peer that takes nothing
 
     threading.Thread(target=run, name="signals", daemon=True).start()
