@@ -12,6 +12,7 @@ from invariants import assert_invariants
 from test_matrix import POINTS
 
 from activate import journal
+from cachix_deploy import FAILURE_LINE, SUCCESS_LINE
 
 pytestmark = pytest.mark.promise(1, 2, 6, 7, 11, 12, 15)
 SIZE = "192k"  # of a disk that is to be full
@@ -140,6 +141,11 @@ def outcome(world, deployment):
     return "B" if "; rolled back to /nix/store/" in reason else letter
 
 
+def is_closed(world, deployment):
+    """Whether the workspace knows that a log is complete: nothing may hold that back."""
+    return "".join(world.workspace.log(deployment)[-1:]).startswith((SUCCESS_LINE, FAILURE_LINE))
+
+
 def machine(world):
     """What runs, its profile, and what boots where that is something else."""
     found = [world.running(), world.profile(), *([world.host.boot_default()] if world.kind == "nixos" else [])]
@@ -191,6 +197,10 @@ def test_the_state_fails_in_a_step(make_ill, case):
     assert outcome(world, deployment) == end, world.workspace.deployment(deployment)
     assert world.lost == {deployment}, "the state was well all the time"
     wait_until(lambda: not world.switches(), 10, "the switch process to end")
+    begun = [visit.point for visit in world.visits].count("systemd-run")
+    assert killed or begun <= 1, "a switch process needs no other one to roll back"
+    if not (killed and illness in ("half", "wiped")):  # the workspace has more lines than a log that was lost itself
+        wait_until(lambda: is_closed(world, deployment), 10, "the end of the log")
     assert machine(world) == machine_of(world, point, end)
     goes_on(world, illness, killed, POINTS[kind][point][1])
 
