@@ -1158,7 +1158,7 @@ class Agent:
 
         heard = pinged = time.monotonic()
         self.send_ping(socket_)
-        while True:
+        while not self.stop.is_set():  # which may have been asked for while it connected
             now = time.monotonic()
             socket_.settimeout(max(0.01, min(pinged + self.waits.ping, heard + self.waits.silence) - now))
             try:

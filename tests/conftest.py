@@ -16,6 +16,8 @@ from live import Workspace
 from machines import Machine
 from peer import Peer
 
+pytest.register_assert_rewrite("invariants", "chains")  # so that they say what was wrong
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """For tests/faults, whose own conftest.py comes too late for that."""

@@ -147,6 +147,11 @@ class Program:
         self.process.kill()
         return self.wait()
 
+    def catches(self, number: int) -> bool:
+        """Whether it handles a signal; before that the signal just ends it."""
+        found = re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{self.pid}/status").read_text())
+        return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
+
     def memory(self, name: str = "VmRSS") -> int:
         """Bytes of memory now, or the most there ever was (`VmHWM`)."""
         found = re.search(rf"{name}:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text())

@@ -184,6 +184,7 @@ def held(make_world: Callable[..., World]) -> Callable[..., tuple[World, str]]:
 
 def show(world: World) -> None:
     """What helps where a case has failed."""
+    print("problems:", *world.problems, *world.overlaps, sep="\n  ")
     print("\n".join(["visits:", *(f"  {visit}  -> {visit.order}" for visit in world.visits)]))
     if world.agents:
         print("agent:\n" + world.agent.text()[-6000:])

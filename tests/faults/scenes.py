@@ -10,6 +10,7 @@ from typing import Any, Callable
 
 import closures
 from caches import Files
+from hosts import wait_until
 from world import Reply, Visit, World
 
 # How a new system behaves without any fault: its activation, the commit or the rollback script may fail.
@@ -90,7 +91,8 @@ def shutdown(world: World, visit: Visit) -> str:
 
 
 def stop_agent(world: World, visit: Visit) -> str:
-    """Somebody stops the agent by SIGTERM, and starts it again."""
+    """Somebody stops the agent by SIGTERM, as soon as it can take that, and starts it again."""
+    wait_until(lambda: world.agent.catches(signal.SIGTERM), 10, "the agent to begin")
     began = time.monotonic()
     status = world.agent.stop(20)
     if status != 0 or time.monotonic() - began > 10:

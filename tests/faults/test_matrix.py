@@ -87,7 +87,7 @@ activating    B     B     B     B            S           B          B
 activated     B     B     B     B            S           B          B
 checking      B     B     B     B            S           B          B
 rolling-back  B     B     B     B/X          B           B/X        B/X
-rolled-back   B     B     B     B            B           B          B
+rolled-back   B     B     B     B            B           B          B/BX
 """
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -137,8 +138,12 @@ class World:
         os.mkfifo(self.faults / "visits")
         self._fifo = os.open(self.faults / "visits", os.O_RDWR)
         self._closing = False
-        self._driver = threading.Thread(target=self._drive, name="driver", daemon=True)
-        self._driver.start()
+        self._coming: queue.SimpleQueue[Optional[tuple[int, Visit]]] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=one, name="driver", daemon=True) for one in (self._listen, self._drive)
+        ]
+        for thread in self._threads:
+            thread.start()
         self.came_up()
 
     def _programs(self) -> None:
@@ -161,7 +166,8 @@ class World:
         self._closing = True
         self.host.close()
         os.write(self._fifo, b"\n")
-        self._driver.join(10)
+        for thread in self._threads:
+            thread.join(10)
         os.close(self._fifo)
         if self.disk is not None:
             self.disk.close()
@@ -266,30 +272,37 @@ class World:
         """Nothing is to happen any more."""
         self.orders.clear()
 
-    def _drive(self) -> None:
+    def _listen(self) -> None:
+        """Note who comes, and in which step, whatever the driver is doing meanwhile."""
         buffer = b""
         while not self._closing:
             buffer += os.read(self._fifo, 1 << 16)
             *lines, buffer = buffer.split(b"\n")
             for line in filter(None, lines):
-                try:
-                    self._receive(line.decode())
-                except Exception as error:  # said by the invariants
-                    self.problems.append(f"{line.decode()}: {type(error).__name__}: {error}")
+                helper, pid, rest = line.decode().split(" ", 2)
+                point, _, argument = rest.partition(" ")
+                step = self.step(_switch_of(int(pid)))
+                self._coming.put((int(helper), Visit(point, argument, int(pid), _session(int(helper)), step)))
+        self._coming.put(None)
 
-    def _receive(self, line: str) -> None:
-        helper, pid, rest = line.split(" ", 2)
-        point, _, argument = rest.partition(" ")
-        visit = Visit(point, argument, int(pid), _session(int(helper)), self.step(_switch_of(int(pid))))
+    def _drive(self) -> None:
+        for helper, visit in iter(self._coming.get, None):
+            try:
+                self._receive(helper, visit)
+            except Exception as error:  # said by the invariants
+                self.problems.append(f"{visit}: {type(error).__name__}: {error}")
+
+    def _receive(self, helper: int, visit: Visit) -> None:
         self._look_for_overlap(visit)
-        found = next((o for o in self.orders if o.times > 0 and re.search(o.pattern, f"{point} {argument}")), None)
+        text = f"{visit.point} {visit.argument}"
+        found = next((o for o in self.orders if o.times > 0 and re.search(o.pattern, text)), None)
         reply = "go"
-        if found is not None:
+        if found is not None and _runs(helper):  # who was ended while it waited for its turn meets no fault
             found.times -= 1
             reply = found.reply if isinstance(found.reply, str) else found.reply(self, visit)
         named = found.reply if found is not None and isinstance(found.reply, str) else reply
         self.visits.append(Visit(visit.point, visit.argument, visit.pid, visit.session, visit.step, named))
-        self._answer(int(helper), reply)
+        self._answer(helper, reply)
 
     def _answer(self, helper: int, reply: str) -> None:
         path = self.faults / f"answer.{helper}"
