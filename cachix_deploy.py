@@ -753,16 +753,16 @@ class Delivery:
 
     def acknowledge(self, expected: int, sent: int, offset: int, closing: bool) -> None:
         """Go on behind lines that have arrived, or back to those that the workspace has lost."""
-        if expected >= self.reported.line + sent:
-            self.note(line=self.reported.line + sent, offset=offset, logged=closing)
+        behind = self.reported.line + sent
+        lost = closing and expected > behind  # here, not there: the closing line belongs behind all that is there
+        if expected >= behind:
+            self.note(line=expected if lost else behind, offset=offset, logged=closing and not lost)
         elif expected == self.reported.line:
             raise Unreachable(f"{sent} lines were sent, and none was taken")
         else:
-            line, offset = 0, 0
-            while line < expected:
+            line, offset, lines = 0, 0, [""]
+            while lines and line < expected:
                 lines, offset = self.lines_from(offset, expected - line)
-                if not lines:
-                    break
                 line += len(lines)
             self.note(line=line, offset=offset)
 

@@ -199,8 +199,7 @@ def test_the_state_fails_in_a_step(make_ill, case):
     wait_until(lambda: not world.switches(), 10, "the switch process to end")
     begun = [visit.point for visit in world.visits].count("systemd-run")
     assert killed or begun <= 1, "a switch process needs no other one to roll back"
-    if not (killed and illness in ("half", "wiped")):  # the workspace has more lines than a log that was lost itself
-        wait_until(lambda: is_closed(world, deployment), 10, "the end of the log")
+    wait_until(lambda: is_closed(world, deployment), 10, "the end of the log")
     assert machine(world) == machine_of(world, point, end)
     goes_on(world, illness, killed, POINTS[kind][point][1])
 
