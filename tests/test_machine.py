@@ -12,13 +12,13 @@ from hosts import PROJECT, wait_until
 
 from activate import machine, process
 
+pytestmark = pytest.mark.promise(1, 2)
+
 # A process that runs a command as a switch process does, and is killed while it waits for it.
 HOLDER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 from activate import lock, machine, process
-
-pytestmark = pytest.mark.promise(1, 2)
 held = lock.take(sys.argv[2])
 machine.clear(held.fd)
 log = os.open(sys.argv[3], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
