@@ -13,6 +13,7 @@ from activate.attempt import Attempt, Ended, Surroundings
 from activate.process import Error, say
 
 PAUSE = 5.0  # seconds between attempts to undo something
+LAST_WORD = 0.5  # seconds: who ends a service ends its commands with it, and the agent may hear of that a little later
 ADOPTED_PAUSE = 0.5  # seconds between two looks at a deployment that another process sees through
 
 
@@ -141,7 +142,7 @@ class Conductor:
         if entry.record.step not in journal.HARMLESS:
             self.around.tell(f"error: {error}")
             self.around.stop.wait(PAUSE)
-        elif self.around.stop.is_set():
+        elif self.around.stop.wait(LAST_WORD) or machine.is_stopping():
             with contextlib.suppress(OSError):
                 entry.enter(entry.record.step, attempts=max(0, entry.record.attempts - 1))
         else:

@@ -92,14 +92,14 @@ UNWRITABLE = ("full", "read-only")
 # How a deployment ends. S: succeeded, F: failed, nothing was changed, B: rolled back, and L: the state was lost.
 ENDS = """
 nixos         full  read-only  zeros  half  journal-directory  wiped  reported-directory  log-directory
-downloading   F/F   F/F        S/L    -     F/L                S/L    -                   -
-activating    B/B   -          S/L    -     B/L                S/L    -                   S/B
-activated     B/B   B/B        S/L    -     -                  S/L    -                   -
-checking      B/B   -          -      S/L   -                  S/L    -                   -
-committing    B/B   B/B        S/L    -     B/L                S/L    S/S                 -
-booted        B/B   -          S/L    -     -                  S/L    -                   -
-rolling-back  B/B   B/B        B/L    -     B/L                B/L    B/B                 B/B
-rolled-back   B/B   -          -      B/L   -                  B/L    -                   -
+downloading   F/F   F/F        S/L    S/L   F/L                S/L    S/S                 S/S
+activating    B/B   B/B        S/L    S/L   B/L                S/L    S/B                 S/B
+activated     B/B   B/B        S/L    S/L   B/L                S/L    S/B                 S/B
+checking      B/B   B/B        S/L    S/L   B/L                S/L    S/B                 S/B
+committing    B/B   B/B        S/L    S/L   B/L                S/L    S/S                 S/S
+booted        B/B   B/B        S/L    S/L   B/L                S/L    S/S                 S/S
+rolling-back  B/B   B/B        B/L    B/L   B/L                B/L    B/B                 B/B
+rolled-back   B/B   B/B        B/L    B/L   B/L                B/L    B/B                 B/B
 
 plain         full  read-only  zeros  half  journal-directory  wiped  reported-directory  log-directory
 activating    B/B   -          S/L    -     -                  -      -                   -

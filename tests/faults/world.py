@@ -320,9 +320,10 @@ class World:
         """At most one program that changes the machine at a time; what it starts itself is part of it."""
         if visit.point not in CHANGES:
             return
-        for earlier in {one.session for one in self.visits if one.point in CHANGES} - {visit.session}:
-            if _session_runs(earlier) and not self._has_ended(earlier):
-                self.overlaps.append(f"{visit} began while {self._begun(earlier)} ran")
+        earlier = {one.session for one in self.visits if one.point in CHANGES} - {visit.session}
+        earlier = {session for session in earlier if not self._has_ended(session)}
+        for session in earlier & _sessions() if earlier else ():
+            self.overlaps.append(f"{visit} began while {self._begun(session)} ran")
 
     def _begun(self, session: int) -> str:
         return str(next(one for one in reversed(self.visits) if one.session == session))
@@ -471,8 +472,9 @@ def _parent(pid: int) -> int:
     return 0
 
 
-def _session_runs(session: int) -> bool:
-    return any(_session(pid) == session and _runs(pid) for pid in _pids())
+def _sessions() -> set[int]:
+    """The sessions in which something runs."""
+    return {_session(pid) for pid in _pids() if _runs(pid)}
 
 
 def _pids() -> Iterator[int]:
