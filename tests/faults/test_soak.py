@@ -123,7 +123,7 @@ def run(world: World, schedule: Schedule) -> None:
 def test_random_schedules(make_world: Any, pytestconfig: pytest.Config, record_property: Any, lane: int) -> None:
     seconds, given = pytestconfig.getoption("--seconds"), pytestconfig.getoption("--seed")
     first: int = random.randrange(1 << 30) if given is None else given + lane * 1_000_000
-    until, seed, schedule = time.monotonic() + seconds, first, None
+    until, seed = time.monotonic() + seconds, first
     while seed == first or time.monotonic() < until:
         schedule = Schedule(seed)
         record_property("soak", seed)
