@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 import uuid
 from collections.abc import Iterator
@@ -24,6 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", action="store_true", help="all cases of tests/faults, and a summary by promise")
     parser.addoption("--seconds", type=float, default=60.0, help="for how long random schedules are drawn")
     parser.addoption("--seed", type=int, help="the first schedule's, instead of a random one")
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """For what nests too deep: finalizers of earlier tests' rubbish would fail at the bottom of that recursion."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

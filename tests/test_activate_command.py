@@ -509,6 +509,7 @@ def test_no_token(token: Optional[str], activate: Any) -> None:
 # --- what is wrong in deploy.json ------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("raw, sentence", [
     (b"", "is not JSON: line 1, column 1: "),
     (b'{"agents": {\n  "web": }}', "is not JSON: line 2, column 10: "),

@@ -178,6 +178,7 @@ NEARLY = b'{"id":"a","index":1,"agent":"a","host":"h","store_path":"p",'
 
 
 @pytest.mark.promise(12)
+@pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize(
     "text",
     [b"\0" * 300, b"[]", b"null", b"7", b'{"id": 1}', b"[" * 100000]

@@ -124,13 +124,18 @@ FIELDS = list(asdict(logfile.Reported()))
 @example(json.dumps({**asdict(logfile.Reported()), "line": float("inf")}).encode())
 @example(json.dumps({**asdict(logfile.Reported()), "offset": -1}).encode())
 @example(json.dumps({**asdict(logfile.Reported()), "line": 10**400}).encode())
-@example(b"[" * 100_000)
 def test_a_damaged_record_is_the_beginning(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "reported.json"
     path.write_bytes(text)
     reported = logfile.Reported.load(str(path))
     assert reported.line >= 0 and reported.offset >= 0 and isinstance(reported.whole, bool)
     assert reported.size is None or reported.size >= 0
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_record_that_nests_too_deep_is_the_beginning(tmp_path):
+    (tmp_path / "reported.json").write_bytes(b"[" * 100_000)
+    assert logfile.Reported.load(str(tmp_path / "reported.json")) == logfile.Reported()
 
 
 def test_what_was_written_is_read_again(tmp_path):
