@@ -503,13 +503,15 @@ def close(socket_: websocket.WebSocket) -> None:
         socket_.close(timeout=1)
 
 
-def round_trip(socket_: websocket.WebSocket, timeout: float) -> None:
-    """Send a ping and wait for its pong: what was sent before has arrived. Raises Unreachable."""
+def round_trip(socket_: websocket.WebSocket, timeout: float, frames: tuple[str, ...] = ()) -> None:
+    """Send text frames and a ping, and wait for its pong: all of them have arrived then. Raises Unreachable."""
     import websocket
 
     mark, deadline = os.urandom(16), time.monotonic() + timeout
     try:
         socket_.settimeout(timeout)
+        for frame in frames:
+            socket_.send(frame)
         socket_.ping(mark)
         while True:
             socket_.settimeout(max(0.01, deadline - time.monotonic()))
@@ -640,20 +642,14 @@ class SocketChannel:
 
     def send(self, path: str, frames: list[str]) -> None:
         """Deliver text frames on the socket of `path`. Raises Unreachable or Refused."""
-        import websocket
-
         try:
             if path not in self.sockets:
                 self.sockets[path] = connect(self.peer, path, self.waits.connect)
-            for frame in frames:
-                self.sockets[path].send(frame)
-            within(self.waits.call, lambda: round_trip(self.sockets[path], self.waits.call))
-        except (Error, OSError, websocket.WebSocketException) as error:
+            within(self.waits.call, lambda: round_trip(self.sockets[path], self.waits.call, tuple(frames)))
+        except Error:
             if path in self.sockets:
                 self.sockets.pop(path).shutdown()  # type: ignore[no-untyped-call]
-            if isinstance(error, Error):
-                raise
-            raise Unreachable(f"{self.peer.host}{path}: {error or type(error).__name__}") from None
+            raise
 
     def status(self, status: str, size: Optional[int], reason: Optional[str] = None) -> bool:
         """Send that the deployment started, or how it ended; Cachix has no room for a reason but the log."""
@@ -685,7 +681,7 @@ class Delivery:
         self.reported = logfile.Reported.load(entry.path("reported.json"))
         self.channel: Optional[Channel] = None
         self.failures, self.not_before = 0, 0.0
-        self.log_failed, self.hurried = False, False
+        self.log_failed, self.hurried, self.batch = False, False, BATCH_LINES
 
     @property
     def final(self) -> bool:
@@ -740,10 +736,11 @@ class Delivery:
 
     def ship_log(self, channel: Channel) -> None:
         """Send the log as far as it has grown, for a few seconds at the most while the end waits behind it."""
+        self.batch = max(1, self.batch // 8) if self.log_failed else min(BATCH_LINES, 2 * self.batch)  # on a slow way
         until, self.log_failed = time.monotonic() + 5.0, True
         while not self.reported.logged and time.monotonic() < until:
-            lines, offset = self.lines_from(self.reported.offset, BATCH_LINES)
-            closing = self.final and offset >= logfile.end(self.entry) and len(lines) < BATCH_LINES
+            lines, offset = self.lines_from(self.reported.offset, self.batch)
+            closing = self.final and offset >= logfile.end(self.entry) and len(lines) < self.batch
             if closing:
                 lines.append(closing_line(self.entry.record))
             if not lines:

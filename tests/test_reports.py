@@ -29,6 +29,7 @@ from cachix_deploy import (
     Peer,
     Refused,
     Reporter,
+    SocketChannel,
     Unreachable,
     Waits,
     printable,
@@ -232,14 +233,14 @@ def test_a_log_that_is_gone_ends_all_the_same(make, tmp_path):
 
 
 @pytest.mark.parametrize("final", [False, True])
-@pytest.mark.parametrize("kept", [0, 1, 37, 85_000])
+@pytest.mark.parametrize("kept", [0, 1, 37, 25_000])
 def test_lines_that_the_workspace_has_lost_are_sent_again(make, final, kept):
     """A gap is answered with the line that is expected: the delivery goes back to where that one begins."""
     rng = random.Random(kept)
-    log = b"".join(b"%d " % i + b"x" * rng.choice([0, 1, 30]) + b"\n" for i in range(100_000)) + b"y" * 200_000
+    log = b"".join(b"%d " % i + b"x" * rng.choice([0, 1, 30]) + b"\n" for i in range(30_000)) + b"y" * 200_000
     expected = [line.decode() for line in cut(log, 1 << 30, True)[0]]
     delivery, channel = make(log), Channel()
-    while len(channel.log) < 90_000:
+    while len(channel.log) < 27_000:
         delivery.ship(channel)
     del channel.log[kept:]
     if final:
@@ -273,6 +274,49 @@ def test_a_failing_log_does_not_hold_back_the_end(make, problem):
     assert channel.calls.index(SUCCEEDED) < [call[0] for call in channel.calls].index("lines") + 2
     delivery.ship(channel)
     assert channel.log == ["a", SUCCESS_LINE] and delivery.reported.whole
+
+
+def test_a_log_arrives_over_a_way_that_is_too_slow_for_whole_batches(make):
+    """A call has a deadline: what does not get through is tried with fewer lines, down to one."""
+    log = b"".join(b"%d " % i + b"x" * 1000 + b"\n" for i in range(300))
+    delivery, channel, most = make(log, journal.SUCCEEDED), Channel(), []
+    take = channel.lines
+
+    def lines(index, lines):
+        most.append(len(lines))
+        if sum(map(len, lines)) > 1100:
+            raise Unreachable("no answer within 10 s")
+        return take(index, lines)
+
+    channel.lines = lines
+    for _ in range(2000):
+        with contextlib.suppress(Unreachable):
+            delivery.ship(channel)
+        if delivery.reported.whole:
+            break
+    assert channel.log == [line.decode() for line in log.splitlines()] + [SUCCESS_LINE] and min(most) == 1
+
+
+def test_frames_that_drip_have_a_deadline_together():
+    """Each takes less than a call may take, but not all of them."""
+    taken = []
+
+    class Socket:
+        def send(self, frame):
+            taken.append(frame)
+            time.sleep(0.1)
+
+        def ping(self, mark):
+            raise AssertionError("all frames were sent")
+
+        settimeout = shutdown = lambda self, *_: None
+
+    channel = SocketChannel(Peer("http://127.0.0.1:1", "token", "web"), ID, ID, Waits(call=0.5))
+    path = f"/api/v1/deploy/log/{ID}"
+    channel.sockets[path] = Socket()
+    with pytest.raises(Unreachable, match="no answer"):
+        channel.lines(0, ["x"] * 100)
+    assert len(taken) < 50 and path not in channel.sockets
 
 
 def test_a_workspace_that_takes_no_line_is_not_asked_without_a_pause(make):
