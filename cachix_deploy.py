@@ -736,7 +736,8 @@ class Delivery:
 
     def ship_log(self, channel: Channel) -> None:
         """Send the log as far as it has grown, for a few seconds at the most while the end waits behind it."""
-        self.batch = max(1, self.batch // 8) if self.log_failed else min(BATCH_LINES, 2 * self.batch)  # on a slow way
+        if self.log_failed:  # the way may be too slow for so many
+            self.batch = max(1, self.batch // 8)
         until, self.log_failed = time.monotonic() + 5.0, True
         while not self.reported.logged and time.monotonic() < until:
             lines, offset = self.lines_from(self.reported.offset, self.batch)
@@ -746,6 +747,7 @@ class Delivery:
             if not lines:
                 break
             self.acknowledge(channel.lines(self.reported.line, lines), len(lines), offset, closing)
+            self.batch = min(BATCH_LINES, 2 * self.batch)
         self.log_failed = False
 
     def acknowledge(self, expected: int, sent: int, offset: int, closing: bool) -> None:

@@ -297,6 +297,15 @@ def test_a_log_arrives_over_a_way_that_is_too_slow_for_whole_batches(make):
     assert channel.log == [line.decode() for line in log.splitlines()] + [SUCCESS_LINE] and min(most) == 1
 
 
+def test_after_a_long_outage_the_log_comes_as_fast_as_ever(make):
+    delivery, channel = make(b"x\n" * 100_000, journal.SUCCEEDED), Channel()
+    channel.problems["lines"] = [Unreachable("no")] * 20
+    while not delivery.reported.whole:
+        with contextlib.suppress(Unreachable):
+            delivery.ship(channel)
+    assert len(channel.log) == 100_001 and len(channel.calls) < 20 + 100
+
+
 def test_frames_that_drip_have_a_deadline_together():
     """Each takes less than a call may take, but not all of them."""
     taken = []
