@@ -117,7 +117,8 @@ def test_commands_are_found_by_their_arguments(tmp_path):
     words = ["/bin/sh", "-c", "sleep 300 & wait", "sh", "--add-root", mark]
     ours = subprocess.Popen(words, start_new_session=True)
     other = subprocess.Popen([*words[:-1], str(tmp_path / "hereafter/new")], start_new_session=True)
-    wait_until(lambda: machine.started(ours.pid))
+    for pid in (ours.pid, other.pid):  # the kernel shows the arguments a little after the program was started
+        wait_until(lambda: b"--add-root" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())  # noqa: B023
     machine.end_commands(str(tmp_path / "here"))
     assert ours.wait(10) == -15 and other.poll() is None
     os.killpg(other.pid, 9)

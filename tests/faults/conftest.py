@@ -1,4 +1,4 @@
-"""Worlds for the tests of faults, and the summary by promise."""
+"""Worlds for the tests of faults, and which of their cases are run."""
 
 from __future__ import annotations
 
@@ -43,26 +43,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left:
         items[:] = [item for item in items if item not in set(left)]
         config.hook.pytest_deselected(items=left)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """How many cases were run, and how many of each promise; which random schedules."""
-    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "when")]
-    for report in reports:
-        seeds = [seed for name, seed in report.user_properties if name == "soak"]
-        if seeds and report.when == "call":
-            terminalreporter.line(f"soak: {len(seeds)} schedules, seeds {seeds[0]} to {seeds[-1]}")
-    if not config.getoption("--faults"):
-        return
-    ended = {name: terminalreporter.stats.get(name, []) for name in ("passed", "failed", "error", "skipped")}
-    run = [report for report in ended["passed"] if report.when == "call"]
-    bad = list(ended["failed"] + ended["error"])
-    terminalreporter.section("faults")
-    for number in range(1, 16):
-        mine = [report for report in run if ("promise", number) in map(tuple, report.user_properties)]
-        broken = [report for report in bad if ("promise", number) in map(tuple, report.user_properties)]
-        terminalreporter.line(f"promise {number:2}: {len(mine):4} cases held, {len(broken)} failed")
-    terminalreporter.line(f"{len(run) + len(bad)} cases, {len(bad) or 'none'} failed, {len(ended['skipped'])} skipped")
 
 
 @pytest.fixture(scope="session")
