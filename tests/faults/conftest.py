@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -169,7 +170,9 @@ def show(world: World) -> None:
     if world.agents:
         print("agent:\n" + world.agent.text()[-6000:])
     for deployment, entry in world.journals().items():
-        print(f"journal: {entry}\nlog:\n" + world.workspace.text(deployment)[-3000:])
+        print(f"journal: {entry}")
+        with contextlib.suppress(OSError):  # the workspace may have ended
+            print("log:\n" + world.workspace.text(deployment)[-3000:])
 
 
 @pytest.hookimpl(wrapper=True)

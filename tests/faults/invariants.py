@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Optional
@@ -49,8 +50,8 @@ def settled(world: World) -> None:
 
     wait_until(lambda: not left(), 10, f"all but the agent to end: {left()}")
     state = world.host.state
-    names = [path.name for path in state.iterdir()]
-    assert sorted(names) == ["deployments", f"registered-{world.name}.json"], names
+    kept = ["deployments", f"registered-{world.name}.json"]  # the agent may connect anew at this moment
+    wait_until(lambda: sorted(os.listdir(state)) == kept, 10, f"no more than {kept} in the state: {os.listdir(state)}")
     for directory in (state / "deployments").iterdir():
         strange = [path.name for path in directory.iterdir() if not KEPT.fullmatch(path.name)]
         wait_until(lambda: not any(map(Path.exists, (directory / name for name in strange))), 10, f"{strange} to go")  # noqa: B023
