@@ -83,8 +83,9 @@ class Machine:
         """Where the token can be read that must not be: files, command lines, environments of what is run."""
         secret, places = token.encode(), []
         for path in [path for path in self.host.directory.rglob("*") if path.is_file() and not path.is_symlink()]:
-            if "nix/store" not in str(path) and secret in path.read_bytes():
-                places.append(str(path))
+            with contextlib.suppress(FileNotFoundError):  # it was just replaced
+                if "nix/store" not in str(path) and secret in path.read_bytes():
+                    places.append(str(path))
         for pid, line in self.host.processes().items():
             with contextlib.suppress(OSError):
                 environment = secret in Path(f"/proc/{pid}/environ").read_bytes()

@@ -413,8 +413,9 @@ class World:
         secret, places = self.token.encode(), []
         for top in ("state", "home", "run", "nix/var"):
             for path in (self.host.directory / top).resolve().rglob("*"):
-                if path.is_file() and not path.is_symlink() and secret in path.read_bytes():
-                    places.append(str(path))
+                with contextlib.suppress(FileNotFoundError):  # it was just replaced
+                    if path.is_file() and not path.is_symlink() and secret in path.read_bytes():
+                        places.append(str(path))
         for pid, line in self.host.processes().items():
             with contextlib.suppress(OSError):
                 environment = secret in Path(f"/proc/{pid}/environ").read_bytes()
