@@ -581,11 +581,6 @@ BATCH_LINES = 2000
 CALL_TIMEOUT = 10.0  # seconds for one call of the reporter
 
 
-def printable(line: bytes) -> str:
-    """A log line as text; what is not UTF-8, and NUL, which databases refuse, is replaced."""
-    return line.decode("utf-8", "replace").replace("\0", "\ufffd")
-
-
 class HttpChannel:
     """Reports to our workspace: every call is acknowledged, and may be repeated."""
 
@@ -682,6 +677,8 @@ class Delivery:
         self.channel: Optional[Channel] = None
         self.failures, self.not_before = 0, 0.0
         self.log_failed, self.hurried, self.batch = False, False, BATCH_LINES
+        self.counted = False  # no line can have arrived without our knowing
+        self.anew = not self.reported.started  # if anything was told before, reported.json is lost
 
     @property
     def final(self) -> bool:
@@ -737,38 +734,42 @@ class Delivery:
     def ship_log(self, channel: Channel) -> None:
         """Send the log as far as it has grown, for a few seconds at the most while the end waits behind it."""
         if self.log_failed:  # the way may be too slow for so many
-            self.batch = max(1, self.batch // 8)
+            self.batch, self.counted = max(1, self.batch // 8), False
         until, self.log_failed = time.monotonic() + 5.0, True
         while not self.reported.logged and time.monotonic() < until:
-            lines, offset = self.lines_from(self.reported.offset, self.batch)
+            lines, offset = logfile.lines_from(self.entry, self.reported.offset, self.batch)
             closing = self.final and offset >= logfile.end(self.entry) and len(lines) < self.batch
             if closing:
-                lines.append(closing_line(self.entry.record))
+                lines = self.before_closing(channel, lines) + [closing_line(self.entry.record)]
             if not lines:
                 break
             self.acknowledge(channel.lines(self.reported.line, lines), len(lines), offset, closing)
-            self.batch = min(BATCH_LINES, 2 * self.batch)
+            self.batch, self.counted = min(BATCH_LINES, 2 * self.batch), True
         self.log_failed = False
+
+    def before_closing(self, channel: Channel, lines: list[str]) -> list[str]:
+        """The last lines of the log; what was sent without an answer may be there, and lost here: it counts too."""
+        if not (self.counted or self.reported.closing):
+            arrived = channel.lines(self.reported.line, [])
+            if arrived > self.reported.line + len(lines) + (self.anew and bool(lines)):  # then one is the closing line
+                self.note(line=arrived)
+                lines = []
+        self.note(closing=True)
+        return lines
 
     def acknowledge(self, expected: int, sent: int, offset: int, closing: bool) -> None:
         """Go on behind lines that have arrived, or back to those that the workspace has lost."""
         behind = self.reported.line + sent
-        lost = closing and expected > behind  # here, not there: the closing line belongs behind all that is there
         if expected >= behind:
-            self.note(line=expected if lost else behind, offset=offset, logged=closing and not lost)
+            self.note(line=behind, offset=offset, logged=closing)
         elif expected == self.reported.line:
             raise Unreachable(f"{sent} lines were sent, and none was taken")
         else:
             line, offset, lines = 0, 0, [""]
             while lines and line < expected:
-                lines, offset = self.lines_from(offset, expected - line)
+                lines, offset = logfile.lines_from(self.entry, offset, expected - line)
                 line += len(lines)
             self.note(line=line, offset=offset)
-
-    def lines_from(self, offset: int, most: int) -> tuple[list[str], int]:
-        """Wire lines of the log from `offset` on, and the offset behind them."""
-        lines, offset = logfile.lines_from(self.entry, offset, most)
-        return [printable(line) for line in lines], offset
 
 
 def closing_line(record: journal.Record) -> str:
@@ -776,7 +777,7 @@ def closing_line(record: journal.Record) -> str:
     if record.step == journal.SUCCEEDED:
         return SUCCESS_LINE
     said = " ".join(f"{FAILURE_LINE} {record.reason or ''}".split("\n")).rstrip()
-    return printable(said.encode("utf-8", "replace"))
+    return logfile.printable(said.encode("utf-8", "replace"))
 
 
 class Reporter(threading.Thread):

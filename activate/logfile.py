@@ -9,7 +9,7 @@ import stat
 import sys
 import time
 from dataclasses import dataclass
-from typing import Optional
+from typing import ClassVar, Optional
 
 from activate import journal
 
@@ -68,7 +68,12 @@ def end(entry: journal.Journal) -> int:
     return size if limit is None else min(size, limit)
 
 
-def lines_from(entry: journal.Journal, offset: int, most: int) -> tuple[list[bytes], int]:
+def printable(line: bytes) -> str:
+    """A log line as text; what is not UTF-8, and NUL, which databases refuse, is replaced."""
+    return line.decode("utf-8", "replace").replace("\0", "\ufffd")
+
+
+def lines_from(entry: journal.Journal, offset: int, most: int) -> tuple[list[str], int]:
     """Wire lines of the log from `offset` on, and the offset behind them.
 
     They are durable: what a power loss could take away must not have been told, the lines after it would be counted
@@ -81,17 +86,23 @@ def lines_from(entry: journal.Journal, offset: int, most: int) -> tuple[list[byt
         if data and not final:
             os.fsync(file.fileno())
     lines, size = cut(data, most, final=final and offset + len(data) >= end(entry))
-    return lines, offset + size
+    return [printable(line) for line in lines], offset + size
 
 
 @dataclass(frozen=True)
 class Reported:
-    """How far a deployment is reported: kept in reported.json, so that any restart goes on from here."""
+    """How far a deployment is reported: kept in reported.json, so that any restart goes on from here.
+
+    `closing`: the log's closing line may have arrived; `logged`: it has.
+    """
+
+    FLAGS: ClassVar[tuple[str, ...]] = ("started", "sized", "closing", "logged", "ended")
 
     started: bool = False
     sized: bool = False
     line: int = 0
     offset: int = 0
+    closing: bool = False
     logged: bool = False
     ended: bool = False
     size: Optional[int] = None
@@ -103,9 +114,9 @@ class Reported:
         try:
             with open(path, "rb") as file:
                 record = json.loads(file.read(1 << 16))
-            known = {name: record[name] for name in ("started", "sized", "line", "offset", "logged", "ended", "size")}
+            known = {name: record[name] for name in (*cls.FLAGS, "line", "offset", "size")}
             numbers = [known["line"], known["offset"], 0 if known["size"] is None else known["size"]]
-            flags = [known[name] for name in ("started", "sized", "logged", "ended")]
+            flags = [known[name] for name in cls.FLAGS]
             valid = all(type(n) is int and n >= 0 for n in numbers) and all(type(flag) is bool for flag in flags)
             return cls(**known) if valid else cls()
         except IsADirectoryError:  # it would be in the way of all that is to be noted

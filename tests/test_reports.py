@@ -32,7 +32,6 @@ from cachix_deploy import (
     SocketChannel,
     Unreachable,
     Waits,
-    printable,
 )
 
 pytestmark = pytest.mark.promise(6)
@@ -102,7 +101,7 @@ def test_the_same_log_has_the_same_lines_however_it_grows(log, chunks, most):
 @given(st.binary(max_size=200))
 @example(b"\0\xff\xc3\xa4\xed\xa0\x80")
 def test_a_line_is_text_without_nul(line):
-    text = printable(line)
+    text = logfile.printable(line)
     assert "\0" not in text
     assert json.loads(cachix_deploy.dumps({"line": text}).encode())["line"] == text
     with contextlib.suppress(UnicodeDecodeError):
@@ -140,7 +139,7 @@ def test_a_record_that_nests_too_deep_is_the_beginning(tmp_path):
 
 
 def test_what_was_written_is_read_again(tmp_path):
-    known = logfile.Reported(True, True, 7, 300, False, True, 4096, "t")
+    known = logfile.Reported(True, True, 7, 300, True, False, True, 4096, "t")
     (tmp_path / "reported.json").write_text(json.dumps(asdict(known)))
     read = logfile.Reported.load(str(tmp_path / "reported.json"))
     assert {**asdict(read), "time": "t"} == asdict(known)
@@ -263,6 +262,57 @@ def test_lines_that_the_workspace_has_already_are_not_doubled(make, tmp_path):
     assert channel.log == [*(f"line {i}" for i in range(20_000)), SUCCESS_LINE]
 
 
+@pytest.mark.parametrize("kept", [0, 1, 3], ids="{} bytes are left".format)
+@pytest.mark.parametrize("noted", [0, 2, 4])
+@pytest.mark.parametrize("arrived", [0, 1, 2, 3, 5])
+def test_the_closing_line_of_a_log_that_is_lost(make, arrived, noted, kept):
+    """Lines arrived, this was not noted, and then the log was gone: the closing line is counted behind them."""
+    delivery, channel = make(b"a\n" * 5), Channel()
+    channel.log = ["a"] * max(arrived, noted // 2)
+    delivery.note(started=True, line=noted // 2, offset=noted)
+    delivery.held.close()
+    delivery = make(b"b\n"[:kept], journal.SUCCEEDED)
+    before = list(channel.log)
+    for _ in range(3):
+        delivery.ship(channel)
+    assert delivery.reported.whole and channel.log[: len(before)] == before
+    assert channel.log[-1] == SUCCESS_LINE and channel.log.count(SUCCESS_LINE) == 1
+
+
+@pytest.mark.parametrize("log", [b"", b"a\n", b"a\nb\n"])
+@pytest.mark.parametrize("shipped", [False, True])
+@pytest.mark.parametrize("lost", ["answer", "call", "note"])
+def test_the_closing_line_comes_once_whatever_is_cut(make, monkeypatch, log, shipped, lost):
+    """The answer to it, it itself, or the note that it has arrived, and then the agent."""
+    delivery, channel = make(log), Channel()
+    if shipped:
+        delivery.ship(channel)
+    delivery.entry.enter(journal.SUCCEEDED)
+    take, note = channel.lines, delivery.note
+
+    def lines(index, lines):
+        if SUCCESS_LINE in lines and lost != "note":
+            if lost == "answer":
+                take(index, lines)
+            raise Unreachable("cut")
+        return take(index, lines)
+
+    def no_note(**facts):
+        if facts.get("logged"):
+            raise Unreachable("killed")
+        note(**facts)
+
+    channel.lines = lines
+    monkeypatch.setattr(delivery, "note", no_note)
+    with pytest.raises(Unreachable):
+        delivery.ship(channel)
+    channel.lines = take
+    delivery.held.close()
+    delivery = make(log, journal.SUCCEEDED)
+    delivery.ship(channel)
+    assert delivery.reported.whole and channel.log == [*log.decode().splitlines(), SUCCESS_LINE]
+
+
 @pytest.mark.parametrize("problem", [Unreachable("no"), Refused("no"), Gone("no"), Unreachable("later", 5.0)])
 def test_a_failing_log_does_not_hold_back_the_end(make, problem):
     delivery, channel = make(b"a\n", journal.SUCCEEDED), Channel()
@@ -333,7 +383,7 @@ def test_a_workspace_that_takes_no_line_is_not_asked_without_a_pause(make):
     channel.lines = lambda index, lines: channel.calls.append("lines") or 0
     with pytest.raises(Unreachable, match="none was taken"):
         delivery.ship(channel)
-    assert channel.told[-1][0] == SUCCEEDED and not delivery.reported.logged and channel.calls.count("lines") == 1
+    assert channel.told[-1][0] == SUCCEEDED and not delivery.reported.logged and channel.calls.count("lines") <= 2
 
 
 def test_a_state_that_can_not_be_written_stops_no_report(make, monkeypatch):

@@ -12,7 +12,7 @@ from machines import FINAL
 from world import UNKNOWN, Asked, World
 
 from activate import journal, logfile
-from cachix_deploy import FAILURE_LINE, SUCCESS_LINE, printable
+from cachix_deploy import FAILURE_LINE, SUCCESS_LINE
 
 KEPT = re.compile(r"(journal|reported)\.json(\.unreadable-\d+)?|reported\.lock|log|previous(-\d+)?|new(-\d+)?")
 UNTOUCHED = (journal.CANCELLED, journal.SUPERSEDED, journal.FAILED)  # ends of what was cancelled in time
@@ -88,7 +88,7 @@ def logged(world: World, deployment: str, entry: dict[str, Any]) -> None:
     failure = f"{FAILURE_LINE} {entry['reason'] or ''}".rstrip()
     closing = SUCCESS_LINE if entry["step"] == journal.SUCCEEDED else failure
     assert arrived[-1:] == [closing]
-    assert arrived[:-1] == [printable(line) for line in lines]
+    assert arrived[:-1] == [logfile.printable(line) for line in lines]
 
 
 def confirmed(world: World, journals: dict[str, dict[str, Any]]) -> tuple[Optional[str], bool]:
