@@ -677,8 +677,7 @@ class Delivery:
         self.channel: Optional[Channel] = None
         self.failures, self.not_before = 0, 0.0
         self.log_failed, self.hurried, self.batch = False, False, BATCH_LINES
-        self.counted = False  # no line can have arrived without our knowing
-        self.anew = not self.reported.started  # if anything was told before, reported.json is lost
+        self.counted = False  # whether the workspace has said how much it has of a log that is lost here
 
     @property
     def final(self) -> bool:
@@ -734,34 +733,28 @@ class Delivery:
     def ship_log(self, channel: Channel) -> None:
         """Send the log as far as it has grown, for a few seconds at the most while the end waits behind it."""
         if self.log_failed:  # the way may be too slow for so many
-            self.batch, self.counted = max(1, self.batch // 8), False
+            self.batch = max(1, self.batch // 8)
         until, self.log_failed = time.monotonic() + 5.0, True
         while not self.reported.logged and time.monotonic() < until:
             lines, offset = logfile.lines_from(self.entry, self.reported.offset, self.batch)
             closing = self.final and offset >= logfile.end(self.entry) and len(lines) < self.batch
+            if closing and not self.counted and logfile.is_lost(self.entry, self.reported.offset):
+                self.note(line=channel.lines(self.reported.line, []))  # the closing line comes behind all that is there
+                self.counted = True
             if closing:
-                lines = self.before_closing(channel, lines) + [closing_line(self.entry.record)]
+                lines.append(closing_line(self.entry.record))
             if not lines:
                 break
             self.acknowledge(channel.lines(self.reported.line, lines), len(lines), offset, closing)
-            self.batch, self.counted = min(BATCH_LINES, 2 * self.batch), True
+            self.batch = min(BATCH_LINES, 2 * self.batch)
         self.log_failed = False
-
-    def before_closing(self, channel: Channel, lines: list[str]) -> list[str]:
-        """The last lines of the log; what was sent without an answer may be there, and lost here: it counts too."""
-        if not (self.counted or self.reported.closing):
-            arrived = channel.lines(self.reported.line, [])
-            if arrived > self.reported.line + len(lines) + (self.anew and bool(lines)):  # then one is the closing line
-                self.note(line=arrived)
-                lines = []
-        self.note(closing=True)
-        return lines
 
     def acknowledge(self, expected: int, sent: int, offset: int, closing: bool) -> None:
         """Go on behind lines that have arrived, or back to those that the workspace has lost."""
         behind = self.reported.line + sent
+        lost = closing and expected > behind  # here, not there
         if expected >= behind:
-            self.note(line=behind, offset=offset, logged=closing)
+            self.note(line=expected if lost else behind, offset=offset, logged=closing and not lost)
         elif expected == self.reported.line:
             raise Unreachable(f"{sent} lines were sent, and none was taken")
         else:

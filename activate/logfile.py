@@ -9,7 +9,7 @@ import stat
 import sys
 import time
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import Optional
 
 from activate import journal
 
@@ -68,6 +68,12 @@ def end(entry: journal.Journal) -> int:
     return size if limit is None else min(size, limit)
 
 
+def is_lost(entry: journal.Journal, told: int) -> bool:
+    """Whether the log of a deployment that has ended is gone: it is shorter than the `told` bytes that were sent of it,
+    or there is none though something was run."""
+    return end(entry) < max(told, 0 if entry.record.step == journal.SUPERSEDED else 1)
+
+
 def printable(line: bytes) -> str:
     """A log line as text; what is not UTF-8, and NUL, which databases refuse, is replaced."""
     return line.decode("utf-8", "replace").replace("\0", "\ufffd")
@@ -91,18 +97,12 @@ def lines_from(entry: journal.Journal, offset: int, most: int) -> tuple[list[str
 
 @dataclass(frozen=True)
 class Reported:
-    """How far a deployment is reported: kept in reported.json, so that any restart goes on from here.
-
-    `closing`: the log's closing line may have arrived; `logged`: it has.
-    """
-
-    FLAGS: ClassVar[tuple[str, ...]] = ("started", "sized", "closing", "logged", "ended")
+    """How far a deployment is reported: kept in reported.json, so that any restart goes on from here."""
 
     started: bool = False
     sized: bool = False
     line: int = 0
     offset: int = 0
-    closing: bool = False
     logged: bool = False
     ended: bool = False
     size: Optional[int] = None
@@ -114,9 +114,9 @@ class Reported:
         try:
             with open(path, "rb") as file:
                 record = json.loads(file.read(1 << 16))
-            known = {name: record[name] for name in (*cls.FLAGS, "line", "offset", "size")}
+            known = {name: record[name] for name in ("started", "sized", "line", "offset", "logged", "ended", "size")}
             numbers = [known["line"], known["offset"], 0 if known["size"] is None else known["size"]]
-            flags = [known[name] for name in cls.FLAGS]
+            flags = [known[name] for name in ("started", "sized", "logged", "ended")]
             valid = all(type(n) is int and n >= 0 for n in numbers) and all(type(flag) is bool for flag in flags)
             return cls(**known) if valid else cls()
         except IsADirectoryError:  # it would be in the way of all that is to be noted

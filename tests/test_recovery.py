@@ -218,7 +218,7 @@ WHOLE = journal.Record(
     "boot", journal.COMMITTING, 1, 5, "why", None, {journal.RECEIVED: 1.5, journal.COMMITTING: 2.5}, 70,
 )  # fmt: skip
 FIELDS = [field.name for field in dataclasses.fields(journal.Record)]
-REPORTED = logfile.Reported(True, True, 12, 345, False, False, False, 678, "2026-01-01T00:00:00Z")
+REPORTED = logfile.Reported(True, True, 12, 345, False, False, 678, "2026-01-01T00:00:00Z")
 
 
 def places(text):
