@@ -657,7 +657,8 @@ class SocketChannel:
     def lines(self, index: int, lines: list[str]) -> int:
         """Append lines; the index after them."""
         now = utc_now()
-        self.send(f"/api/v1/deploy/log/{self.id}", [dumps(LogLine(line, now).to_json()) for line in lines])
+        if lines:
+            self.send(f"/api/v1/deploy/log/{self.id}", [dumps(LogLine(line, now).to_json()) for line in lines])
         return index + len(lines)
 
     def close(self) -> None:

@@ -75,7 +75,7 @@ sys.exit(server.serve(Settings(Path(sys.argv[1])), listener))
         with pytest.raises(EOFError) as end:
             connection.read(1)
         assert end.value.args == (b"",), "something was written after the close"
-        assert any("on purpose" in line for line in wait_for(lambda: [*server.lines[1:]]))
+        assert wait_for(lambda: any("on purpose" in line for line in server.lines[1:]))
 
 
 def test_the_rest_of_the_slots_is_for_plain_requests() -> None:
