@@ -416,10 +416,12 @@ class World:
                 with contextlib.suppress(FileNotFoundError):  # it was just replaced
                     if path.is_file() and not path.is_symlink() and secret in path.read_bytes():
                         places.append(str(path))
-        for pid, line in self.host.processes().items():
+        lines = self.host.processes()
+        for pid, line in lines.items():
             with contextlib.suppress(OSError):
                 environment = secret in Path(f"/proc/{pid}/environ").read_bytes()
-                if self.token in line or (environment and pid != self.agent.pid):
+                forked = _parent(pid) == self.agent.pid and line == lines.get(self.agent.pid)  # runs nothing else yet
+                if self.token in line or (environment and pid != self.agent.pid and not forked):
                     places.append(f"process {pid}: {line}")
         places += [str(one.output) for one in self.agents if self.token in one.text()]
         return places
