@@ -679,9 +679,10 @@ class Delivery:
         self.failures, self.not_before = 0, 0.0
         self.log_failed, self.hurried, self.batch = False, False, BATCH_LINES
         self.counted = False  # whether the workspace has said how much it has of a log that is lost here
+        self.final = False  # as of the last `ship`: an end that comes meanwhile waits for the rest of its log
 
     @property
-    def final(self) -> bool:
+    def has_ended(self) -> bool:
         return self.entry.record.step in journal.FINAL
 
     def note(self, **facts: Any) -> None:
@@ -695,7 +696,7 @@ class Delivery:
 
     def ship(self, channel: Channel) -> None:
         """Send what there is to send by now. A failing log holds back nothing else. Raises the first Error."""
-        self.channel = channel
+        self.channel, self.final = channel, self.has_ended
         steps = [self.ship_start, self.ship_log, self.ship_size, self.ship_end]
         if self.log_failed:
             steps = [self.ship_start, self.ship_size, self.ship_end, self.ship_log]
@@ -843,7 +844,7 @@ class Reporter(threading.Thread):
 
     def attend(self, delivery: Delivery, registered: AgentRegistered) -> None:
         """Ship what is there; a failure is tried again after a while."""
-        if delivery.final and delivery.log_failed and not delivery.hurried:  # the end does not wait for a log
+        if delivery.has_ended and delivery.log_failed and not delivery.hurried:  # the end does not wait for a log
             delivery.hurried, delivery.not_before = True, 0.0
         if time.monotonic() < delivery.not_before:
             return

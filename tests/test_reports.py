@@ -209,6 +209,22 @@ def test_a_whole_report_in_its_order(make):
     assert logfile.Reported.load(delivery.entry.path("reported.json")).whole
 
 
+def test_an_end_that_comes_behind_the_log_waits_for_its_closing_line(make):
+    class Ending(Channel):
+        def status(self, status, size, reason=None, timeout=10.0):
+            if size is not None and delivery.entry.record.step not in journal.FINAL:
+                delivery.entry.enter(journal.SUCCEEDED)
+            told.append((status, list(self.log)))
+            return super().status(status, size, reason, timeout)
+
+    told: list = []
+    delivery, channel = make(b"one\n", sizes={ID: 42}), Ending()
+    delivery.ship(channel)
+    assert told == [(IN_PROGRESS, []), (IN_PROGRESS, ["one"])]
+    delivery.ship(channel)
+    assert told[2:] == [(SUCCEEDED, ["one", SUCCESS_LINE])] and delivery.reported.whole
+
+
 def test_a_failure_is_told_with_its_reason(make):
     delivery, channel = make(b"", journal.ROLLED_BACK, reason="the disk is full", detail="line\nline"), Channel()
     delivery.ship(channel)
