@@ -115,7 +115,10 @@ class Connection:
         self.requests: list[str] = []  # those that wait for their answers
         self.frames = ""  # the path of a websocket, from its handshake on
         self.held = False
-        for mark, source, target in ((">", agent, workspace), ("<", workspace, agent)):
+
+    def start(self) -> None:
+        """Begin to forward."""
+        for mark, source, target in ((">", self.agent, self.workspace), ("<", self.workspace, self.agent)):
             kw = {"args": (mark, Stream(source), target), "name": f"proxy {mark}", "daemon": True}
             threading.Thread(target=self._pump, **kw).start()  # type: ignore[arg-type]
 
@@ -246,6 +249,10 @@ class Proxy:
                 workspace.settimeout(None)
                 for side in (agent, workspace):
                     side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self.connections.append(Connection(self, agent, workspace))
+                connection = Connection(self, agent, workspace)
+                self.connections.append(connection)
+                if listener.fileno() < 0:  # refused meanwhile: the others were ended before this was among them
+                    connection.end()
+                connection.start()
                 continue
             agent.close()
