@@ -41,7 +41,8 @@ def read_only(world):
     """As the kernel does it after an error of the disk."""
     state = str(world.host.state.resolve())
     world.host.output("mount", "--bind", state, state)
-    world.host.output("mount", "-o", "remount,bind,ro", state)
+    argv = ["mount", "-o", "remount,bind,ro", state]
+    wait_until(lambda: world.host.run(argv).returncode == 0, 10, "a moment in which the agent does not write")
 
 
 def writable(world):
