@@ -61,8 +61,10 @@ class Scripted:
 
         def answer(request: Request) -> Answer:
             deployment = request.path.split("/")[-2]
-            told = self.peer._take_status(deployment, request.json())
-            if left and len(self.peer.statuses[deployment]) > 1 and request.json()["status"] == "InProgress":
+            status = request.json()
+            told = self.peer._take_status(deployment, status)
+            bare = status["status"] == "InProgress" and status["closureSize"] is None  # else it tells the size
+            if left and bare and len(self.peer.statuses[deployment]) > 1:
                 left.pop()()
             return told
 

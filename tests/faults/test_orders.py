@@ -61,9 +61,10 @@ def test_resumed_without_a_journal(make_world, scripted, finish):
     finish(world)
 
 
+PREVIOUS = r"^nix-store .*--add-root \S+/previous"  # what ran before is kept: the last call before the last look
 RESUMED = {
     DOWNLOAD: (scenes.GOOD, f"downloading: download second -> hang\n{GOOD}"),
-    r"^nix-store .*--add-root \S+/previous": (scenes.GOOD, GOOD),
+    PREVIOUS: (scenes.GOOD, GOOD),
     r"^test \S+-second": (scenes.GOOD, "activating: test second -> hang\nrolling-back: test first"),
     r"^script": (scenes.GOOD, "activating: test second\nchecking: script good -> hang\nrolling-back: test first"),
     r"^boot \S+-second": (scenes.GOOD, f"{GOOD} -> hang\n{COMMITTED}"),
@@ -129,7 +130,12 @@ def test_a_successor_comes_at_the_last_look(make_world, scripted, finish):
         newer.append(scenes.deploy(world, "third"))
         scripted.arrived()
 
+    def begun(*_):
+        wait_until(lambda: scripted.peer.statuses, 10, "the report that it was begun, which is no last look")
+        return "go"
+
     scripted.at_last_look(send)
+    world.order(PREVIOUS, begun)
     older = scenes.deploy(world, "second")
     assert world.ended(older) == "superseded"
     assert world.ended(newer[0]) == "succeeded"
