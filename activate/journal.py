@@ -11,12 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from activate.durable import write_durably
+from activate.files import write_durably
 from activate.process import Error, xdg
 
 VERSION = 1  # a key that is added takes a new one
 RECEIVED, DOWNLOADING, READY = "received", "downloading", "ready"
-ACTIVATING, CHECKING, COMMITTING, ROLLING_BACK = "activating", "checking", "committing", "rolling-back"
+ACTIVATING, CHECKING, COMMITTING, ROLLING_BACK = (
+    "activating",
+    "checking",
+    "committing",
+    "rolling-back",
+)
 SUCCEEDED, ROLLED_BACK, ROLLBACK_FAILED = "succeeded", "rolled-back", "rollback-failed"
 FAILED, CANCELLED, SUPERSEDED = "failed", "cancelled", "superseded"
 HARMLESS = frozenset({RECEIVED, DOWNLOADING, READY})  # nothing on the machine was changed
@@ -71,10 +76,26 @@ class Record:
             unknown = {name: value for name, value in read.items() if name not in names}
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise Unreadable(f"not a journal ({error})") from None
-        texts = (record.id, record.agent, record.host, record.store_path, record.step, record.boot_id)
-        optional = (record.rollback_script, record.profile, record.previous_running, record.previous_profile)
-        valid = all(isinstance(text, str) for text in texts) and all(isinstance(t, (str, type(None))) for t in optional)
-        valid = valid and all(type(number) is int for number in (record.index, record.attempts, record.revision))
+        texts = (
+            record.id,
+            record.agent,
+            record.host,
+            record.store_path,
+            record.step,
+            record.boot_id,
+        )
+        optional = (
+            record.rollback_script,
+            record.profile,
+            record.previous_running,
+            record.previous_profile,
+        )
+        valid = all(isinstance(text, str) for text in texts) and all(
+            isinstance(t, (str, type(None))) for t in optional
+        )
+        valid = valid and all(
+            type(number) is int for number in (record.index, record.attempts, record.revision)
+        )
         lacks = read.get("version") == VERSION and names - set(read)
         if lacks or not valid or record.step not in STEPS or not _times(record.times):
             raise Unreadable("not a journal (a value is of the wrong type, or a key is missing)")
@@ -86,7 +107,9 @@ class Record:
 
 
 def _times(value: object) -> bool:
-    return isinstance(value, dict) and all(isinstance(moment, (int, float)) for moment in value.values())
+    return isinstance(value, dict) and all(
+        isinstance(moment, (int, float)) for moment in value.values()
+    )
 
 
 class Journal:
@@ -103,7 +126,9 @@ class Journal:
     def enter(self, step: str, **facts: Any) -> None:
         """Write that `step` begins, and what is known by now; only then may its effect be had. Raises OSError."""
         if step not in self.record.times and step in (ACTIVATING, COMMITTING, ROLLING_BACK):
-            facts.setdefault("attempts", 0)  # only then: a commit that is checked anew each time is bounded too
+            facts.setdefault(
+                "attempts", 0
+            )  # only then: a commit that is checked anew each time is bounded too
         times = {**self.record.times, step: time.time()}
         facts["revision"] = self.record.revision + 1
         self.record = dataclasses.replace(self.record, step=step, times=times, **facts)

@@ -16,6 +16,7 @@ from typing import Callable, Optional
 
 from activate.process import xdg
 
+DEPLOYMENT_TIMEOUT = 4 * 3600.0  # seconds to wait for another deployment
 OFD = hasattr(fcntl, "F_OFD_SETLK")
 _FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length, pid
 
@@ -39,7 +40,10 @@ class Lock:
 
 
 def take(
-    path: str, timeout: float = 0.0, text: Optional[str] = None, wanted: Callable[[], bool] = lambda: True
+    path: str,
+    timeout: float = 0.0,
+    text: Optional[str] = None,
+    wanted: Callable[[], bool] = lambda: True,
 ) -> Optional[Lock]:
     """The lock of file `path`, with `text` written into it; None if it is still held after `timeout` seconds, or as
     soon as it is not wanted any more. Raises OSError where the file can't be opened.
@@ -61,7 +65,9 @@ def take(
 def _try(fd: int) -> bool:
     try:
         if OFD:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            fcntl.fcntl(
+                fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            )
         else:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -96,7 +102,9 @@ def read(path: str) -> str:
 
 def shared_path(kind: str, name: str) -> str:
     """The lock files that Cachix's client takes too: `kind` is agent or deployment, `name` the agent's."""
-    return os.path.join(xdg("XDG_CACHE_HOME", ".cache"), "cachix", "deploy", "locks", f"{kind}-{name}.lock")
+    return os.path.join(
+        xdg("XDG_CACHE_HOME", ".cache"), "cachix", "deploy", "locks", f"{kind}-{name}.lock"
+    )
 
 
 def machine_path(profile: str) -> str:

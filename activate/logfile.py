@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import stat
 import sys
-import time
-from dataclasses import dataclass
-from typing import Optional
 
 from activate import journal
+from activate.text import printable
 
 LINE_BYTES = 1 << 16  # a line on the wire is at most this long
-KEPT_JOURNALS = 20
 READ_BYTES = 1 << 17  # below 1 MiB as JSON, however much is escaped: proxies refuse more
 
 
 def open_log(entry: journal.Journal) -> int:
     """The log file of a deployment, opened for appending; /dev/null where it can't be opened, which is said."""
     try:
-        return os.open(entry.path("log"), os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        return os.open(
+            entry.path("log"), os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
     except OSError as error:
         print(f"the log of deployment {entry.record.id} is lost: {error}", file=sys.stderr)
         return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -31,7 +29,9 @@ def tail(log: int, start: int, most: int = 1 << 18) -> str:
     """What the log says from byte `start` on; its last `most` bytes where that is more."""
     end = os.fstat(log).st_size
     start = max(start, end - most)
-    return os.pread(log, max(0, end - start), start).decode("utf-8", "replace") if end > start else ""
+    return (
+        os.pread(log, max(0, end - start), start).decode("utf-8", "replace") if end > start else ""
+    )
 
 
 def cut(data: bytes, most: int, final: bool) -> tuple[list[bytes], int]:
@@ -74,11 +74,6 @@ def is_lost(entry: journal.Journal, told: int) -> bool:
     return end(entry) < max(told, 0 if entry.record.step == journal.SUPERSEDED else 1)
 
 
-def printable(line: bytes) -> str:
-    """A log line as text; what is not UTF-8, and NUL, which databases refuse, is replaced."""
-    return line.decode("utf-8", "replace").replace("\0", "\ufffd")
-
-
 def lines_from(entry: journal.Journal, offset: int, most: int) -> tuple[list[str], int]:
     """Wire lines of the log from `offset` on, and the offset behind them.
 
@@ -93,49 +88,3 @@ def lines_from(entry: journal.Journal, offset: int, most: int) -> tuple[list[str
             os.fsync(file.fileno())
     lines, size = cut(data, most, final=final and offset + len(data) >= end(entry))
     return [printable(line) for line in lines], offset + size
-
-
-@dataclass(frozen=True)
-class Reported:
-    """How far a deployment is reported: kept in reported.json, so that any restart goes on from here."""
-
-    started: bool = False
-    sized: bool = False
-    line: int = 0
-    offset: int = 0
-    logged: bool = False
-    ended: bool = False
-    size: Optional[int] = None
-    time: str = ""
-
-    @classmethod
-    def load(cls, path: str) -> Reported:
-        """What the file says; the beginning where it says nothing that can be read: reports may be repeated."""
-        try:
-            with open(path, "rb") as file:
-                record = json.loads(file.read(1 << 16))
-            known = {name: record[name] for name in ("started", "sized", "line", "offset", "logged", "ended", "size")}
-            numbers = [known["line"], known["offset"], 0 if known["size"] is None else known["size"]]
-            flags = [known[name] for name in ("started", "sized", "logged", "ended")]
-            valid = all(type(n) is int and n >= 0 for n in numbers) and all(type(flag) is bool for flag in flags)
-            return cls(**known) if valid else cls()
-        except IsADirectoryError:  # it would be in the way of all that is to be noted
-            with contextlib.suppress(OSError):
-                os.rename(path, f"{path}{journal.SET_ASIDE}{time.time_ns()}")
-            return cls()
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            return cls()
-
-    @property
-    def whole(self) -> bool:
-        return self.logged and self.ended
-
-
-def prune(state: str) -> None:
-    """Remove all but the newest of the deployments that have ended and are reported."""
-    import shutil
-
-    journals, _ = journal.load_all(state)
-    done = [j for j in journals if j.record.step in journal.FINAL and Reported.load(j.path("reported.json")).whole]
-    for finished in done[: max(0, len(done) - KEPT_JOURNALS)]:
-        shutil.rmtree(finished.directory, ignore_errors=True)

@@ -9,20 +9,15 @@ from dataclasses import dataclass
 from typing import Optional
 
 from activate.process import CommandFailed, Error, Run, ask, checked, output
+from activate.text import is_store_path
 
 STORE = "/nix/store"
 PROFILES = "/nix/var/nix/profiles"
-STORE_PATH = re.compile(r"/nix/store/[0-9abcdfghijklmnpqrsvwxyz]{32}-[0-9a-zA-Z+\-_?=][0-9a-zA-Z+\-._?=]{0,210}")
 EXPERIMENTAL = ["--option", "experimental-features", "nix-command"]
 DOWNLOAD_OPTIONS = (
     ["--max-jobs", "32", "--option", "max-substitution-jobs", "32", "--option", "http-connections", "128"]
     + ["--option", "stalled-download-timeout", "30", "--option", "fsync-store-paths", "true"]
 )  # fmt: skip
-
-
-def is_store_path(text: object) -> bool:
-    """Whether `text` is a store path itself, by Nix's grammar: no option, no file below one, nothing outside."""
-    return isinstance(text, str) and STORE_PATH.fullmatch(text) is not None
 
 
 def check_paths(*paths: Optional[str]) -> None:
@@ -54,7 +49,9 @@ class Source:
 
 def realise(paths: list[str], link: str, source: Source, run: Run) -> int:
     """Download closures; each path gets a GC root in the same step: LINK, LINK-2, LINK-3 and so on."""
-    return run(["nix-store", "--realise", *paths, "--add-root", link, "--indirect", *source.options()])
+    return run(
+        ["nix-store", "--realise", *paths, "--add-root", link, "--indirect", *source.options()]
+    )
 
 
 def realise_present(paths: list[str], link: str, timeout: float) -> bool:
@@ -98,7 +95,8 @@ def show_config() -> dict[str, str]:
     for words in (["show-config"], ["config", "show"]):
         with contextlib.suppress(CommandFailed):
             lines = output(["nix", *words, *EXPERIMENTAL]).splitlines()
-            return dict((part.strip() for part in line.split("=", 1)) for line in lines if "=" in line)  # type: ignore[misc]
+            pairs = [line.partition("=") for line in lines if "=" in line]
+            return {name.strip(): value.strip() for name, _, value in pairs}
     return {}
 
 
@@ -138,36 +136,3 @@ def generation(profile: str) -> Optional[int]:
         found = re.fullmatch(rf"{name}-(\d+)-link", os.path.basename(os.readlink(profile)))
         return int(found[1]) if found else None
     return None
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a deployment changes, and all that is needed to undo it. `committed`: the commit may have begun."""
-
-    new: str
-    profile: str
-    previous_running: Optional[str] = None
-    previous_profile: Optional[str] = None
-    previous_generation: Optional[int] = None
-    committed: bool = False
-
-
-def restore_profile(change: Change, run: Run) -> bool:
-    """The undo of `set_profile`: back to the recorded generation. Whether anything had to be done.
-
-    A profile that did not exist is removed again with the generation that was made. Raises CommandFailed or OSError.
-    """
-    if target(change.profile) == change.previous_profile:
-        return False
-    if change.previous_profile is None:
-        link = os.path.join(os.path.dirname(change.profile), os.readlink(change.profile))
-        os.unlink(change.profile)
-        if link.endswith("-link") and os.path.islink(link):
-            os.unlink(link)
-        return True
-    if change.previous_generation is not None:
-        with contextlib.suppress(CommandFailed):
-            switch_generation(change.profile, change.previous_generation, run)
-    if target(change.profile) != change.previous_profile:
-        set_profile(change.profile, change.previous_profile, run)
-    return True

@@ -11,17 +11,43 @@ import subprocess
 from typing import Callable, Optional
 
 KILL_AFTER = 5.0  # seconds between SIGTERM and SIGKILL for a group that ran past its deadline
-FALLBACK_PATH = ("/run/current-system/sw/bin", "/nix/var/nix/profiles/default/bin", "/usr/bin", "/bin")
+FALLBACK_PATH = (
+    "/run/current-system/sw/bin",
+    "/nix/var/nix/profiles/default/bin",
+    "/usr/bin",
+    "/bin",
+)
 # What a command may see. Tokens and what ties a process to a service of systemd are in neither list.
 KEPT = frozenset(
-    ("SHELL", "LANG", "LANGUAGE", "TZ", "TZDIR", "TMPDIR", "TERM", "SSL_CERT_FILE", "DBUS_SESSION_BUS_ADDRESS")
-    + ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+    (
+        "SHELL",
+        "LANG",
+        "LANGUAGE",
+        "TZ",
+        "TZDIR",
+        "TMPDIR",
+        "TERM",
+        "SSL_CERT_FILE",
+        "DBUS_SESSION_BUS_ADDRESS",
+    )
+    + (
+        "http_proxy",
+        "https_proxy",
+        "all_proxy",
+        "no_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "NO_PROXY",
+    )
 )
 KEPT_PREFIXES = ("LC_", "LOCALE_ARCHIVE", "XDG_", "NIX_")
 
 _running: set[subprocess.Popen[bytes]] = set()
 
-Run = Callable[[list[str]], int]  # runs a command with its output in the log, returns its exit status
+Run = Callable[
+    [list[str]], int
+]  # runs a command with its output in the log, returns its exit status
 
 
 class Error(Exception):
@@ -34,7 +60,9 @@ class CommandFailed(Error):
     """A command ended with a status other than 0, could not be started, or ran past its deadline."""
 
     def __init__(self, argv: list[str], why: str, output: str = "") -> None:
-        super().__init__(f"`{' '.join(argv)}` {why}" + (f": {output.strip()[-500:]}" if output.strip() else ""))
+        super().__init__(
+            f"`{' '.join(argv)}` {why}" + (f": {output.strip()[-500:]}" if output.strip() else "")
+        )
 
 
 class DeadlinePassed(CommandFailed):
@@ -79,7 +107,9 @@ def say(log: int, line: str) -> None:
         os.write(log, f"{start}{line}\n".encode("utf-8", "replace"))
 
 
-def run(argv: list[str], log: int, timeout: float, before: Optional[Callable[[], None]] = None) -> int:
+def run(
+    argv: list[str], log: int, timeout: float, before: Optional[Callable[[], None]] = None
+) -> int:
     """Run `argv` with its output in the log file and return its exit status (negative: the signal that ended it).
 
     `before` is called by the process that becomes the command. Raises CommandFailed where it can't be started,

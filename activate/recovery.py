@@ -7,7 +7,12 @@ from typing import Optional
 
 from activate import journal
 
-START, ACTIVATE, COMMIT, ROLL_BACK = "deploy", "activate", "commit", "roll-back"  # what a switch process does
+START, ACTIVATE, COMMIT, ROLL_BACK = (
+    "deploy",
+    "activate",
+    "commit",
+    "roll-back",
+)  # what a switch process does
 ADOPT, END, REPORT = "adopt", "end", "report"
 ATTEMPTS = 3
 
@@ -41,11 +46,20 @@ def next_action(record: journal.Record, facts: Facts) -> Action:
     spent = record.attempts >= ATTEMPTS
     if record.step in journal.HARMLESS:
         if spent:
-            return Action(END, journal.FAILED, f"it was interrupted {ATTEMPTS} times before anything was changed")
-        return Action(START, reason="it was interrupted before anything was changed" if record.attempts else "")
+            return Action(
+                END,
+                journal.FAILED,
+                f"it was interrupted {ATTEMPTS} times before anything was changed",
+            )
+        return Action(
+            START,
+            reason="it was interrupted before anything was changed" if record.attempts else "",
+        )
     runs = facts.running or facts.target
     if runs not in (record.store_path, record.previous_running, record.previous_profile):
-        other = f"it was interrupted, and {runs} runs now: somebody else has deployed, it is left alone"
+        other = (
+            f"it was interrupted, and {runs} runs now: somebody else has deployed, it is left alone"
+        )
         return Action(END, journal.FAILED, other)
     what = "it was interrupted" if facts.boot_id == record.boot_id else "the machine restarted"
     if record.step == journal.COMMITTING and not spent:

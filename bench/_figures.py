@@ -42,8 +42,13 @@ def directory() -> Iterator[Path]:
     """A directory for hosts and workspaces, gone afterwards."""
     load = os.getloadavg()[0]
     if load > 1.5:
-        print(f"note: this machine is busy (load {load:.1f}), the figures will be too", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="cachix-deploy-bench-", ignore_cleanup_errors=True) as name:
+        print(
+            f"note: this machine is busy (load {load:.1f}), the figures will be too",
+            file=sys.stderr,
+        )
+    with tempfile.TemporaryDirectory(
+        prefix="cachix-deploy-bench-", ignore_cleanup_errors=True
+    ) as name:
         yield Path(name)
 
 
@@ -62,7 +67,13 @@ class Light(Peer):
         answer = super()._answer(request)
         if request.path.endswith("/status"):
             status = request.json()
-            self.calls.append((now, status["status"] + (" with the size" if status["closureSize"] is not None else "")))
+            self.calls.append(
+                (
+                    now,
+                    status["status"]
+                    + (" with the size" if status["closureSize"] is not None else ""),
+                )
+            )
             if status["status"] != "InProgress":
                 self.moment = now
                 self.over.set()
@@ -79,4 +90,8 @@ class Light(Peer):
         known: Any = self.deploy(path)
         if not self.over.wait(60):
             raise AssertionError(f"no final report of {path} within 60 s")
-        return str(known), self.moment - begin, [(moment - begin, what) for moment, what in list(self.calls)]
+        return (
+            str(known),
+            self.moment - begin,
+            [(moment - begin, what) for moment, what in list(self.calls)],
+        )

@@ -55,7 +55,9 @@ class End(asyncio.Protocol):
             self.other = far = End(self.loop, None)
             far.other = self
             connecting = self.loop.create_connection(lambda: far, "127.0.0.1", self.port)
-            self.task = self.loop.create_task(connecting)  # kept: it is over long before anything is to be said
+            self.task = self.loop.create_task(
+                connecting
+            )  # kept: it is over long before anything is to be said
 
     def data_received(self, data: bytes) -> None:
         self.later(data)

@@ -26,7 +26,9 @@ class Shell:
 
     def __init__(self, host: Host) -> None:
         script = 'while read -r line; do eval "$line" >/dev/null 2>&1; echo $?; done'
-        self.process = host.popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = host.popen(
+            ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
 
     def time(self, line: str) -> float:
         """Seconds that a command line takes, which must succeed."""
@@ -45,11 +47,18 @@ class Real:
 
     def __init__(self, workspace: Workspace, agent: str) -> None:
         self.workspace, self.agent = workspace, agent
-        self.connection = http.client.HTTPConnection(workspace.url.removeprefix("http://"), timeout=30)
-        self.headers = {"Authorization": f"Bearer {workspace.token('activate')}", "Content-Type": "application/json"}
+        self.connection = http.client.HTTPConnection(
+            workspace.url.removeprefix("http://"), timeout=30
+        )
+        self.headers = {
+            "Authorization": f"Bearer {workspace.token('activate')}",
+            "Content-Type": "application/json",
+        }
 
     def call(self, method: str, path: str, body: object = None) -> dict[str, object]:
-        self.connection.request(method, path, None if body is None else json.dumps(body), self.headers)
+        self.connection.request(
+            method, path, None if body is None else json.dumps(body), self.headers
+        )
         return dict(json.loads(self.connection.getresponse().read()))
 
     def time(self, path: str) -> float:
@@ -82,7 +91,9 @@ def main() -> None:
         paths = [plain(cache, version) for version in (1, 2)]
         host.fetch(cache.url, cache.key.public, *paths)
         for link, path in enumerate(paths):  # that the store keeps them
-            host.output("nix-store", "--realise", path, "--add-root", f"/nix/var/kept-{link}", "--indirect")
+            host.output(
+                "nix-store", "--realise", path, "--add-root", f"/nix/var/kept-{link}", "--indirect"
+            )
         agents = [host.agent("light", light.url, "bench", "ours")]
         agents[0].wait_for("is connected to")
         workspace = serve(place / "workspace", cache)
@@ -131,7 +142,9 @@ def measure(host: Host, light: Light, real: Real, paths: list[str]) -> None:
             ours.append(1000 * took)
             whole.append(1000 * took_whole)
             when.append(steps(host, deployment_id, calls))
-    say(f"deployment of a present tiny path, ms, median (quartiles) of {ROUNDS} rounds, taken in turns")
+    say(
+        f"deployment of a present tiny path, ms, median (quartiles) of {ROUNDS} rounds, taken in turns"
+    )
     say(f"  raw `nix-store -r PATH && nix-env -p P --set PATH`: {spread(raw)}")
     say(f"  ours, from the Deployment frame to the final report: {spread(ours)}")
     say(f"  ours with our own workspace, from POST activate to the final status: {spread(whole)}")
@@ -144,7 +157,9 @@ def measure(host: Host, light: Light, real: Real, paths: list[str]) -> None:
     said = [f"{name} {medians[name]:.0f}" for name in STEPS if name in medians]
     say("    steps, after `received`: " + ", ".join(said))
     requests = sorted((value, name) for name, value in medians.items() if "#" in name)
-    said = [f"{name} {value:.0f} ({sum(name in one for one in when)} times)" for value, name in requests]
+    said = [
+        f"{name} {value:.0f} ({sum(name in one for one in when)} times)" for value, name in requests
+    ]
     say("    requests, after the frame: " + ", ".join(said))
 
 

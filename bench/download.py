@@ -21,7 +21,8 @@ ROUNDS = 3  # of ours; the plain one is slow, and once
 # What the agent does in its worker thread, all of it: is it there, what will it take, the download with its GC root.
 OURS = """
 import os, sys
-from activate import download, nix
+from activate import nix
+from activate.agent import download
 log = os.open(os.environ["HOME"] + "/log", os.O_RDWR | os.O_APPEND | os.O_CREAT)
 source = nix.Source(sys.argv[1], (sys.argv[2],))
 download.download([sys.argv[3]], [], "/nix/var/new", source, log)
@@ -64,7 +65,9 @@ def fresh(place: Path, argv: list[str]) -> float:
         done = host.run(argv, 120, {"PYTHONPATH": str(PROJECT)})
         took = time.monotonic() - begin
         assert done.returncode == 0, done.stderr[-2000:]
-        found = len([name for name in host.path("/nix/store").iterdir() if not name.name.startswith(".")])
+        found = len(
+            [name for name in host.path("/nix/store").iterdir() if not name.name.startswith(".")]
+        )
         assert found >= PATHS, f"only {found} paths have arrived"
     return took
 
@@ -80,7 +83,9 @@ def main() -> None:
             plain = ["nix-store", "--realise", path, "--option", "substituters", url]
             plain += ["--option", "trusted-public-keys", key]
             linked, direct = round_trip(far), round_trip(near)
-            say(f"download of {PATHS} small paths, round trip {linked:.1f} ms ({direct:.1f} without the link)")
+            say(
+                f"download of {PATHS} small paths, round trip {linked:.1f} ms ({direct:.1f} without the link)"
+            )
             times = [fresh(place / f"ours-{number}", ours) for number in range(ROUNDS)]
             raw = fresh(place / "plain", plain)
         took = statistics.median(times)

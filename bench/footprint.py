@@ -25,7 +25,9 @@ def wake_ups(pid: int) -> int:
     total = 0
     for status in Path(f"/proc/{pid}/task").glob("*/status"):
         with contextlib.suppress(OSError):
-            total += sum(map(int, re.findall(r"voluntary_ctxt_switches:\s+(\d+)", status.read_text())))
+            total += sum(
+                map(int, re.findall(r"voluntary_ctxt_switches:\s+(\d+)", status.read_text()))
+            )
     return total
 
 
@@ -56,12 +58,19 @@ def main() -> None:
         figure("agent at rest, resident after a deployment", resident(agent), "MiB", 32)
         before = wake_ups(agent.pid)
         time.sleep(SECONDS)
-        figure("agent at rest, wake-ups of all its threads", wake_ups(agent.pid) - before, "a minute", 10)
+        figure(
+            "agent at rest, wake-ups of all its threads",
+            wake_ups(agent.pid) - before,
+            "a minute",
+            10,
+        )
         stop.set()
         agent.stop()
         cache.close()
     if PYZ.exists():
-        print(f"dist/cachix-deploy.pyz, the agent and the CI command in one file: {PYZ.stat().st_size / 1024:.0f} KiB")
+        print(
+            f"dist/cachix-deploy.pyz, the agent and the CI command in one file: {PYZ.stat().st_size / 1024:.0f} KiB"
+        )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,9 @@ Tree = Union[str, bytes, Executable, Link, "dict[str, Any]"]
 def base32(digest: bytes) -> str:
     """Bytes in Nix's own base 32: its own alphabet, the last bits first."""
     number = int.from_bytes(digest, "little")
-    return "".join(ALPHABET[number >> 5 * i & 31] for i in reversed(range((len(digest) * 8 + 4) // 5)))
+    return "".join(
+        ALPHABET[number >> 5 * i & 31] for i in reversed(range((len(digest) * 8 + 4) // 5))
+    )
 
 
 def nar(tree: Tree) -> bytes:
@@ -94,11 +96,15 @@ class Key:
 
     def __init__(self, name: str, seed: Optional[bytes] = None) -> None:
         self.name = name
-        self._private = Ed25519PrivateKey.from_private_bytes(seed or hashlib.sha256(name.encode()).digest())
+        self._private = Ed25519PrivateKey.from_private_bytes(
+            seed or hashlib.sha256(name.encode()).digest()
+        )
         public = self._private.public_key().public_bytes_raw()
         self.bare = base64.b64encode(public).decode()
         self.public = f"{name}:{self.bare}"
-        self.secret = f"{name}:{base64.b64encode(self._private.private_bytes_raw() + public).decode()}"
+        self.secret = (
+            f"{name}:{base64.b64encode(self._private.private_bytes_raw() + public).decode()}"
+        )
 
     @classmethod
     def parse(cls, secret: str) -> Key:
@@ -120,7 +126,9 @@ class Files:
         self.directory = Path(directory)
         self.key = key or Key("tests-1")
         (self.directory / "nar").mkdir(parents=True, exist_ok=True)
-        (self.directory / "nix-cache-info").write_text("StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\n")
+        (self.directory / "nix-cache-info").write_text(
+            "StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\n"
+        )
 
     def add(self, name: str, tree: Tree, references: Iterable[str] = ()) -> str:
         """Put a store path into the cache; its path.
@@ -132,13 +140,23 @@ class Files:
         own = f"/nix/store/{base32(hashlib.sha256(name.encode() + raw).digest()[:20])}-{name}"
         if SELF.encode() in raw:
             raw = nar(substitute(tree, own))
-        found = {os.path.basename(path) for path in references} | {m.decode() for m in REFERENCE.findall(raw)}
+        found = {os.path.basename(path) for path in references} | {
+            m.decode() for m in REFERENCE.findall(raw)
+        }
         self.write(
-            own, raw, {entry for entry in found if entry == os.path.basename(own) or self.narinfo(entry).exists()}
+            own,
+            raw,
+            {
+                entry
+                for entry in found
+                if entry == os.path.basename(own) or self.narinfo(entry).exists()
+            },
         )
         return own
 
-    def write(self, path: str, raw: bytes, references: Iterable[str], signed: Optional[Key] = None) -> None:
+    def write(
+        self, path: str, raw: bytes, references: Iterable[str], signed: Optional[Key] = None
+    ) -> None:
         """Write the archive and the signed narinfo of a path. `references` are names without `/nix/store/`."""
         nar_hash = "sha256:" + base32(hashlib.sha256(raw).digest())
         file = f"nar/{nar_hash[7:]}.nar"
@@ -152,7 +170,12 @@ class Files:
             f"FileHash: {nar_hash}",
             f"FileSize: {len(raw)}",
         ]
-        lines += [f"NarHash: {nar_hash}", f"NarSize: {len(raw)}", f"References: {' '.join(names)}", f"Sig: {signature}"]
+        lines += [
+            f"NarHash: {nar_hash}",
+            f"NarSize: {len(raw)}",
+            f"References: {' '.join(names)}",
+            f"Sig: {signature}",
+        ]
         self.narinfo(path).write_text("\n".join(lines) + "\n")
 
     def narinfo(self, path: str) -> Path:
@@ -212,7 +235,9 @@ class Files:
                 headers = (
                     {}
                     if token is None
-                    else {"Authorization": "Basic " + base64.b64encode(f":{token}".encode()).decode()}
+                    else {
+                        "Authorization": "Basic " + base64.b64encode(f":{token}".encode()).decode()
+                    }
                 )
                 request = urllib.request.Request(target, file.read_bytes(), headers, method="PUT")
                 urllib.request.urlopen(request, timeout=30).close()
@@ -254,7 +279,9 @@ class Cache(Files):
 
         self.server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), name="cache", daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, args=(0.05,), name="cache", daemon=True
+        ).start()
 
     def misbehave(self, pattern: str, kind: str, times: int = -1, value: float = 0.0) -> Fault:
         """Answer badly where the path matches the regular expression; the latest order that matches counts."""
@@ -302,7 +329,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         owner = self.owner
         path = self.path.partition("?")[0]
-        fault = next((fault for fault in owner.faults if fault.times and re.search(fault.pattern, path)), None)
+        fault = next(
+            (fault for fault in owner.faults if fault.times and re.search(fault.pattern, path)),
+            None,
+        )
         if fault is not None:
             fault.times -= 1
         if fault is not None and fault.kind == "stall":
@@ -328,7 +358,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         wanted = self.owner.token
         if wanted is None or path == "/nix-cache-info":
             return True
-        return self.headers["Authorization"] == "Basic " + base64.b64encode(f":{wanted}".encode()).decode()
+        return (
+            self.headers["Authorization"]
+            == "Basic " + base64.b64encode(f":{wanted}".encode()).decode()
+        )
 
     def serve(self, path: str, truncate: bool) -> None:
         file = self.owner.directory / path[1:]
@@ -348,7 +381,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(announced if sent is None else sent)
 
     def note(self, status: int) -> None:
-        self.owner.requests.append(Request(self.command, self.path, self.headers["Authorization"], status))
+        self.owner.requests.append(
+            Request(self.command, self.path, self.headers["Authorization"], status)
+        )
 
     def reset(self) -> None:
         """End the connection by RST."""

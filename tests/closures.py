@@ -84,14 +84,26 @@ AFTER
 def _dependencies(cache: Files, version: Any, count: int) -> dict[str, Tree]:
     """A directory with links to small store paths: some of this version alone, one that all versions share."""
     shared = cache.add("shared-library", {"lib": {"libshared.so": "the same in all versions\n"}})
-    own = [cache.add(f"part-{i}-{version}", {"share": f"part {i} of {version}, uses {shared}\n"}) for i in range(count)]
+    own = [
+        cache.add(f"part-{i}-{version}", {"share": f"part {i} of {version}, uses {shared}\n"})
+        for i in range(count)
+    ]
     return {f"part-{index}": Link(path) for index, path in enumerate([shared, *own])}
 
 
-def nixos_script(before: str = "", after: str = "", before_boot: str = "", after_boot: str = "") -> str:
+def nixos_script(
+    before: str = "", after: str = "", before_boot: str = "", after_boot: str = ""
+) -> str:
     """A `switch-to-configuration` with `@self@` where its system's store path belongs."""
-    words = {"BEFORE_TEST": before, "AFTER_TEST": after, "BEFORE_BOOT": before_boot, "AFTER_BOOT": after_boot}
-    return HEAD + POINT + _fill(NIXOS, {**words, "CURRENT": CURRENT_SYSTEM, "DEFAULT": BOOT_DEFAULT})
+    words = {
+        "BEFORE_TEST": before,
+        "AFTER_TEST": after,
+        "BEFORE_BOOT": before_boot,
+        "AFTER_BOOT": after_boot,
+    }
+    return (
+        HEAD + POINT + _fill(NIXOS, {**words, "CURRENT": CURRENT_SYSTEM, "DEFAULT": BOOT_DEFAULT})
+    )
 
 
 def nixos(
@@ -109,9 +121,13 @@ def nixos(
     return cache.add(f"nixos-system-host-{version}", tree)
 
 
-def darwin(cache: Files, version: Any, before: str = "", after: str = "", marker: str = "darwin-version") -> str:
+def darwin(
+    cache: Files, version: Any, before: str = "", after: str = "", marker: str = "darwin-version"
+) -> str:
     """A nix-darwin system; `marker` may also be darwin-version.json."""
-    script = HEAD + POINT + _fill(DARWIN, {"BEFORE": before, "AFTER": after, "CURRENT": CURRENT_SYSTEM})
+    script = (
+        HEAD + POINT + _fill(DARWIN, {"BEFORE": before, "AFTER": after, "CURRENT": CURRENT_SYSTEM})
+    )
     tools = {"darwin-rebuild": Executable(script)}
     return cache.add(
         f"darwin-system-{version}",
@@ -119,24 +135,33 @@ def darwin(cache: Files, version: Any, before: str = "", after: str = "", marker
     )
 
 
-def home_manager(cache: Files, version: Any, before: str = "", middle: str = "", after: str = "") -> str:
+def home_manager(
+    cache: Files, version: Any, before: str = "", middle: str = "", after: str = ""
+) -> str:
     """A Home Manager generation; `middle` runs when its profile is set and `current-home` is not yet."""
     words = {"BEFORE": before, "MIDDLE": middle, "AFTER": after, "VERSION": str(version)}
     script = HEAD + POINT + _fill(HOME_MANAGER, words)
-    files = {"hm-version": "24.11\n", "activate": Executable(script), "parts": _dependencies(cache, version, 1)}
+    files = {
+        "hm-version": "24.11\n",
+        "activate": Executable(script),
+        "parts": _dependencies(cache, version, 1),
+    }
     return cache.add(f"home-manager-generation-{version}", files)
 
 
 def plain(cache: Files, version: Any, extra: Union[dict[str, Tree], None] = None) -> str:
     """A package: no marker of any kind."""
     return cache.add(
-        f"package-{version}", {"share": f"{version}\n", "parts": _dependencies(cache, version, 1), **(extra or {})}
+        f"package-{version}",
+        {"share": f"{version}\n", "parts": _dependencies(cache, version, 1), **(extra or {})},
     )
 
 
 def script(cache: Files, name: str, code: str) -> str:
     """A store path that is itself an executable file: a rollback script. It notes `rollback-script` when it runs."""
-    return cache.add(f"rollback-script-{name}", Executable(HEAD + "note rollback-script\n" + code + "\n"))
+    return cache.add(
+        f"rollback-script-{name}", Executable(HEAD + "note rollback-script\n" + code + "\n")
+    )
 
 
 def unusable_script(cache: Files, how: str) -> str:
@@ -153,7 +178,9 @@ def chain(cache: Files, count: int, size: int = 100, name: str = "many") -> str:
     """A plain path that refers to `count` others of `size` incompressible bytes each."""
     seed = base64.b64encode(name.encode()) * (size // len(name) + 1)
     paths = [cache.add(f"{name}-{i}", f"{i}\n".encode() + seed[:size]) for i in range(count)]
-    return cache.add(f"{name}-all", {"parts": {f"part-{i}": Link(path) for i, path in enumerate(paths)}})
+    return cache.add(
+        f"{name}-all", {"parts": {f"part-{i}": Link(path) for i, path in enumerate(paths)}}
+    )
 
 
 def _fill(text: str, words: dict[str, str]) -> str:

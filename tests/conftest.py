@@ -22,29 +22,49 @@ pytest.register_assert_rewrite("invariants", "chains")  # so that they say what 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """For tests/faults, whose own conftest.py comes too late for that, and for the summary below."""
-    parser.addoption("--faults", action="store_true", help="all cases of tests/faults, and a summary by promise")
-    parser.addoption("--seconds", type=float, default=60.0, help="for how long random schedules are drawn")
+    parser.addoption(
+        "--faults", action="store_true", help="all cases of tests/faults, and a summary by promise"
+    )
+    parser.addoption(
+        "--seconds", type=float, default=60.0, help="for how long random schedules are drawn"
+    )
     parser.addoption("--seed", type=int, help="the first schedule's, instead of a random one")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     """How many cases were run, and how many of each promise; which random schedules."""
-    reports = [report for found in terminalreporter.stats.values() for report in found if hasattr(report, "when")]
+    reports = [
+        report
+        for found in terminalreporter.stats.values()
+        for report in found
+        if hasattr(report, "when")
+    ]
     for report in reports:
-        seeds = [seed for name, seed in report.user_properties if name == "soak"]
+        seeds = [seed for name, seed in getattr(report, "user_properties", []) if name == "soak"]
         if seeds and report.when == "call":
             terminalreporter.line(f"soak: {len(seeds)} schedules, seeds {seeds[0]} to {seeds[-1]}")
     if not config.getoption("--faults"):
         return
-    ended = {name: terminalreporter.stats.get(name, []) for name in ("passed", "failed", "error", "skipped")}
+    ended = {
+        name: terminalreporter.stats.get(name, [])
+        for name in ("passed", "failed", "error", "skipped")
+    }
     run = [report for report in ended["passed"] if report.when == "call"]
     bad = list(ended["failed"] + ended["error"])
     terminalreporter.section("faults")
     for number in range(1, 16):
-        mine = [report for report in run if ("promise", number) in map(tuple, report.user_properties)]
-        broken = [report for report in bad if ("promise", number) in map(tuple, report.user_properties)]
+        mine = [
+            report for report in run if ("promise", number) in map(tuple, report.user_properties)
+        ]
+        broken = [
+            report for report in bad if ("promise", number) in map(tuple, report.user_properties)
+        ]
         terminalreporter.line(f"promise {number:2}: {len(mine):4} cases held, {len(broken)} failed")
-    terminalreporter.line(f"{len(run) + len(bad)} cases, {len(bad) or 'none'} failed, {len(ended['skipped'])} skipped")
+    terminalreporter.line(
+        f"{len(run) + len(bad)} cases, {len(bad) or 'none'} failed, {len(ended['skipped'])} skipped"
+    )
 
 
 @pytest.fixture
@@ -114,16 +134,24 @@ def make_workspace(tmp_path: Path) -> Iterator[Callable[..., Workspace]]:
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
     """An agent's name that no other test has."""
-    return re.sub(r"[^0-9A-Za-z]+", "-", request.node.name).strip("-")[:80] + "-" + uuid.uuid4().hex[:6]
+    return (
+        re.sub(r"[^0-9A-Za-z]+", "-", request.node.name).strip("-")[:80]
+        + "-"
+        + uuid.uuid4().hex[:6]
+    )
 
 
 @pytest.fixture
-def make_machine(make_host: Callable[..., Host], live: Workspace, name: str) -> Iterator[Callable[..., Machine]]:
+def make_machine(
+    make_host: Callable[..., Host], live: Workspace, name: str
+) -> Iterator[Callable[..., Machine]]:
     """A machine with a connected agent: `make_machine("--on-unit-failure=tolerate")`; checked when the test ends."""
     made: list[Machine] = []
     checked: list[Machine] = []
 
-    def make(*args: str, workspace: Workspace = live, host: str = "host", check: bool = True, **kw: Any) -> Machine:
+    def make(
+        *args: str, workspace: Workspace = live, host: str = "host", check: bool = True, **kw: Any
+    ) -> Machine:
         own_name = f"{name}-{len(made)}" if made else name
         made.append(Machine(make_host(host), workspace, own_name, *args, **kw))
         checked.extend(made[-1:] if check else [])

@@ -32,7 +32,16 @@ MASKED = (
     " dpkg-db-backup.timer e2scrub_all.timer fstrim.timer systemd-tmpfiles-clean.timer"
 )
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-NAMESPACES = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"]
+NAMESPACES = [
+    "setpriv",
+    "--pdeathsig",
+    "KILL",
+    "unshare",
+    "--mount",
+    "--pid",
+    "--fork",
+    "--kill-child",
+]
 NAMESPACES += ["--propagation", "private", "/bin/sh", "-euc"]
 MAKE = f"""
 mount -t proc proc /proc
@@ -61,7 +70,9 @@ def look_for_programs() -> None:
     """Raises Missing where containers can't be had."""
     if os.geteuid() != 0:
         raise Missing("tests with a real systemd need root")
-    if any(shutil.which(program, path=PATH) is None for program in ("systemd-nspawn", "debootstrap")):
+    if any(
+        shutil.which(program, path=PATH) is None for program in ("systemd-nspawn", "debootstrap")
+    ):
         install = "apt-get install systemd-container debootstrap debian-archive-keyring"
         raise Missing(f"tests with a real systemd need systemd-nspawn and debootstrap: `{install}`")
     control_groups()
@@ -69,9 +80,13 @@ def look_for_programs() -> None:
 
 def control_groups() -> str:
     """Where the unified hierarchy of control groups is mounted. Raises Missing."""
-    found = re.search(r"^(?:\S+ ){4}(\S+) .* - cgroup2 ", Path("/proc/self/mountinfo").read_text(), re.M)
+    found = re.search(
+        r"^(?:\S+ ){4}(\S+) .* - cgroup2 ", Path("/proc/self/mountinfo").read_text(), re.M
+    )
     if found is None or not os.access(found[1], os.W_OK):
-        raise Missing("tests with a real systemd need control groups, version 2, that can be written")
+        raise Missing(
+            "tests with a real systemd need control groups, version 2, that can be written"
+        )
     return found[1]
 
 
@@ -88,14 +103,21 @@ def root_tree() -> Path:
             remove(old)
         with open(TREES / "log", "wb") as log:
             argv = [*NAMESPACES, MAKE, str(unfinished)]
-            env = {**os.environ, "PATH": PATH, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
+            env = {
+                **os.environ,
+                "PATH": PATH,
+                "DEBIAN_FRONTEND": "noninteractive",
+                "LC_ALL": "C.UTF-8",
+            }
             try:
                 subprocess.run(
                     argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd="/", check=True, timeout=280
                 )  # fmt: skip
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
                 why = f"`debootstrap` failed ({type(error).__name__}): see {log.name}"
-                raise Missing(f"tests with a real systemd need Debian packages from {MIRROR}, but {why}") from None
+                raise Missing(
+                    f"tests with a real systemd need Debian packages from {MIRROR}, but {why}"
+                ) from None
         os.rename(unfinished, tree)
         recipe.write_text(MAKE)
     return tree
@@ -103,13 +125,17 @@ def root_tree() -> Path:
 
 def remove(tree: Path) -> None:
     """Remove a tree, never what is mounted into it."""
-    assert f" {tree}/" not in Path("/proc/self/mountinfo").read_text(), f"something is mounted below {tree}"
+    assert f" {tree}/" not in Path("/proc/self/mountinfo").read_text(), (
+        f"something is mounted below {tree}"
+    )
     subprocess.run(["rm", "-rf", "--one-file-system", str(tree)], check=True)
 
 
 def readme_unit() -> str:
     """The agent's unit as README.rst shows it."""
-    found = re.search(r"^\.\. code-block:: ini\n\n((?:    .*\n|\n)+)", (PROJECT / "README.rst").read_text(), re.M)
+    found = re.search(
+        r"^\.\. code-block:: ini\n\n((?:    .*\n|\n)+)", (PROJECT / "README.rst").read_text(), re.M
+    )
     assert found
     return re.sub(r"^    ", "", found[1], flags=re.M).strip() + "\n"
 
@@ -155,10 +181,15 @@ class Container(Host):
         wait_until(self.is_up, 30, f"the container to boot: {self.directory}/console")
 
     def is_up(self) -> bool:
-        assert self.holder is not None and self.holder.poll() is None, (self.directory / "console").read_text()
+        assert self.holder is not None and self.holder.poll() is None, (
+            self.directory / "console"
+        ).read_text()
         found = [child for nspawn in children(self.holder.pid) for child in children(nspawn)]
         self.init = found[0] if found else 0
-        return bool(found) and self.systemctl("is-system-running").stdout.strip() in ("running", "degraded")
+        return bool(found) and self.systemctl("is-system-running").stdout.strip() in (
+            "running",
+            "degraded",
+        )
 
     def poweroff(self, timeout: float = 30.0) -> None:
         """Shut it down in order."""
@@ -177,7 +208,9 @@ class Container(Host):
             return
         if self.holder.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                (self.directory / "journal").write_text(self.run(["journalctl", "--no-pager"], 10).stdout)
+                (self.directory / "journal").write_text(
+                    self.run(["journalctl", "--no-pager"], 10).stdout
+                )
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.init or self.holder.pid, signal.SIGKILL)
         self.holder.wait(15)
@@ -186,7 +219,9 @@ class Container(Host):
 
     def clear_groups(self) -> bool:
         name = os.path.basename(self.group)
-        found = [path for pattern in ("*", "*/*") for path in glob.glob(f"/sys/fs/cgroup/{pattern}")]
+        found = [
+            path for pattern in ("*", "*/*") for path in glob.glob(f"/sys/fs/cgroup/{pattern}")
+        ]
         for top in [path for path in found if os.path.basename(path) == name]:
             for place, _, _ in os.walk(top, topdown=False):
                 try:
@@ -201,7 +236,12 @@ class Container(Host):
         for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/{pid}/ns/pid") == mine:
-                    found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found[pid] = (
+                        Path(f"/proc/{pid}/cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode(errors="replace")
+                    )
         return found
 
     # --- running things ---
@@ -226,7 +266,9 @@ class Container(Host):
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
     except OSError:
         return []
 
@@ -236,10 +278,14 @@ class ServiceMachine(Machine):
 
     host: Container
 
-    def __init__(self, host: Container, program: Path, workspace: Workspace, name: str, *args: str) -> None:
+    def __init__(
+        self, host: Container, program: Path, workspace: Workspace, name: str, *args: str
+    ) -> None:
         """`program` is what `make pyz` builds."""
         self.host, self.workspace, self.name = host, workspace, name
-        self.unit = readme_unit().replace(README_COMMAND, " ".join([f"agent {name} --host={workspace.url}", *args]))
+        self.unit = readme_unit().replace(
+            README_COMMAND, " ".join([f"agent {name} --host={workspace.url}", *args])
+        )
         assert workspace.url in self.unit
         host.write(f"/etc/systemd/system/{UNIT}", self.unit)
         host.write(TOKEN_FILE, workspace.token("agent") + "\n", 0o600)
@@ -258,7 +304,11 @@ class ServiceMachine(Machine):
     def wait_registered(self, since: float, timeout: float = 30.0) -> None:
         """Wait until an agent has registered after that time."""
         path = self.host.state / f"registered-{self.name}.json"
-        wait_until(lambda: path.exists() and path.stat().st_mtime >= since, timeout, "the agent to register")
+        wait_until(
+            lambda: path.exists() and path.stat().st_mtime >= since,
+            timeout,
+            "the agent to register",
+        )
 
     def main_pid(self) -> int:
         """The agent's process id in the container; 0 where it does not run."""
@@ -266,13 +316,19 @@ class ServiceMachine(Machine):
 
     def switch(self, deployment_id: str) -> int:
         """The process id, for the test, of a deployment's switch process."""
-        found = [pid for pid, line in self.host.processes().items() if line.strip().endswith(f"switch {deployment_id}")]
+        found = [
+            pid
+            for pid, line in self.host.processes().items()
+            if line.strip().endswith(f"switch {deployment_id}")
+        ]
         assert len(found) == 1, self.host.processes()
         return found[0]
 
     def unit_of(self, pid: int) -> str:
         """The unit of systemd that a process belongs to."""
-        return os.path.basename(re.search(r"^0::(.*)$", Path(f"/proc/{pid}/cgroup").read_text(), re.M)[1])  # type: ignore[index]
+        return os.path.basename(
+            re.search(r"^0::(.*)$", Path(f"/proc/{pid}/cgroup").read_text(), re.M)[1]
+        )  # type: ignore[index]
 
     def stop(self) -> float:
         """Stop the service as an operator does; how many seconds that took."""
@@ -290,9 +346,15 @@ class ServiceMachine(Machine):
     def leaks(self, token: str) -> list[str]:
         """Where the token can be read that must not be: what systemd and its journal say, processes, the state."""
         secret, places = token.encode(), []
-        for argv in (["systemctl", "show", "*"], ["systemctl", "status", "--all"], ["journalctl", "--no-pager"]):
+        for argv in (
+            ["systemctl", "show", "*"],
+            ["systemctl", "status", "--all"],
+            ["journalctl", "--no-pager"],
+        ):
             places += [" ".join(argv)] if token in self.host.run(argv).stdout else []
-        for path in [path for path in self.host.upper.rglob("*") if path.is_file() and not path.is_symlink()]:
+        for path in [
+            path for path in self.host.upper.rglob("*") if path.is_file() and not path.is_symlink()
+        ]:
             if secret in path.read_bytes() and path != self.host.upper / TOKEN_FILE[1:]:
                 places.append(str(path))
         for pid, line in self.host.processes().items():

@@ -77,13 +77,19 @@ class Demo:
         )
         return done.stdout.strip()
 
-    def attempt(self, host: Host, *argv: str, show: bool = True, **kw: Any) -> subprocess.CompletedProcess[str]:
+    def attempt(
+        self, host: Host, *argv: str, show: bool = True, **kw: Any
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command as `command` does, whatever its status is. Messages are part of what is shown."""
         self.screen.say(f"[{host.directory.name}] $ {' '.join(argv)}")
         if show:
             kw.setdefault("stderr", subprocess.STDOUT)
         process = host.popen(
-            list(argv), cwd=host.directory, text=True, stdout=subprocess.PIPE, **{"stderr": subprocess.PIPE, **kw}
+            list(argv),
+            cwd=host.directory,
+            text=True,
+            stdout=subprocess.PIPE,
+            **{"stderr": subprocess.PIPE, **kw},
         )
         if not show:
             out, err = process.communicate(timeout=SECONDS)
@@ -92,11 +98,18 @@ class Demo:
         for line in process.stdout or ():
             lines.append(line)
             self.screen.say(f"  {line.rstrip()}")
-        return subprocess.CompletedProcess(argv, process.wait(SECONDS), "".join(lines), "".join(lines[-5:]))
+        return subprocess.CompletedProcess(
+            argv, process.wait(SECONDS), "".join(lines), "".join(lines[-5:])
+        )
 
     def serve(self) -> None:
         """Start the workspace."""
-        argv = ["cachix-workspace", "serve", "--listen=127.0.0.1:0", f"--data={self.workspace.directory / 'data'}"]
+        argv = [
+            "cachix-workspace",
+            "serve",
+            "--listen=127.0.0.1:0",
+            f"--data={self.workspace.directory / 'data'}",
+        ]
         self.screen.say(f"[workspace] $ {' '.join(argv)} &")
         program = self.workspace.start("workspace", argv)
         self.url = program.wait_for(r"listening on (http://\S+)")[1].rstrip("/")
@@ -120,16 +133,40 @@ class Demo:
         """Build on CI with nix-build, for real; the store path."""
         switch = self.ci.directory / "switch-to-configuration"
         switch.write_text(nixos_script())
-        words = ["--attr", attribute, "--argstr", "version", version, "--arg", "switch", str(switch), "--no-out-link"]
-        done = self.attempt(self.ci, "nix-build", str(PROJECT / "tests/demo.nix"), *words, show=False)
-        self.screen.say("\n".join(f"  {line}" for line in done.stderr.splitlines() if not line.startswith("  ")))
+        words = [
+            "--attr",
+            attribute,
+            "--argstr",
+            "version",
+            version,
+            "--arg",
+            "switch",
+            str(switch),
+            "--no-out-link",
+        ]
+        done = self.attempt(
+            self.ci, "nix-build", str(PROJECT / "tests/demo.nix"), *words, show=False
+        )
+        self.screen.say(
+            "\n".join(f"  {line}" for line in done.stderr.splitlines() if not line.startswith("  "))
+        )
         expect(done.returncode == 0, "nix-build failed")
         return done.stdout.strip()
 
     def push(self, *paths: str) -> None:
         """Sign closures and push them to the workspace's cache with `nix copy`."""
         target = f"{self.url}/cache/demo?secret-key={self.secret_key}"
-        self.command(self.ci, "nix", "copy", "--to", target, *paths, "--option", "netrc-file", str(self.netrc))
+        self.command(
+            self.ci,
+            "nix",
+            "copy",
+            "--to",
+            target,
+            *paths,
+            "--option",
+            "netrc-file",
+            str(self.netrc),
+        )
 
     def agent(self, token: str) -> Program:
         """Start the agent on the machine."""
@@ -147,7 +184,9 @@ class Demo:
         (self.ci.directory / "deploy.json").write_text(json.dumps(spec, indent=2) + "\n")
         self.screen.say(json.dumps(spec, indent=2))
         argv = ["cachix-deploy", "--host", self.url, "activate", "deploy.json"]
-        return self.attempt(self.ci, *argv, env={"CACHIX_ACTIVATE_TOKEN": self.activate_token}).returncode
+        return self.attempt(
+            self.ci, *argv, env={"CACHIX_ACTIVATE_TOKEN": self.activate_token}
+        ).returncode
 
     def show(self) -> tuple[Optional[str], Optional[str], Optional[str]]:
         """Show what the machine runs; the running system, the profile's and the boot loader's."""
@@ -159,30 +198,46 @@ class Demo:
     def tell(self) -> list[str]:
         """The whole story; its summary."""
         screen = self.screen
-        screen.step("A workspace is started: it holds agents, tokens, deployments, logs and a binary cache.")
+        screen.step(
+            "A workspace is started: it holds agents, tokens, deployments, logs and a binary cache."
+        )
         self.serve()
-        screen.step("A binary cache and two tokens are created: one for CI, one for the machine's agent.")
+        screen.step(
+            "A binary cache and two tokens are created: one for CI, one for the machine's agent."
+        )
         token = self.prepare()
-        screen.step("CI builds version 1 of the machine's system: three store paths, the last marked as NixOS.")
+        screen.step(
+            "CI builds version 1 of the machine's system: three store paths, the last marked as NixOS."
+        )
         first = self.build("1")
         self.command(self.ci, "nix-store", "--query", "--requisites", first)
         screen.step("CI signs the closure and pushes it to the workspace's cache.")
         self.push(first)
-        screen.step("On the machine the agent connects. Nothing was deployed to it yet, its store is empty.")
+        screen.step(
+            "On the machine the agent connects. Nothing was deployed to it yet, its store is empty."
+        )
         agent = self.agent(token)
         self.show()
         screen.step("CI deploys version 1 and follows the log.")
         expect(self.deploy(first) == 0, "the first deployment should have succeeded")
         expect(self.show() == (first,) * 3, "the machine should run and boot version 1")
         self.command(self.machine, "/run/current-system/sw/bin/web-server")
-        screen.step("CI deploys version 2 with a rollback script that finds it unhealthy: the machine must come back.")
+        screen.step(
+            "CI deploys version 2 with a rollback script that finds it unhealthy: the machine must come back."
+        )
         second, script = self.build("2"), self.build("2", "healthCheck")
         self.push(second, script)
         expect(self.deploy(second, script) == 1, "`activate` should have ended with status 1")
-        expect(self.show() == (first,) * 3, "the machine should be back on version 1, running and to boot")
+        expect(
+            self.show() == (first,) * 3,
+            "the machine should be back on version 1, running and to boot",
+        )
         self.command(self.machine, "/run/current-system/sw/bin/web-server")
         wanted = [("test", first), ("boot", first), ("test", second), ("test", first)]
-        expect(self.machine.record() == wanted, f"the machine was asked for something else: {self.machine.record()}")
+        expect(
+            self.machine.record() == wanted,
+            f"the machine was asked for something else: {self.machine.record()}",
+        )
         screen.step("The agent is asked to stop.")
         expect(agent.stop() == 0, f"the agent should have ended with status 0:\n{agent.text()}")
         done = [f"  {action:16}{short(path)}" for action, path in self.machine.record()]
@@ -191,7 +246,9 @@ class Demo:
 
 def write_secret(path: Path, text: str) -> None:
     """Write a file that only its owner can read."""
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+    with open(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+    ) as file:
         file.write(text)
 
 
@@ -208,27 +265,38 @@ def clear(directory: Path) -> None:
 def three_hosts() -> Iterator[list[Host]]:
     """The hosts of the demonstration; they end with all that runs in them."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(Host(DIRECTORY / name)) for name in ("workspace", "ci", "machine")]
+        yield [
+            stack.enter_context(Host(DIRECTORY / name)) for name in ("workspace", "ci", "machine")
+        ]
 
 
 def main() -> int:
     """Tell the story; the exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     screen = Screen()
-    print("cachix-deploy on this machine: a workspace, a CI server and a machine to deploy to, all below build/run.")
+    print(
+        "cachix-deploy on this machine: a workspace, a CI server and a machine to deploy to, all below build/run."
+    )
     try:
         clear(DIRECTORY)
         with three_hosts() as hosts:
             summary = Demo(screen, *hosts).tell()
     except (Unexpected, AssertionError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-        print(f"\nerror: {error}\n(what the programs said is below {DIRECTORY.relative_to(PROJECT)})", file=sys.stderr)
+        print(
+            f"\nerror: {error}\n(what the programs said is below {DIRECTORY.relative_to(PROJECT)})",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         return 130
     screen.step("Summary")
     screen.say("\n".join(summary))
-    screen.say("Version 1 was deployed, checked and committed. Version 2 ran, failed its check and was rolled back:")
-    screen.say("it was never made the system to boot. All processes have ended; what they wrote is in build/run.")
+    screen.say(
+        "Version 1 was deployed, checked and committed. Version 2 ran, failed its check and was rolled back:"
+    )
+    screen.say(
+        "it was never made the system to boot. All processes have ended; what they wrote is in build/run."
+    )
     screen.say(f"This took {time.monotonic() - screen.begin:.1f} s.")
     return 0
 

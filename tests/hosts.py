@@ -83,7 +83,9 @@ def command(name: str) -> list[str]:
     installed = Path(sys.executable).parent / name
     if installed.exists():
         return [str(installed)]
-    module = {"cachix-workspace": ["-m", "workspace"]}.get(name, [str(PROJECT / "cachix_deploy.py")])
+    module = {"cachix-workspace": ["-m", "cachix_workspace"]}.get(
+        name, [str(PROJECT / "cachix_deploy.py")]
+    )
     return [sys.executable, *module]
 
 
@@ -91,7 +93,10 @@ def clean_environment(directory: Path) -> dict[str, str]:
     """What a program needs that is to see nothing of the developer's own: `directory` is its home and all."""
     path = [str(Path(sys.executable).parent), *os.environ.get("PATH", os.defpath).split(":")]
     own = {name: str(directory / name.lower()) for name in ("HOME", "TMPDIR")}
-    xdg = {f"XDG_{name}_HOME": str(directory / "home" / name.lower()) for name in ("CACHE", "STATE", "CONFIG", "DATA")}
+    xdg = {
+        f"XDG_{name}_HOME": str(directory / "home" / name.lower())
+        for name in ("CACHE", "STATE", "CONFIG", "DATA")
+    }
     names = {"USER": "root", "LOGNAME": "root", "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
     for place in (*own.values(), *xdg.values()):
         os.makedirs(place, exist_ok=True)
@@ -101,10 +106,14 @@ def clean_environment(directory: Path) -> dict[str, str]:
 class Program:
     """A process that runs beside the test, with all its output in one file."""
 
-    def __init__(self, argv: list[str], output: Path, start: Callable[..., subprocess.Popen[Any]], **kw: Any) -> None:
+    def __init__(
+        self, argv: list[str], output: Path, start: Callable[..., subprocess.Popen[Any]], **kw: Any
+    ) -> None:
         self.argv, self.output = argv, output
         with open(output, "ab") as file:
-            self.process = start(argv, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **kw)
+            self.process = start(
+                argv, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, **kw
+            )
 
     @property
     def pid(self) -> int:
@@ -123,8 +132,14 @@ class Program:
             if found:
                 return found
             if ended or time.monotonic() > deadline:
-                why = f"ended with status {self.process.returncode}" if ended else f"ran for {timeout:.0f} s"
-                raise AssertionError(f"{self.argv} {why} without printing {pattern!r}, but:\n{self.text()[-4000:]}")
+                why = (
+                    f"ended with status {self.process.returncode}"
+                    if ended
+                    else f"ran for {timeout:.0f} s"
+                )
+                raise AssertionError(
+                    f"{self.argv} {why} without printing {pattern!r}, but:\n{self.text()[-4000:]}"
+                )
             time.sleep(0.005)
 
     def wait(self, timeout: float = 30.0) -> int:
@@ -132,7 +147,9 @@ class Program:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"{self.argv} did not end in {timeout:.0f} s:\n{self.text()[-4000:]}") from None
+            raise AssertionError(
+                f"{self.argv} did not end in {timeout:.0f} s:\n{self.text()[-4000:]}"
+            ) from None
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -173,7 +190,10 @@ class Host:
         for name in ("nix", "run", "state", "etc"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         (self.directory / "etc/nix.conf").write_text(NIX_CONF)
-        more = {"NIX_CONF_DIR": str(self.directory / "etc"), "STATE_DIRECTORY": str(self.directory / "state")}
+        more = {
+            "NIX_CONF_DIR": str(self.directory / "etc"),
+            "STATE_DIRECTORY": str(self.directory / "state"),
+        }
         self.environment = {**clean_environment(self.directory), **more}
         self.state = self.directory / "state"
         self.boot()
@@ -193,13 +213,25 @@ class Host:
         if default is not None:
             os.symlink(default, self.path(CURRENT_SYSTEM))
         user = ["--user", "--map-root-user"] if self.user_namespace else []
-        argv = ["unshare", *user, "--mount", "--propagation", "private", "/bin/sh", "-c", MOUNTS, str(self.directory)]
+        argv = [
+            "unshare",
+            *user,
+            "--mount",
+            "--propagation",
+            "private",
+            "/bin/sh",
+            "-c",
+            MOUNTS,
+            str(self.directory),
+        ]
         argv += [sys.executable, "-I", "-S", "-c", HOLDER]
         kw: dict[str, Any] = {"cwd": "/", "env": self.environment, "start_new_session": True}
         self.holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **kw)
         assert self.holder.stdout is not None
         if self.holder.stdout.readline() != b"ready\n":
-            raise RuntimeError("this machine does not let tests make mount namespaces (unshare failed, see above)")
+            raise RuntimeError(
+                "this machine does not let tests make mount namespaces (unshare failed, see above)"
+            )
 
     def close(self) -> None:
         """End all that runs in it, by SIGKILL: as a power loss would, but for what the disk holds."""
@@ -222,10 +254,19 @@ class Host:
         """The command lines of all that runs in this host, by process id."""
         assert self.holder is not None
         mine, found = os.readlink(f"/proc/{self.holder.pid}/ns/mnt"), {}
-        for pid in [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != self.holder.pid]:
+        for pid in [
+            int(name)
+            for name in os.listdir("/proc")
+            if name.isdigit() and int(name) != self.holder.pid
+        ]:
             with contextlib.suppress(OSError):
                 if os.readlink(f"/proc/{pid}/ns/mnt") == mine:
-                    found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found[pid] = (
+                        Path(f"/proc/{pid}/cmdline")
+                        .read_bytes()
+                        .replace(b"\0", b" ")
+                        .decode(errors="replace")
+                    )
         return found
 
     # --- running things ---
@@ -238,14 +279,24 @@ class Host:
         return ["nsenter", *user, f"--mount={place}/mnt", f"--wd={cwd}", "--"]
 
     def popen(
-        self, argv: list[str], env: Optional[dict[str, str]] = None, cwd: Union[str, Path] = "/", **kw: Any
+        self,
+        argv: list[str],
+        env: Optional[dict[str, str]] = None,
+        cwd: Union[str, Path] = "/",
+        **kw: Any,
     ) -> subprocess.Popen[Any]:
         """Start a command in the host; `env` is added to the host's environment. Its pid is the command's own."""
         kw.setdefault("stdin", subprocess.DEVNULL)
-        return subprocess.Popen([*self.enter(cwd), *argv], env={**self.environment, **(env or {})}, **kw)
+        return subprocess.Popen(
+            [*self.enter(cwd), *argv], env={**self.environment, **(env or {})}, **kw
+        )
 
     def run(
-        self, argv: list[str], timeout: float = 60.0, env: Optional[dict[str, str]] = None, **kw: Any
+        self,
+        argv: list[str],
+        timeout: float = 60.0,
+        env: Optional[dict[str, str]] = None,
+        **kw: Any,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in the host to its end; status, stdout and stderr. Never raises for a status."""
         process = self.popen(argv, env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
@@ -264,11 +315,17 @@ class Host:
         assert done.returncode == 0, f"{argv} ended with status {done.returncode}:\n{done.stderr}"
         return done.stdout
 
-    def start(self, name: str, argv: list[str], env: Optional[dict[str, str]] = None, **kw: Any) -> Program:
+    def start(
+        self, name: str, argv: list[str], env: Optional[dict[str, str]] = None, **kw: Any
+    ) -> Program:
         """Start a program in the host, with its output in the file NAME.out of the host's directory."""
-        return Program(argv, self.directory / f"{name}.out", lambda a, **k: self.popen(a, env, **k), **kw)
+        return Program(
+            argv, self.directory / f"{name}.out", lambda a, **k: self.popen(a, env, **k), **kw
+        )
 
-    def agent(self, name: str, url: str, token: str, *args: str, env: Optional[dict[str, str]] = None) -> Program:
+    def agent(
+        self, name: str, url: str, token: str, *args: str, env: Optional[dict[str, str]] = None
+    ) -> Program:
         """Start `cachix-deploy agent NAME` (`args` follow it) for the workspace at `url`."""
         argv = [*command("cachix-deploy"), "--host", url, "agent", name, *args]
         return self.start(f"agent-{name}", argv, {"CACHIX_AGENT_TOKEN": token, **(env or {})})
@@ -286,7 +343,9 @@ class Host:
             if os.path.dirname(link) == "/nix/store":
                 return link
             try:
-                link = os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(self.path(link))))
+                link = os.path.normpath(
+                    os.path.join(os.path.dirname(link), os.readlink(self.path(link)))
+                )
             except OSError:
                 return None
         return None
@@ -301,18 +360,31 @@ class Host:
 
     def current_home(self) -> Optional[str]:
         """The home-manager generation whose activation ended last."""
-        return self.target(f"{self.environment['XDG_STATE_HOME']}/home-manager/gcroots/current-home")
+        return self.target(
+            f"{self.environment['XDG_STATE_HOME']}/home-manager/gcroots/current-home"
+        )
 
     def home_profile(self) -> str:
         """The profile in which home-manager keeps its generations here."""
         own = Path(self.environment["XDG_STATE_HOME"], "nix/profiles")
-        return str(own / "home-manager") if own.is_dir() else "/nix/var/nix/profiles/per-user/root/home-manager"
+        return (
+            str(own / "home-manager")
+            if own.is_dir()
+            else "/nix/var/nix/profiles/per-user/root/home-manager"
+        )
 
     def generations(self, profile: str = SYSTEM) -> dict[int, str]:
         """The generations of a profile and their store paths."""
         directory, name = os.path.split(profile)
-        found = [re.fullmatch(rf"{re.escape(name)}-(\d+)-link", entry) for entry in os.listdir(self.path(directory))]
-        return {int(match[1]): os.readlink(self.path(f"{directory}/{match[0]}")) for match in found if match}
+        found = [
+            re.fullmatch(rf"{re.escape(name)}-(\d+)-link", entry)
+            for entry in os.listdir(self.path(directory))
+        ]
+        return {
+            int(match[1]): os.readlink(self.path(f"{directory}/{match[0]}"))
+            for match in found
+            if match
+        }
 
     def boot_default(self) -> Optional[str]:
         """The system that would boot now."""
@@ -345,7 +417,16 @@ class Host:
 
     def fetch(self, url: str, key: str, *paths: str) -> None:
         """Download closures without an agent."""
-        options = ["--option", "substituters", url, "--option", "trusted-public-keys", key, "--max-jobs", "8"]
+        options = [
+            "--option",
+            "substituters",
+            url,
+            "--option",
+            "trusted-public-keys",
+            key,
+            "--max-jobs",
+            "8",
+        ]
         options += ["--option", "narinfo-cache-negative-ttl", "0"]
         self.output("nix-store", "--realise", *paths, *options)
 

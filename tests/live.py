@@ -32,7 +32,13 @@ class Workspace:
     def serve(self, *args: str, listen: str = "") -> None:
         """Start it, on the same port as before if it ran before."""
         listen = listen or self.url.rpartition("/")[2] or "127.0.0.1:0"
-        argv = [*command("cachix-workspace"), "serve", f"--listen={listen}", f"--data={self.data}", *args]
+        argv = [
+            *command("cachix-workspace"),
+            "serve",
+            f"--listen={listen}",
+            f"--data={self.data}",
+            *args,
+        ]
         kw = {"env": self.environment, "stdin": subprocess.DEVNULL, "cwd": self.directory}
         output = self.directory / f"workspace-{time.monotonic_ns()}.out"
         self.program = Program(argv, output, subprocess.Popen, **kw)
@@ -79,7 +85,10 @@ class Workspace:
 
     def request(self, method: str, path: str, body: Any = None, token: str = "") -> tuple[int, Any]:
         """Status and decoded answer of an HTTP request with the activate token, or another."""
-        headers = {"Authorization": f"Bearer {token or self.token('activate')}", "Content-Type": "application/json"}
+        headers = {
+            "Authorization": f"Bearer {token or self.token('activate')}",
+            "Content-Type": "application/json",
+        }
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers, method=method)
         try:
@@ -94,8 +103,12 @@ class Workspace:
 
     def deploy(self, agent: str, path: str, rollback_script: Optional[str] = None) -> str:
         """Order a deployment; its id."""
-        script = {} if rollback_script is None else {"rollbackScript": {"x86_64-linux": rollback_script}}
-        status, answer = self.request("POST", "/api/v2/deploy/activate", {"agents": {agent: path}, **script})
+        script = (
+            {} if rollback_script is None else {"rollbackScript": {"x86_64-linux": rollback_script}}
+        )
+        status, answer = self.request(
+            "POST", "/api/v2/deploy/activate", {"agents": {agent: path}, **script}
+        )
         assert status == 200, answer
         return str(answer["agents"][agent]["id"])
 
@@ -122,7 +135,9 @@ class Workspace:
         found: list[str] = []
         while True:
             start = offset + len(found)
-            status, answer = self.request("GET", f"/api/v1/deploy/log/{deployment_id}?offset={start}")
+            status, answer = self.request(
+                "GET", f"/api/v1/deploy/log/{deployment_id}?offset={start}"
+            )
             assert status == 200, answer
             if not answer["lines"]:
                 return found

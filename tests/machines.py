@@ -30,7 +30,12 @@ class Machine:
     """An agent on a host of its own."""
 
     def __init__(
-        self, host: Host, workspace: Workspace, name: str, *args: str, env: Optional[dict[str, str]] = None
+        self,
+        host: Host,
+        workspace: Workspace,
+        name: str,
+        *args: str,
+        env: Optional[dict[str, str]] = None,
     ) -> None:
         self.host, self.workspace, self.name = host, workspace, name
         self.args, self.env = args, env
@@ -60,19 +65,32 @@ class Machine:
         """Wait for the end of a deployment."""
         status = self.workspace.wait(deployment_id, timeout)
         reason = self.workspace.deployment(deployment_id).get("reason")
-        return Outcome(deployment_id, status, reason, self.workspace.text(deployment_id), self.host.step(deployment_id))
+        return Outcome(
+            deployment_id,
+            status,
+            reason,
+            self.workspace.text(deployment_id),
+            self.host.step(deployment_id),
+        )
 
-    def deploy(self, path: str, script: Optional[str] = None, push: bool = True, timeout: float = 60.0) -> Outcome:
+    def deploy(
+        self, path: str, script: Optional[str] = None, push: bool = True, timeout: float = 60.0
+    ) -> Outcome:
         """Push, order, and wait for the end."""
         return self.outcome(self.order(path, script, push), timeout)
 
     def journals(self) -> list[dict[str, Any]]:
         """The journals of all deployments that the machine still knows."""
-        return [json.loads(path.read_text()) for path in sorted(self.host.state.glob("deployments/*/journal.json"))]
+        return [
+            json.loads(path.read_text())
+            for path in sorted(self.host.state.glob("deployments/*/journal.json"))
+        ]
 
     def check(self) -> None:
         """What holds after every test: all has ended, a NixOS machine boots what it runs, the token is nowhere."""
-        open_ = [(entry["id"], entry["step"]) for entry in self.journals() if entry["step"] not in FINAL]
+        open_ = [
+            (entry["id"], entry["step"]) for entry in self.journals() if entry["step"] not in FINAL
+        ]
         assert not open_, f"deployments without an end: {open_}"
         if self.host.boot_default() is not None:
             assert self.host.running() == self.host.profile() == self.host.boot_default()
@@ -82,7 +100,11 @@ class Machine:
     def leaks(self, token: str) -> list[str]:
         """Where the token can be read that must not be: files, command lines, environments of what is run."""
         secret, places = token.encode(), []
-        for path in [path for path in self.host.directory.rglob("*") if path.is_file() and not path.is_symlink()]:
+        for path in [
+            path
+            for path in self.host.directory.rglob("*")
+            if path.is_file() and not path.is_symlink()
+        ]:
             with contextlib.suppress(FileNotFoundError):  # it was just replaced
                 if "nix/store" not in str(path) and secret in path.read_bytes():
                     places.append(str(path))

@@ -145,14 +145,18 @@ class Connection:
             self.buffer = self.read(len(self.buffer) + 1) + self.buffer
         head = self.read(self.buffer.index(b"\r\n\r\n") + 4).decode("latin-1")
         first, *rest = head.strip().split("\r\n")
-        headers = {key.lower(): value.strip() for key, _, value in (line.partition(":") for line in rest)}
+        headers = {
+            key.lower(): value.strip() for key, _, value in (line.partition(":") for line in rest)
+        }
         method, path, _ = first.split(" ", 2)
         body = self.read_chunks() if "chunked" in headers.get("transfer-encoding", "") else b""
         body = body or self.read(int(headers.get("content-length", 0)))
         self.path = path
         self.peer.record({"conn": self.number, "event": "http-request", "raw": head})
         if body:
-            self.peer.record({"conn": self.number, "event": "http-body", "body": body.decode("utf-8", "replace")})
+            self.peer.record(
+                {"conn": self.number, "event": "http-body", "body": body.decode("utf-8", "replace")}
+            )
         return Request(method, path, headers, body, head)
 
     def read_chunks(self) -> bytes:
@@ -179,11 +183,18 @@ class Connection:
             key = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
             data = (int.from_bytes(data, "big") ^ key).to_bytes(size, "big")
         kind = OPCODES.get(first & 15, str(first & 15))
-        self.record_frame("C->S", kind, data, bool(first & 128), {"rsv": first >> 4 & 7, "masked": second >> 7})
+        self.record_frame(
+            "C->S", kind, data, bool(first & 128), {"rsv": first >> 4 & 7, "masked": second >> 7}
+        )
         return kind, data, bool(first & 128)
 
     def record_frame(
-        self, direction: str, kind: str, data: bytes, fin: bool, more: Optional[dict[str, int]] = None
+        self,
+        direction: str,
+        kind: str,
+        data: bytes,
+        fin: bool,
+        more: Optional[dict[str, int]] = None,
     ) -> None:
         known: dict[str, Any] = {
             "conn": self.number,
@@ -213,7 +224,9 @@ class Peer:
         self.reports: Optional[str] = None  # "http", or None as Cachix
         self.registers = True  # send AgentRegistered by itself
         self.cancelled: set[str] = set()  # deployments whose status is answered 409
-        self.statuses: dict[str, list[dict[str, Any]]] = {}  # by reports over HTTP, each deployment's in order
+        self.statuses: dict[
+            str, list[dict[str, Any]]
+        ] = {}  # by reports over HTTP, each deployment's in order
         self.logs: dict[str, list[str]] = {}  # lines by either way
         self.answers: list[tuple[str, Callable[[Request], Answer]]] = []
         self.events: list[dict[str, Any]] = []
@@ -225,7 +238,9 @@ class Peer:
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port: int = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self._accept, args=(self.listener,), name="peer", daemon=True).start()
+        threading.Thread(
+            target=self._accept, args=(self.listener,), name="peer", daemon=True
+        ).start()
 
     def __enter__(self) -> Peer:
         return self
@@ -246,7 +261,9 @@ class Peer:
     def restart(self) -> None:
         """Listen again on the same port."""
         self.listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
-        threading.Thread(target=self._accept, args=(self.listener,), name="peer", daemon=True).start()
+        threading.Thread(
+            target=self._accept, args=(self.listener,), name="peer", daemon=True
+        ).start()
 
     def misbehave(self, pattern: str, kind: str, times: int = -1) -> Fault:
         """Treat connections whose path matches badly, so many times. The latest order that matches counts.
@@ -289,7 +306,9 @@ class Peer:
         found: Connection = wait_until(look, timeout, f"a connection to {path}")
         return found
 
-    def deploy(self, store_path: str, script: Optional[str] = None, fragments: int = 1, **more: Any) -> str:
+    def deploy(
+        self, store_path: str, script: Optional[str] = None, fragments: int = 1, **more: Any
+    ) -> str:
         """Send a Deployment to the agent; its id."""
         self._index += 1
         deployment_id = str(more.pop("id", uuid.uuid4()))
@@ -309,14 +328,18 @@ class Peer:
         with self._lock:
             self.events.append({"t": round(time.monotonic() - self._begin, 6), **event})
 
-    def frames(self, path: str = "", kind: str = "", direction: str = "C->S") -> list[dict[str, Any]]:
+    def frames(
+        self, path: str = "", kind: str = "", direction: str = "C->S"
+    ) -> list[dict[str, Any]]:
         """Recorded frames: of paths that begin so, of a kind, of a direction ("" for both)."""
         with self._lock:
             known = [event for event in self.events if "frame" in event]
         return [
             event
             for event in known
-            if is_at(event["path"], path) and kind in ("", event["frame"]) and direction in ("", event["dir"])
+            if is_at(event["path"], path)
+            and kind in ("", event["frame"])
+            and direction in ("", event["dir"])
         ]
 
     def heads(self, path: str = "") -> list[str]:
@@ -329,15 +352,24 @@ class Peer:
         """What came on /ws-deployment: decoded messages of a deployment and a tag."""
         known = [json.loads(frame["payload"]) for frame in self.frames("/ws-deployment", "text")]
         return [
-            one for one in known if deployment_id in ("", one["command"]["id"]) and tag in ("", one["command"]["tag"])
+            one
+            for one in known
+            if deployment_id in ("", one["command"]["id"]) and tag in ("", one["command"]["tag"])
         ]
 
     def finished(self, deployment_id: str, timeout: float = 60.0) -> bool:
         """Wait for the final report of a deployment, by either way; whether it has succeeded."""
 
         def look() -> Optional[list[bool]]:
-            told = [one["command"]["hasSucceeded"] for one in self.messages(deployment_id, "DeploymentFinished")]
-            final = [s["status"] for s in self.statuses.get(deployment_id, []) if s["status"] != "InProgress"]
+            told = [
+                one["command"]["hasSucceeded"]
+                for one in self.messages(deployment_id, "DeploymentFinished")
+            ]
+            final = [
+                s["status"]
+                for s in self.statuses.get(deployment_id, [])
+                if s["status"] != "InProgress"
+            ]
             return told or [status == "Succeeded" for status in final] or None
 
         return bool(wait_until(look, timeout, f"the final report of {deployment_id}")[0])
@@ -360,7 +392,9 @@ class Peer:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection = Connection(self, len(self.connections) + 1, sock)
             self.connections.append(connection)
-            threading.Thread(target=self._serve, args=(connection,), name=f"peer-{number}", daemon=True).start()
+            threading.Thread(
+                target=self._serve, args=(connection,), name=f"peer-{number}", daemon=True
+            ).start()
 
     def _serve(self, connection: Connection) -> None:
         try:
@@ -373,7 +407,9 @@ class Peer:
             connection.end()
 
     def _fault(self, path: str) -> str:
-        fault = next((fault for fault in self.faults if fault.times and re.search(fault.pattern, path)), None)
+        fault = next(
+            (fault for fault in self.faults if fault.times and re.search(fault.pattern, path)), None
+        )
         if fault is None:
             return ""
         fault.times -= 1
@@ -402,7 +438,11 @@ class Peer:
         return True
 
     def _respond(self, connection: Connection, status: int, answer: Any) -> None:
-        body = answer if isinstance(answer, bytes) else json.dumps(answer, separators=(",", ":")).encode()
+        body = (
+            answer
+            if isinstance(answer, bytes)
+            else json.dumps(answer, separators=(",", ":")).encode()
+        )
         location = f"Location: {self.url}/elsewhere\r\n" if 300 <= status < 400 else ""
         head = f"HTTP/1.1 {status} Status\r\n{location}Content-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
@@ -490,7 +530,12 @@ class Peer:
 
 def message(tag: str, contents: dict[str, Any]) -> str:
     """A frame from a workspace to an agent, as Cachix's backend writes it."""
-    frame = {"method": tag, "command": {"tag": tag, "contents": contents}, "agent": None, "id": str(uuid.uuid4())}
+    frame = {
+        "method": tag,
+        "command": {"tag": tag, "contents": contents},
+        "agent": None,
+        "id": str(uuid.uuid4()),
+    }
     return json.dumps(frame, separators=(",", ":"))
 
 
@@ -515,7 +560,9 @@ def shape(value: Any) -> Any:
 def outline(events: list[dict[str, Any]], path: str) -> list[Any]:
     """What a client said on the websockets at a path: the tags and the shapes of its messages, in order."""
     texts = [
-        e["payload"] for e in events if (e.get("dir"), e.get("frame")) == ("C->S", "text") and is_at(e["path"], path)
+        e["payload"]
+        for e in events
+        if (e.get("dir"), e.get("frame")) == ("C->S", "text") and is_at(e["path"], path)
     ]
     records = [json.loads(text) for text in texts]
     return [(record.get("method"), shape(record)) for record in records]
@@ -523,4 +570,7 @@ def outline(events: list[dict[str, Any]], path: str) -> list[Any]:
 
 def transcript(name: str) -> list[dict[str, Any]]:
     """A recorded session of Cachix's client."""
-    return [json.loads(line) for line in (PROJECT / f"tests/transcripts/{name}.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (PROJECT / f"tests/transcripts/{name}.jsonl").read_text().splitlines()
+    ]

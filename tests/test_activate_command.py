@@ -26,11 +26,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cachix_activate
+import cachix_ci
+import cachix_connection
 import cachix_deploy
+import cachix_protocol
 from activate.nix import STORE_PATH
-from cachix_activate import ActivateOptions, activate_command, clean, decode_spec
-from cachix_deploy import Error, Spec, UsageError
+from cachix_ci import ActivateOptions, activate_command, clean, decode_spec
+from cachix_protocol import Error, Spec, UsageError
 
 TRANSCRIPTS = pathlib.Path(__file__).with_name("transcripts")
 ROOT = pathlib.Path(cachix_deploy.__file__).parent
@@ -44,7 +46,11 @@ Step = Union[str, float, int, bytes, threading.Event, None]
 
 def frame(opcode: int, payload: bytes) -> bytes:
     size = len(payload)
-    head = struct.pack("!BB", 0x80 | opcode, size) if size < 126 else struct.pack("!BBQ", 0x80 | opcode, 127, size)
+    head = (
+        struct.pack("!BB", 0x80 | opcode, size)
+        if size < 126
+        else struct.pack("!BBQ", 0x80 | opcode, 127, size)
+    )
     return head + payload
 
 
@@ -54,12 +60,29 @@ class Answer:
     def __init__(self, body: Any = "", status: int = 200, **headers: str) -> None:
         text = body if isinstance(body, (bytes, str)) else json.dumps(body)
         self.body = text if isinstance(text, bytes) else text.encode()
-        self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
+        self.status, self.headers = (
+            status,
+            {name.replace("_", "-"): value for name, value in headers.items()},
+        )
 
 
 def state(status: str, **more: Any) -> Answer:
-    known = {"id": str(uuid.uuid4()), "index": 3, "createdOn": "2026-11-23T19:00:00Z", "startedOn": None}
-    return Answer({**known, "finishedOn": None, "storePath": SYSTEM, "closureSize": None, "status": status, **more})
+    known = {
+        "id": str(uuid.uuid4()),
+        "index": 3,
+        "createdOn": "2026-11-23T19:00:00Z",
+        "startedOn": None,
+    }
+    return Answer(
+        {
+            **known,
+            "finishedOn": None,
+            "storePath": SYSTEM,
+            "closureSize": None,
+            "status": status,
+            **more,
+        }
+    )
 
 
 class Workspace:
@@ -74,7 +97,9 @@ class Workspace:
         made = {agent: {"id": id, "url": f"{URL}/{agent}"} for agent, id in self.ids.items()}
         self.orders: list[Answer] = [Answer({"agents": made})]
         self.old_orders: list[Answer] = [Answer("no such page", 404)]
-        self.states: dict[str, list[Answer]] = {agent: [state("Pending"), state("Succeeded")] for agent in agents}
+        self.states: dict[str, list[Answer]] = {
+            agent: [state("Pending"), state("Succeeded")] for agent in agents
+        }
         self.logs: dict[str, list[list[Step]]] = {agent: [["hello", 1000]] for agent in agents}
         self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
         self.on_state: Callable[[str], None] = lambda status: None
@@ -152,7 +177,10 @@ class Workspace:
     def sent(self) -> list[str]:
         """The requests, each in a word or two."""
         words = {"POST": "order", "GET": "status"}
-        return [f"log of {path[-46:-10]}" if "view" in path else words[method] for method, path, _, _ in self.requests]
+        return [
+            f"log of {path[-46:-10]}" if "view" in path else words[method]
+            for method, path, _, _ in self.requests
+        ]
 
 
 @pytest.fixture
@@ -177,11 +205,18 @@ class Result:
 
 
 @pytest.fixture
-def activate(tmp_path: pathlib.Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def activate(
+    tmp_path: pathlib.Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
     """Run the command in this process, with waits a tenth as long."""
-    for name, value in (("POLL_SECONDS", 0.1), ("QUIET_SECONDS", 0.4), ("PATIENCE", 1.0), ("ORDER_PATIENCE", 0.5)):
-        monkeypatch.setattr(cachix_activate, name, value)
-    monkeypatch.setattr(cachix_activate.random, "uniform", lambda least, most: least / 10)
+    for name, value in (
+        ("POLL_SECONDS", 0.1),
+        ("QUIET_SECONDS", 0.4),
+        ("PATIENCE", 1.0),
+        ("ORDER_PATIENCE", 0.5),
+    ):
+        monkeypatch.setattr(cachix_ci, name, value)
+    monkeypatch.setattr(cachix_ci.random, "uniform", lambda least, most: least / 10)
 
     def run(workspace: Union[Workspace, str], spec: Any = None, **options: Any) -> Result:
         if spec is None and isinstance(workspace, Workspace):
@@ -206,11 +241,22 @@ def activate(tmp_path: pathlib.Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
     return run
 
 
-def command(*arguments: str, host: str = "http://127.0.0.1:1", **environment: str) -> dict[str, Any]:
+def command(
+    *arguments: str, host: str = "http://127.0.0.1:1", **environment: str
+) -> dict[str, Any]:
     """What subprocess needs to run the program itself."""
-    env = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "TERM", "PYTHONIOENCODING")}
-    env.update({"CACHIX_ACTIVATE_TOKEN": TOKEN, "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment})
-    return {"args": [sys.executable, "-m", "cachix_deploy", f"--host={host}", "activate", *arguments], "env": env}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("NO_COLOR", "TERM", "PYTHONIOENCODING")
+    }
+    env.update(
+        {"CACHIX_ACTIVATE_TOKEN": TOKEN, "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment}
+    )
+    return {
+        "args": [sys.executable, "-m", "cachix_deploy", f"--host={host}", "activate", *arguments],
+        "env": env,
+    }
 
 
 # --- what it sends ---------------------------------------------------------------------------------------------------
@@ -230,9 +276,13 @@ def parse_request(raw: str) -> tuple[str, str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("name, status", [("succeeded", 0), ("failed", 1), ("cancelled", 1)])
-def test_requests_are_those_of_cachix(name: str, status: int, workspaces: Any, activate: Any) -> None:
+def test_requests_are_those_of_cachix(
+    name: str, status: int, workspaces: Any, activate: Any
+) -> None:
     events = recorded(name)
-    answers = [event for event in events if event.get("event") == "http-response" and "body" in event]
+    answers = [
+        event for event in events if event.get("event") == "http-response" and "body" in event
+    ]
     body = next(event["body"] for event in events if event.get("event") == "http-body")
     workspace = workspaces("agent1")
     workspace.ids["agent1"] = json.loads(answers[0]["body"])["agents"]["agent1"]["id"]
@@ -244,14 +294,25 @@ def test_requests_are_those_of_cachix(name: str, status: int, workspaces: Any, a
     result = activate(workspace, json.loads(body))
 
     assert result.status == status
-    assert result.log == [f"agent1 | {line}" for line in workspace.logs["agent1"][0]][: len(result.log)]
+    assert (
+        result.log
+        == [f"agent1 | {line}" for line in workspace.logs["agent1"][0]][: len(result.log)]
+    )
     assert bool(result.log) == (name != "cancelled")
-    theirs = [parse_request(event["raw"]) for event in events if event.get("event") == "http-request"]
+    theirs = [
+        parse_request(event["raw"]) for event in events if event.get("event") == "http-request"
+    ]
     ours = workspace.requests
-    assert [(method, path) for method, path, _, _ in ours] == [(method, path) for method, path, _ in theirs]
+    assert [(method, path) for method, path, _, _ in ours] == [
+        (method, path) for method, path, _ in theirs
+    ]
     assert ours[0][3] == body.encode()
     for (_, path, mine, _), (_, _, recorded_headers) in zip(ours, theirs):
-        for key in ("Authorization", "Content-Type", *(("Upgrade", "Connection") if "view" in path else ())):
+        for key in (
+            "Authorization",
+            "Content-Type",
+            *(("Upgrade", "Connection") if "view" in path else ()),
+        ):
             assert mine.get(key) == recorded_headers.get(key)
         assert not {"name", "version", "system", "Origin", "Sec-WebSocket-Extensions"} & set(mine)
 
@@ -274,10 +335,16 @@ def test_async_starts_and_does_not_wait(workspaces: Any, activate: Any) -> None:
 def test_v1_of_the_api_can_only_start(workspaces: Any, activate: Any) -> None:
     for asynchronous, status in ((True, 0), (False, 1)):
         workspace = workspaces()
-        workspace.orders, workspace.old_orders = [Answer("", 404)], [Answer({"agents": {"web": URL}})]
+        workspace.orders, workspace.old_orders = (
+            [Answer("", 404)],
+            [Answer({"agents": {"web": URL}})],
+        )
         result = activate(workspace, asynchronous=asynchronous)
         assert result.status == status and URL in result.out
-        assert [path for _, path, _, _ in workspace.requests] == ["/api/v2/deploy/activate", "/api/v1/deploy/activate"]
+        assert [path for _, path, _, _ in workspace.requests] == [
+            "/api/v2/deploy/activate",
+            "/api/v1/deploy/activate",
+        ]
         assert ("v1 of its API" in result.err) is not asynchronous
 
 
@@ -287,7 +354,9 @@ def test_v1_of_the_api_can_only_start(workspaces: Any, activate: Any) -> None:
 def test_the_summary_has_a_line_for_each_agent(workspaces: Any, activate: Any) -> None:
     workspace = workspaces("web", "db", "mail")
     known = {"startedOn": "2026-11-23T19:00:00.5Z", "closureSize": 3 << 29}
-    workspace.states["web"] = [state("Succeeded", finishedOn="2026-11-23T19:00:12.734567891Z", **known)]
+    workspace.states["web"] = [
+        state("Succeeded", finishedOn="2026-11-23T19:00:12.734567891Z", **known)
+    ]
     workspace.states["db"] = [state("Failed", finishedOn="2026-11-23T20:01:00Z", **known)]
     workspace.states["mail"] = [state("Cancelled")]
     result = activate(workspace)
@@ -305,7 +374,9 @@ def test_the_summary_has_a_line_for_each_agent(workspaces: Any, activate: Any) -
     ("Successfully activated the deployment.", "Failed", 1),
     ("Failed to activate the deployment. It says.", "Succeeded", 0),
 ])  # fmt: skip
-def test_the_status_counts_and_not_the_log(line: str, status: str, code: int, workspaces: Any, activate: Any) -> None:
+def test_the_status_counts_and_not_the_log(
+    line: str, status: str, code: int, workspaces: Any, activate: Any
+) -> None:
     workspace = workspaces()
     workspace.logs["web"] = [[line, 1000]]
     workspace.states["web"] = [state("InProgress"), state("InProgress"), state(status)]
@@ -316,7 +387,7 @@ def test_the_status_counts_and_not_the_log(line: str, status: str, code: int, wo
 def test_it_ends_at_once_when_the_workspace_closes_the_log(
     workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cachix_activate, "POLL_SECONDS", 5.0)
+    monkeypatch.setattr(cachix_ci, "POLL_SECONDS", 5.0)
     workspace = workspaces()
     assert activate(workspace).seconds < 1
     assert workspace.sent() == ["order", "status", f"log of {workspace.ids['web']}", "status"]
@@ -327,7 +398,10 @@ def test_the_rest_of_the_log_is_shown_after_the_end(workspaces: Any, activate: A
     workspace = workspaces()
     workspace.on_state = lambda body: ended.set() if "Succeeded" in body else None
     workspace.logs["web"] = [["before", ended, *map(str, range(5000)), 1000]]
-    assert activate(workspace).log == ["web | before", *(f"web | {number}" for number in range(5000))]
+    assert activate(workspace).log == [
+        "web | before",
+        *(f"web | {number}" for number in range(5000)),
+    ]
 
 
 def test_a_log_that_is_never_closed_ends_by_its_silence(workspaces: Any, activate: Any) -> None:
@@ -338,12 +412,23 @@ def test_a_log_that_is_never_closed_ends_by_its_silence(workspaces: Any, activat
 
 
 @pytest.mark.parametrize("end", [None, 1012, 1011], ids=["eof", "1012", "1011"])
-def test_a_log_that_breaks_is_resumed_without_repetition(end: Step, workspaces: Any, activate: Any) -> None:
+def test_a_log_that_breaks_is_resumed_without_repetition(
+    end: Step, workspaces: Any, activate: Any
+) -> None:
     workspace = workspaces()
-    workspace.logs["web"] = [["a", "a", end], ["a", end], ["a", "a", "b", end], ["a", "a", "b", "c", 1000]]
+    workspace.logs["web"] = [
+        ["a", "a", end],
+        ["a", end],
+        ["a", "a", "b", end],
+        ["a", "a", "b", "c", 1000],
+    ]
     workspace.states["web"] = [state("InProgress")]
     workspace.on_state = lambda _: workspace.states.update(
-        web=[state("Succeeded" if sum("log" in word for word in workspace.sent()) > 3 else "InProgress")]
+        web=[
+            state(
+                "Succeeded" if sum("log" in word for word in workspace.sent()) > 3 else "InProgress"
+            )
+        ]
     )
     result = activate(workspace)
     assert result.status == 0 and result.log == ["web | a", "web | a", "web | b", "web | c"]
@@ -353,7 +438,11 @@ def test_a_log_that_breaks_after_the_end_is_completed(workspaces: Any, activate:
     ended = threading.Event()
     workspace = workspaces()
     workspace.on_state = lambda body: ended.set() if "Succeeded" in body else None
-    workspace.logs["web"] = [["a", ended, "b", None], ["a", "b", "c", None], ["a", "b", "c", "d", None]]
+    workspace.logs["web"] = [
+        ["a", ended, "b", None],
+        ["a", "b", "c", None],
+        ["a", "b", "c", "d", None],
+    ]
     result = activate(workspace)
     assert result.log == ["web | a", "web | b", "web | c", "web | d"]
 
@@ -376,9 +465,9 @@ def test_a_log_that_can_not_be_had_does_not_matter(workspaces: Any, activate: An
 def test_a_status_that_can_not_be_had_is_asked_for_again(
     busy: list[Answer], workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cachix_activate, "PATIENCE", 60.0)
+    monkeypatch.setattr(cachix_ci, "PATIENCE", 60.0)
     pauses: list[float] = []
-    monkeypatch.setattr(cachix_activate.time, "sleep", pauses.append)
+    monkeypatch.setattr(cachix_ci.time, "sleep", pauses.append)
     workspace = workspaces()
     workspace.states["web"] = [state("Pending"), *busy, state("Succeeded")]
     result = activate(workspace)
@@ -392,20 +481,32 @@ def test_a_workspace_that_goes_away_ends_it_after_a_minute(
     workspace = workspaces("web", "db")
     workspace.states["db"] = [state("Succeeded")]
     workspace.states["web"] = [state("InProgress"), Answer("<h1>Bad gateway</h1>", 502)]
-    monkeypatch.setattr(cachix_activate.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.3)))
+    monkeypatch.setattr(
+        cachix_ci.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.3))
+    )
     result = activate(workspace)
     assert result.status == 69 and result.seconds < 3
-    assert f"no answer for 1 s, the deployments go on unseen: {workspace.host} answered HTTP 502\n" in result.err
+    assert (
+        f"no answer for 1 s, the deployments go on unseen: {workspace.host} answered HTTP 502\n"
+        in result.err
+    )
     assert "web  InProgress" in result.out and "db   Succeeded" in result.out
 
 
 def test_one_deployment_without_answers_does_not_hide_the_others(
     workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cachix_activate.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.3)))
+    monkeypatch.setattr(
+        cachix_ci.time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.3))
+    )
     workspace = workspaces("web", "db")
     workspace.states["web"] = [Answer("", 500)]
-    workspace.states["db"] = [state("Pending"), state("InProgress"), state("InProgress"), state("Succeeded")]
+    workspace.states["db"] = [
+        state("Pending"),
+        state("InProgress"),
+        state("InProgress"),
+        state("Succeeded"),
+    ]
     result = activate(workspace)
     assert result.status == 69 and "db   Succeeded" in result.out and "web  Unknown" in result.out
 
@@ -430,8 +531,15 @@ def test_the_timeout_says_what_is_not_done(workspaces: Any, activate: Any) -> No
     workspace.logs["db"] = [["working"]]
     result = activate(workspace, timeout=0.6)
     assert result.status == 1 and 0.5 < result.seconds < 2
-    assert "gave up waiting at the --timeout: web is Pending, db is InProgress; the deployments go on" in result.err
-    assert "mail  Succeeded" in result.out and "db    InProgress" in result.out and "db   | working" in result.log
+    assert (
+        "gave up waiting at the --timeout: web is Pending, db is InProgress; the deployments go on"
+        in result.err
+    )
+    assert (
+        "mail  Succeeded" in result.out
+        and "db    InProgress" in result.out
+        and "db   | working" in result.log
+    )
 
 
 def test_many_agents_at_once_keep_their_lines_whole(workspaces: Any, activate: Any) -> None:
@@ -442,7 +550,10 @@ def test_many_agents_at_once_keep_their_lines_whole(workspaces: Any, activate: A
     result = activate(workspace)
     assert result.status == 0 and len(result.log) == 2000
     for name in names:
-        expected = [f"{name:7} | {line}" for line in [f"{name} {number} {'x' * 200}" for number in range(100)]]
+        expected = [
+            f"{name:7} | {line}"
+            for line in [f"{name} {number} {'x' * 200}" for number in range(100)]
+        ]
         assert [line for line in result.log if line.startswith(f"{name} ")] == expected
 
 
@@ -471,9 +582,14 @@ def test_many_agents_at_once_keep_their_lines_whole(workspaces: Any, activate: A
     (Answer("", 429, Retry_After="3600"), 69, "answered HTTP 429"),
 ])  # fmt: skip
 def test_an_order_that_is_not_taken(
-    answer: Answer, status: int, sentence: str, workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch
+    answer: Answer,
+    status: int,
+    sentence: str,
+    workspaces: Any,
+    activate: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cachix_activate, "PATIENCE", 0.0)
+    monkeypatch.setattr(cachix_ci, "PATIENCE", 0.0)
     workspace = workspaces()
     workspace.orders = [answer]
     result = activate(workspace)
@@ -484,19 +600,24 @@ def test_an_order_that_is_not_taken(
 def test_an_order_is_repeated_while_the_workspace_restarts(
     workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cachix_activate, "PATIENCE", 60.0)
-    monkeypatch.setattr(cachix_activate.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cachix_ci, "PATIENCE", 60.0)
+    monkeypatch.setattr(cachix_ci.time, "sleep", lambda seconds: None)
     workspace = workspaces()
     workspace.orders = [Answer("", 503), Answer("", 429, Retry_After="7"), *workspace.orders]
     result = activate(workspace)
     assert result.status == 0
-    assert "HTTP 503; trying again in 1 s" in result.err and "HTTP 429; trying again in 7 s" in result.err
+    assert (
+        "HTTP 503; trying again in 1 s" in result.err
+        and "HTTP 429; trying again in 7 s" in result.err
+    )
 
 
 def test_nobody_listens(activate: Any) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        result = activate(f"http://127.0.0.1:{listener.getsockname()[1]}", {"agents": {"web": SYSTEM}})
+        result = activate(
+            f"http://127.0.0.1:{listener.getsockname()[1]}", {"agents": {"web": SYSTEM}}
+        )
     assert result.status == 69 and "Connection refused" in result.err
 
 
@@ -534,15 +655,28 @@ def test_a_file_that_is_wrong(raw: bytes, sentence: str, activate: Any) -> None:
 
 def test_all_values_that_are_no_store_paths_are_listed(activate: Any) -> None:
     agents = {"web": "result", "db": SYSTEM, "mail": None, "cd": f"{SYSTEM}/bin/x", "opt": "--help"}
-    result = activate("http://127.0.0.1:1", {"agents": agents, "rollbackScript": {"x86_64-linux": "/bin/sh"}})
+    result = activate(
+        "http://127.0.0.1:1", {"agents": agents, "rollbackScript": {"x86_64-linux": "/bin/sh"}}
+    )
     assert result.status == 1
-    assert 'agents.web is "result", agents.mail is null, ' in result.err and 'agents.opt is "--help", ' in result.err
-    assert 'rollbackScript.x86_64-linux is "/bin/sh"' in result.err and "agents.db" not in result.err
+    assert (
+        'agents.web is "result", agents.mail is null, ' in result.err
+        and 'agents.opt is "--help", ' in result.err
+    )
+    assert (
+        'rollbackScript.x86_64-linux is "/bin/sh"' in result.err and "agents.db" not in result.err
+    )
 
 
 def test_an_unknown_agent_lists_those_that_are_known(activate: Any) -> None:
-    result = activate("http://127.0.0.1:1", {"agents": {"web": SYSTEM, "db": SYSTEM}}, agents=("wbe", "web", "x"))
-    assert result.status == 64 and "no agent wbe, x in " in result.err and "which has db, web" in result.err
+    result = activate(
+        "http://127.0.0.1:1", {"agents": {"web": SYSTEM, "db": SYSTEM}}, agents=("wbe", "web", "x")
+    )
+    assert (
+        result.status == 64
+        and "no agent wbe, x in " in result.err
+        and "which has db, web" in result.err
+    )
 
 
 def test_files_that_can_not_be_read(activate: Any, tmp_path: pathlib.Path) -> None:
@@ -552,7 +686,10 @@ def test_files_that_can_not_be_read(activate: Any, tmp_path: pathlib.Path) -> No
 
 
 def test_an_unknown_key_is_told(workspaces: Any, activate: Any) -> None:
-    result = activate(workspaces(), b'\xef\xbb\xbf{"agents": {"web": "%s"}, "rolbackScript": {}}' % SYSTEM.encode())
+    result = activate(
+        workspaces(),
+        b'\xef\xbb\xbf{"agents": {"web": "%s"}, "rolbackScript": {}}' % SYSTEM.encode(),
+    )
     assert result.status == 0 and 'unknown key, which is ignored: "rolbackScript"' in result.err
 
 
@@ -561,10 +698,17 @@ def test_a_host_that_is_none(activate: Any) -> None:
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([SYSTEM, SCRIPT]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from([SYSTEM, SCRIPT]),
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["agents", "rollbackScript", "web"]) | st.text(), inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["agents", "rollbackScript", "web"]) | st.text(), inner, max_size=4
+        )
     ),
     max_leaves=10,
 )
@@ -589,7 +733,9 @@ entries = st.dictionaries(names, st.from_regex(STORE_PATH, fullmatch=True), max_
 
 @settings(max_examples=100, deadline=None)
 @given(entries.filter(bool), entries)
-def test_every_good_spec_comes_back_as_it_was(agents: dict[str, str], scripts: dict[str, str]) -> None:
+def test_every_good_spec_comes_back_as_it_was(
+    agents: dict[str, str], scripts: dict[str, str]
+) -> None:
     spec = Spec(agents, scripts)
     assert decode_spec(json.dumps(spec.to_json()).encode(), "x") == spec
 
@@ -614,21 +760,36 @@ def test_what_is_left_of_escape_sequences(text: str, plain: str, coloured: str) 
 @given(st.text(st.sampled_from("\x1b[]m;0123?PX^_\\\x07\x9b\x9d\r\nabcJ") | st.characters()))
 def test_nothing_that_moves_the_cursor_is_left(text: str) -> None:
     assert not re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", clean(text))
-    assert not re.search(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", re.sub(r"\x1b\[[0-9;:]*m", "", clean(text, True)))
+    assert not re.search(
+        r"[\x00-\x08\x0a-\x1f\x7f-\x9f]", re.sub(r"\x1b\[[0-9;:]*m", "", clean(text, True))
+    )
 
 
 def test_cleaning_takes_linear_time() -> None:
     begin = time.monotonic()
-    for text in ("\x1b]" * 100_000, "\x1b[" + "1" * 500_000, "\x1bP" + "x" * 500_000, "\x1b[ " * 100_000):
+    for text in (
+        "\x1b]" * 100_000,
+        "\x1b[" + "1" * 500_000,
+        "\x1bP" + "x" * 500_000,
+        "\x1b[ " * 100_000,
+    ):
         clean(text)
     assert time.monotonic() - begin < 2
 
 
 def test_progress_bars_and_odd_text(workspaces: Any, activate: Any) -> None:
     workspace = workspaces()
-    workspace.logs["web"] = [["10%\r20%\r", "", "\ud800\u00fc", "\x1b[31mred\x1b[0m\x1b[2K", "x" * 200_000, 1000]]
+    workspace.logs["web"] = [
+        ["10%\r20%\r", "", "\ud800\u00fc", "\x1b[31mred\x1b[0m\x1b[2K", "x" * 200_000, 1000]
+    ]
     result = activate(workspace)
-    assert result.log == ["web | 10%", "web | 20%", "web | \\ud800\u00fc", "web | red", "web | " + "x" * 200_000]
+    assert result.log == [
+        "web | 10%",
+        "web | 20%",
+        "web | \\ud800\u00fc",
+        "web | red",
+        "web | " + "x" * 200_000,
+    ]
     assert "web |" in result.lines
 
 
@@ -644,7 +805,9 @@ def test_colours_on_a_terminal_only(no_colour: str, workspaces: Any, spec_file: 
     workspace = workspaces()
     workspace.logs["web"] = [["\x1b[31mred\x1b[0m\x1b[2J", 1000]]
     leader, follower = pty.openpty()
-    with subprocess.Popen(**command(spec_file, host=workspace.host, NO_COLOR=no_colour), stdout=follower) as process:
+    with subprocess.Popen(
+        **command(spec_file, host=workspace.host, NO_COLOR=no_colour), stdout=follower
+    ) as process:
         os.close(follower)
         shown = b""
         with contextlib.suppress(OSError):
@@ -662,7 +825,10 @@ def test_a_terminal_that_only_knows_ascii(workspaces: Any, spec_file: str) -> No
     workspace.logs["web"] = [["\u00fc \u2713", 1000]]
     spec = pathlib.Path(spec_file).read_bytes()
     done = subprocess.run(
-        **command("-", host=workspace.host, PYTHONIOENCODING="ascii"), input=spec, capture_output=True, timeout=20
+        **command("-", host=workspace.host, PYTHONIOENCODING="ascii"),
+        input=spec,
+        capture_output=True,
+        timeout=20,
     )
     assert done.returncode == 0 and b"web | \\xfc \\u2713\n" in done.stdout and done.stderr == b""
 
@@ -672,8 +838,12 @@ def test_a_broken_pipe_ends_quietly(workspaces: Any, spec_file: str) -> None:
     workspace.states["web"] = [state("InProgress")]
     closed = threading.Event()
     workspace.logs["web"] = [["one", closed, *map(str, range(100))]]
-    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}  # CI may ignore it
-    with subprocess.Popen(**command(spec_file, host=workspace.host), **heeds, stdout=-1, stderr=-1) as process:
+    heeds = {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    }  # CI may ignore it
+    with subprocess.Popen(
+        **command(spec_file, host=workspace.host), **heeds, stdout=-1, stderr=-1
+    ) as process:
         assert process.stdout and process.stderr
         while not process.stdout.readline().startswith(b"web | one"):
             pass
@@ -686,8 +856,12 @@ def test_interrupted(workspaces: Any, spec_file: str) -> None:
     workspace = workspaces()
     workspace.states["web"] = [state("InProgress")]
     workspace.logs["web"] = [["one"]]
-    heeds = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}  # CI may ignore it
-    with subprocess.Popen(**command(spec_file, host=workspace.host), **heeds, stdout=-1, stderr=-1) as process:
+    heeds = {
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
+    }  # CI may ignore it
+    with subprocess.Popen(
+        **command(spec_file, host=workspace.host), **heeds, stdout=-1, stderr=-1
+    ) as process:
         assert process.stdout and process.stderr
         while not process.stdout.readline().startswith(b"web | one"):
             pass
@@ -701,7 +875,9 @@ def test_the_program_says_what_is_wrong(spec_file: str) -> None:
     done = subprocess.run(**command("missing.json"), capture_output=True, text=True, timeout=20)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "error: missing.json can't be read: No such file or directory\n"
-    done = subprocess.run(**command(spec_file, "--agent=x", CACHIX_ACTIVATE_TOKEN=""), capture_output=True, timeout=20)
+    done = subprocess.run(
+        **command(spec_file, "--agent=x", CACHIX_ACTIVATE_TOKEN=""), capture_output=True, timeout=20
+    )
     assert done.returncode == 64 and b"CACHIX_ACTIVATE_TOKEN" in done.stderr
 
 
@@ -717,15 +893,19 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str,
     data = f"--data={tmp_path / 'data'}"
 
     def workspace(*arguments: str) -> list[str]:
-        return [sys.executable, "-m", "workspace", *arguments, data]
+        return [sys.executable, "-m", "cachix_workspace", *arguments, data]
 
     tokens = [
-        subprocess.run(workspace("token", "create", kind), env=env, capture_output=True, check=True, text=True).stdout
+        subprocess.run(
+            workspace("token", "create", kind), env=env, capture_output=True, check=True, text=True
+        ).stdout
         for kind in ("agent", "activate")
     ]
     said = tmp_path / "serve.log"
     with said.open("wb") as log:
-        process = subprocess.Popen(workspace("serve", "--listen=127.0.0.1:0"), env=env, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            workspace("serve", "--listen=127.0.0.1:0"), env=env, stdout=log, stderr=log
+        )
     try:
         deadline = time.monotonic() + 15
         while not (found := re.search(r"listening on (http://\S+)", said.read_text())):
@@ -740,29 +920,45 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str,
 
 
 @pytest.mark.parametrize("status", ["Succeeded", "Failed"])
-def test_our_workspace_from_the_order_to_the_summary(status: str, served: Any, activate: Any) -> None:
+def test_our_workspace_from_the_order_to_the_summary(
+    status: str, served: Any, activate: Any
+) -> None:
     host, agent_token, token = served
-    agent = cachix_deploy.Peer.create(host, agent_token, "web")
-    socket_ = cachix_deploy.connect(agent, "/ws")
+    agent = cachix_connection.Peer.create(host, agent_token, "web")
+    socket_ = cachix_connection.connect(agent, "/ws")
     lines = ["$ one", "\u00fc" * 1000, *map(str, range(300))]
     closing = (
-        "Successfully activated the deployment." if status == "Succeeded" else "Failed to activate the deployment. x"
+        "Successfully activated the deployment."
+        if status == "Succeeded"
+        else "Failed to activate the deployment. x"
     )
 
     def deploy() -> None:
-        cachix_deploy.decode_to_agent(socket_.recv())
-        deployment = cachix_deploy.decode_to_agent(socket_.recv())
-        assert isinstance(deployment, cachix_deploy.Deployment) and deployment.store_path == SYSTEM
+        cachix_protocol.decode_to_agent(socket_.recv())
+        deployment = cachix_protocol.decode_to_agent(socket_.recv())
+        assert (
+            isinstance(deployment, cachix_protocol.Deployment) and deployment.store_path == SYSTEM
+        )
 
         def put(path: str, body: str) -> None:
-            cachix_deploy.http(agent, "PUT", f"/api/v1/deploy/{path}", data=body.encode()).raise_for_status()
+            cachix_connection.http(
+                agent, "PUT", f"/api/v1/deploy/{path}", data=body.encode()
+            ).raise_for_status()
 
         def report(value: str) -> None:
-            body = {"status": value, "time": cachix_deploy.utc_now(), "closureSize": 2048, "reason": None}
+            body = {
+                "status": value,
+                "time": cachix_protocol.utc_now(),
+                "closureSize": 2048,
+                "reason": None,
+            }
             put(f"deployment/{deployment.id}/status", json.dumps(body))
 
         def log(offset: int, texts: list[str]) -> None:
-            records = [json.dumps({"line": text, "time": cachix_deploy.utc_now()}) + "\n" for text in texts]
+            records = [
+                json.dumps({"line": text, "time": cachix_protocol.utc_now()}) + "\n"
+                for text in texts
+            ]
             put(f"log/{deployment.id}?offset={offset}", "".join(records))
 
         report("InProgress")
@@ -774,10 +970,14 @@ def test_our_workspace_from_the_order_to_the_summary(status: str, served: Any, a
     worker.start()
     result = activate(host, {"agents": {"web": SYSTEM}}, token=token)
     worker.join(5)
-    cachix_deploy.hang_up(socket_)
+    cachix_connection.hang_up(socket_)
     assert result.status == (0 if status == "Succeeded" else 1) and result.err == ""
     assert result.log == [f"web | {line}" for line in [*lines, "after the end", closing]]
-    assert result.lines[-1].startswith(f"web  {status}  ") and "2.0 KiB" in result.lines[-1] and result.seconds < 3
+    assert (
+        result.lines[-1].startswith(f"web  {status}  ")
+        and "2.0 KiB" in result.lines[-1]
+        and result.seconds < 3
+    )
 
 
 def test_what_our_workspace_refuses(served: Any, activate: Any) -> None:

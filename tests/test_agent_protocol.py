@@ -40,7 +40,10 @@ def test_a_deployment_is_told_as_cachix_tells_it(host: Host, cache: Cache, peer:
     agent = start(host, peer)
     deployment_id = peer.deploy(path)
     assert peer.finished(deployment_id)
-    wait_until(lambda: peer.log(deployment_id)[-1:] == ["Successfully activated the deployment."], what="the log's end")
+    wait_until(
+        lambda: peer.log(deployment_id)[-1:] == ["Successfully activated the deployment."],
+        what="the log's end",
+    )
     assert agent.stop() == 0
 
     assert outline(peer.events, "/ws-deployment") == outline(recorded, "/ws-deployment")
@@ -50,20 +53,31 @@ def test_a_deployment_is_told_as_cachix_tells_it(host: Host, cache: Cache, peer:
         assert (frame["masked"], frame["rsv"], frame["fin"]) == (1, 0, 1), frame
         assert frame.get("close_code", 1000) == 1000, frame
     for told in peer.messages():
-        assert told["agent"] == "11111111-2222-4333-8444-555555555555" and told["command"]["id"] == deployment_id
+        assert (
+            told["agent"] == "11111111-2222-4333-8444-555555555555"
+            and told["command"]["id"] == deployment_id
+        )
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z", told["command"]["time"])
     assert peer.frames("/ws")[0]["frame"] == "ping" and not peer.frames("/ws", "text")
 
 
-def test_handshakes_carry_what_cachix_sends_and_one_header_more(host: Host, cache: Cache, peer: Peer) -> None:
-    recorded = [event["raw"] for event in transcript("agent-no-cache") if event.get("event") == "http-request"]
+def test_handshakes_carry_what_cachix_sends_and_one_header_more(
+    host: Host, cache: Cache, peer: Peer
+) -> None:
+    recorded = [
+        event["raw"]
+        for event in transcript("agent-no-cache")
+        if event.get("event") == "http-request"
+    ]
     path = present(host, cache, plain(cache, 1))
     start(host, peer)
     deployment_id = peer.deploy(path)
     assert peer.finished(deployment_id)
     wait_until(lambda: peer.heads("/api/v1/deploy/log/"), what="the log socket")
     for begin in ("/ws", "/ws-deployment", "/api/v1/deploy/log/"):
-        theirs = lower(headers(next(raw for raw in recorded if raw.split(" ")[1].startswith(begin))))
+        theirs = lower(
+            headers(next(raw for raw in recorded if raw.split(" ")[1].startswith(begin)))
+        )
         ours = lower(headers(next(raw for raw in peer.heads(begin))))
         agent = ours.pop("user-agent")
         assert re.fullmatch(r"cachix-deploy/\S+", agent)
@@ -72,7 +86,9 @@ def test_handshakes_carry_what_cachix_sends_and_one_header_more(host: Host, cach
         assert ours == theirs
 
 
-def test_messages_in_any_frames_and_rubbish_between_them(host: Host, cache: Cache, peer: Peer) -> None:
+def test_messages_in_any_frames_and_rubbish_between_them(
+    host: Host, cache: Cache, peer: Peer
+) -> None:
     paths = [present(host, cache, plain(cache, number)) for number in (1, 2)]
     agent = start(host, peer)
     connection = peer.agent()
@@ -89,7 +105,12 @@ def test_messages_in_any_frames_and_rubbish_between_them(host: Host, cache: Cach
     connection.send("binary", b"\xff\xfe")
     first = peer.deploy(paths[0], fragments=5)
     assert peer.finished(first)
-    contents = {"storePath": paths[1], "id": "00000000-0000-4000-8000-00000000000A", "index": 2, "new key": [1]}
+    contents = {
+        "storePath": paths[1],
+        "id": "00000000-0000-4000-8000-00000000000A",
+        "index": 2,
+        "new key": [1],
+    }
     connection.send_text(message("Deployment", contents), kind="binary")
     assert peer.finished("00000000-0000-4000-8000-00000000000a")
     assert agent.process.poll() is None and len(peer.heads("/ws")) <= 1
@@ -196,7 +217,9 @@ def test_a_token_refused_at_once_ends_it(host: Host, peer: Peer) -> None:
 @pytest.mark.promise(10)
 @pytest.mark.parametrize("kind", ["silent", "half-open", "no-pong", "500"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_it_can_be_stopped_whatever_the_workspace_does(host: Host, peer: Peer, kind: str, number: int) -> None:
+def test_it_can_be_stopped_whatever_the_workspace_does(
+    host: Host, peer: Peer, kind: str, number: int
+) -> None:
     peer.misbehave("/ws", kind)
     agent = start(host, peer)
     wait_until(lambda: peer.heads("/ws"), what="the agent")
@@ -214,7 +237,10 @@ def test_reports_over_http(host: Host, cache: Cache, peer: Peer) -> None:
     assert peer.finished(first)
     second = peer.deploy(nixos(cache, 2), failing)
     assert not peer.finished(second)
-    wait_until(lambda: peer.log(second)[-1:] and peer.log(second)[-1].startswith("Failed to"), what="the log's end")
+    wait_until(
+        lambda: peer.log(second)[-1:] and peer.log(second)[-1].startswith("Failed to"),
+        what="the log's end",
+    )
     assert not peer.messages() and not peer.heads("/api/v1/deploy/log/x")
     assert [status["status"] for status in peer.statuses[first]][-1] == "Succeeded"
     sizes = [status["closureSize"] for status in peer.statuses[first]]

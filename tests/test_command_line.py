@@ -9,13 +9,21 @@ from hosts import PROJECT, command
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import cachix_connection
+import cachix_console
 import cachix_deploy
-from cachix_deploy import UsageError, main, normalized, parse, read_token
+import cachix_options
+import cachix_options
+import cachix_protocol
+from cachix_console import normalized, read_token
+from cachix_deploy import main
+from cachix_options import parse
+from cachix_protocol import UsageError
 
 SECRET = "s3cr3t-t0ken"
 WORDS = st.one_of(
     st.sampled_from(["deploy", "agent", "activate", "web", "system", "spec.json", "--", "-", "", "-v", "--agent"]),
-    st.sampled_from(cachix_deploy.LONG_OPTIONS).filter(lambda option: option not in ("--help", "--version")),
+    st.sampled_from(cachix_console.LONG_OPTIONS).filter(lambda option: option not in ("--help", "--version")),
     st.sampled_from(["--host http://a", "--host=http://a", "--host=", "--verb", "--tok", "--token=x", "--host  x"]),
     st.text(string.printable + "ä\ud800\0", max_size=8),
 )  # fmt: skip
@@ -72,15 +80,18 @@ def test_options_stand_anywhere(argv):
     options = parse(argv)
     assert (options["agent"], options["NAME"], options["PROFILE"]) == (True, "web", "system")
     assert options["--host"] == "http://a/" and not options["activate"]
-    parsed = cachix_deploy.agent_options(options)
+    parsed = cachix_options.agent_options(options)
     assert (parsed.name, parsed.profile, parsed.peer.host) == ("web", "system", "http://a")
 
 
 def test_defaults():
-    options = cachix_deploy.agent_options(parse(["agent"]))
+    options = cachix_options.agent_options(parse(["agent"]))
     assert options.peer.host == "https://cachix.org" and options.name and options.profile is None
     assert (options.settings.confirm_timeout, options.settings.activation_timeout) == (120, 3600)
-    assert (options.settings.on_unit_failure, options.settings.on_reboot_needed) == ("rollback", "fail")
+    assert (options.settings.on_unit_failure, options.settings.on_reboot_needed) == (
+        "rollback",
+        "fail",
+    )
 
 
 def test_several_agents_of_a_spec():
@@ -96,7 +107,11 @@ def test_any_words_are_parsed_or_refused_by_a_sentence(words):
     try:
         options = parse(words)
     except UsageError as error:
-        assert re.fullmatch(r".+: see --help", str(error)) and "\n" not in str(error) and error.status == 64
+        assert (
+            re.fullmatch(r".+: see --help", str(error))
+            and "\n" not in str(error)
+            and error.status == 64
+        )
     else:
         assert options["agent"] != options["activate"]
 
@@ -116,7 +131,9 @@ def test_a_second_look_changes_nothing(words):
 # --- refusals: one sentence, status 64, no value shown -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("word", ["--token", "--tok", "--token-fil", "--tokens", "--hos", "--verb", "--nothing"])
+@pytest.mark.parametrize(
+    "word", ["--token", "--tok", "--token-fil", "--tokens", "--hos", "--verb", "--nothing"]
+)
 @pytest.mark.parametrize("form", ["{}={}", "{} {}"])
 def test_abbreviations_are_refused_without_their_value(capsys, word, form):
     said = refused(capsys, *form.format(word, SECRET).split(" "), "agent", "web")
@@ -145,7 +162,8 @@ def test_wrong_usage(capsys, argv, said):
 
 
 @pytest.mark.parametrize(
-    "name", ["a b", "../x", ".hidden", "-", "a/b", "ä", "x" * 129, "a\nb", "a:b", "\ud800", "NAME=1"]
+    "name",
+    ["a b", "../x", ".hidden", "-", "a/b", "ä", "x" * 129, "a\nb", "a:b", "\ud800", "NAME=1"],
 )
 @pytest.mark.parametrize("what", ["NAME", "PROFILE"])
 def test_names_are_checked(capsys, name, what):
@@ -180,14 +198,14 @@ def test_hosts_are_checked(capsys, host):
     ],
 )
 def test_hosts_that_are_fine(host, url):
-    assert cachix_deploy.Peer.create(host, "t").host == url
+    assert cachix_connection.Peer.create(host, "t").host == url
 
 
 @settings(deadline=None)
 @given(st.text(max_size=30))
 def test_any_host_is_taken_or_refused(host):
     try:
-        assert cachix_deploy.Peer.create(host, "t").host.startswith("http")
+        assert cachix_connection.Peer.create(host, "t").host.startswith("http")
     except UsageError as error:
         assert "--host must be" in str(error)
 
@@ -225,7 +243,13 @@ def test_a_token_that_can_be_none_is_not_shown(capsys, tmp_path, text):
 
 @pytest.mark.parametrize(
     "text",
-    [SECRET, f"{SECRET}\n", f"CACHIX_AGENT_TOKEN={SECRET}\n", f"CACHIX_AGENT_TOKEN='{SECRET}'\n", f' "{SECRET}" \r\n'],
+    [
+        SECRET,
+        f"{SECRET}\n",
+        f"CACHIX_AGENT_TOKEN={SECRET}\n",
+        f"CACHIX_AGENT_TOKEN='{SECRET}'\n",
+        f' "{SECRET}" \r\n',
+    ],
 )
 def test_the_forms_of_a_token_file(tmp_path, monkeypatch, text):
     monkeypatch.setenv("CACHIX_AGENT_TOKEN", "another")
@@ -239,7 +263,9 @@ def test_token_files_that_can_not_be_used(capsys, tmp_path, monkeypatch, kind):
     if kind == "directory":
         path.mkdir()
     elif kind != "missing":
-        path.write_bytes(b"\xff\xfe\x80" if kind == "binary" else b"\n" if kind == "empty" else SECRET.encode())
+        path.write_bytes(
+            b"\xff\xfe\x80" if kind == "binary" else b"\n" if kind == "empty" else SECRET.encode()
+        )
     if kind == "unreadable":  # root may read everything
         real = open
 
@@ -250,7 +276,9 @@ def test_token_files_that_can_not_be_used(capsys, tmp_path, monkeypatch, kind):
 
         monkeypatch.setattr("builtins.open", denied)
     said = refused(capsys, "agent", "web", "--token-file", str(path))
-    assert said.startswith("there is no token" if kind == "empty" else f"the token file {path} can't be read: ")
+    assert said.startswith(
+        "there is no token" if kind == "empty" else f"the token file {path} can't be read: "
+    )
     assert SECRET not in said
 
 
@@ -274,9 +302,20 @@ def test_each_command_has_its_own_token(capsys, monkeypatch, variable):
 
 
 def test_without_home_the_passwd_entry_counts(host, peer):
-    argv = ["env", "-u", "HOME", "-u", "XDG_CACHE_HOME", "-u", "XDG_STATE_HOME", *command("cachix-deploy")]
+    argv = [
+        "env",
+        "-u",
+        "HOME",
+        "-u",
+        "XDG_CACHE_HOME",
+        "-u",
+        "XDG_STATE_HOME",
+        *command("cachix-deploy"),
+    ]
     code = "import activate.lock as l, activate.journal as j; print(l.shared_path('agent', 'x'), j.state_directory())"
-    done = host.run([*argv[:7], "-u", "STATE_DIRECTORY", str(PROJECT / ".venv/bin/python"), "-c", code])
+    done = host.run(
+        [*argv[:7], "-u", "STATE_DIRECTORY", str(PROJECT / ".venv/bin/python"), "-c", code]
+    )
     assert done.returncode == 0, done.stderr
     home = os.path.expanduser("~root")
     assert done.stdout.split()[0] == f"{home}/.cache/cachix/deploy/locks/agent-x.lock"
@@ -291,31 +330,41 @@ def test_help_and_version_of_the_installed_programs(host, program):
     for words in (["--help"], ["-h"], ["deploy", "agent", "--help"]):
         done = host.run([*command(program), *words])
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout == cachix_deploy.__doc__.strip("\n") + "\n"
+        assert done.stdout == cachix_options.USAGE.strip("\n") + "\n"
     done = host.run([*command(program), "--version"])
-    assert (done.returncode, done.stdout) == (0, f"cachix-deploy {cachix_deploy.__version__}\n")
+    assert (done.returncode, done.stdout) == (0, f"cachix-deploy {cachix_protocol.__version__}\n")
     done = host.run([*command(program), "agent", "a b"], env={"CACHIX_AGENT_TOKEN": SECRET})
-    assert (done.returncode, done.stdout) == (64, "") and done.stderr.startswith("error: NAME 'a b' is not usable")
+    assert (done.returncode, done.stdout) == (64, "") and done.stderr.startswith(
+        "error: NAME 'a b' is not usable"
+    )
     done = host.run([*command(program), "--token", SECRET, "agent"])
     assert done.returncode == 64 and SECRET not in done.stderr
 
 
 def test_the_usage_names_each_option_once():
-    text = cachix_deploy.__doc__
+    text = cachix_options.USAGE
     listed = re.findall(r"^  (?:-\w )?(--[a-z-]+)", text, re.MULTILINE)
-    assert len(listed) == len(set(listed)) and set(listed) == set(cachix_deploy.LONG_OPTIONS)
+    assert len(listed) == len(set(listed)) and set(listed) == set(cachix_console.LONG_OPTIONS)
     assert set(re.findall(r"--[a-z-]+", text)) == set(listed)
     assert all(len(line) <= 120 for line in text.splitlines())
 
 
 def test_readme_names_no_other_options_than_the_usage():
     readme = (PROJECT / "README.rst").read_text()
-    lines = [line for line in readme.splitlines() if not re.search(r"cachix-workspace|nix |nix-|--to |pip ", line)]
+    lines = [
+        line
+        for line in readme.splitlines()
+        if not re.search(r"cachix-workspace|nix |nix-|--to |pip ", line)
+    ]
     told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines)))
     workspace = {"--public-url", "--listen", "--data"}
-    assert told - workspace <= set(cachix_deploy.LONG_OPTIONS)
+    assert told - workspace <= set(cachix_console.LONG_OPTIONS)
     described = set(re.findall(r"^``(--[a-z-]+)", readme, re.MULTILINE))
-    agents = {o for o in cachix_deploy.LONG_OPTIONS if o not in ("--help", "--version", "--verbose", "--host")}
+    agents = {
+        o
+        for o in cachix_console.LONG_OPTIONS
+        if o not in ("--help", "--version", "--verbose", "--host")
+    }
     assert agents <= told and described <= agents
-    for status in re.findall(r"(\d+) ([a-z ]+)", cachix_deploy.__doc__.split("Exit status: ")[1]):
+    for status in re.findall(r"(\d+) ([a-z ]+)", cachix_options.USAGE.split("Exit status: ")[1]):
         assert status[0] in readme

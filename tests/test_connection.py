@@ -25,8 +25,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peer import AGENT_ID, message, transcript
 
+import cachix_connection
 import cachix_deploy
-from cachix_deploy import Undecodable, Unreachable, Waits, backoff, ca_bundle, decode_from_agent, decode_to_agent
+import cachix_protocol
+from cachix_connection import Waits, backoff, ca_bundle
+from cachix_protocol import Undecodable, Unreachable, decode_from_agent, decode_to_agent
 
 TOKEN = "peer-agent-token"
 BROKEN_OFF = ("abrupt TCP EOF", "server close 1001, TCP left open by server")
@@ -34,7 +37,9 @@ BROKEN_OFF = ("abrupt TCP EOF", "server close 1001, TCP left open by server")
 
 def start(host, peer, *args, url="", waits=None, **env):
     waits = json.dumps({"backoff": 0.05, "slowest": 0.2, **(waits or {})})
-    return host.agent("web", url or peer.url, TOKEN, *args, env={"CACHIX_DEPLOY_WAITS": waits, **env})
+    return host.agent(
+        "web", url or peer.url, TOKEN, *args, env={"CACHIX_DEPLOY_WAITS": waits, **env}
+    )
 
 
 def another(peer, number, timeout=20.0):
@@ -64,7 +69,10 @@ def test_it_pings_and_connects_again_when_nothing_is_heard(host, peer):
     another(peer, 2)
     assert 0.5 < time.monotonic() - stopped < 5
     agent.wait_for("nothing was heard for 1 s, connecting again")
-    wait_until(lambda: [ping for ping in peer.frames("/ws", "ping") if ping["conn"] != first.number], what="its ping")
+    wait_until(
+        lambda: [ping for ping in peer.frames("/ws", "ping") if ping["conn"] != first.number],
+        what="its ping",
+    )
 
 
 def test_whatever_is_heard_counts_as_alive(host, peer):
@@ -73,7 +81,9 @@ def test_whatever_is_heard_counts_as_alive(host, peer):
     connection.pongs = False
     began = time.monotonic()
     while time.monotonic() - began < 2:
-        connection.send(*random.choice([("ping", b"x"), ("pong", b"unasked"), ("text", message("Nothing", {}))]))
+        connection.send(
+            *random.choice([("ping", b"x"), ("pong", b"unasked"), ("text", message("Nothing", {}))])
+        )
         time.sleep(0.1)
     assert len(peer.heads("/ws")) == 1 and agent.process.poll() is None
     assert len(peer.frames("/ws", "ping")) >= 4
@@ -97,7 +107,10 @@ def test_every_close_that_cachix_survives_is_survived(host, peer):
     labels = [e["label"] for e in transcript("agent-close-codes") if e.get("event") == "scenario"]
     assert labels[-1] == "close without code"
     agent = start(host, peer)
-    codes = [int(re.search(r"\d{4}", label)[0]) if label not in BROKEN_OFF else None for label in labels[:-1]]
+    codes = [
+        int(re.search(r"\d{4}", label)[0]) if label not in BROKEN_OFF else None
+        for label in labels[:-1]
+    ]
     for number, code in enumerate([*codes, 1002, 1003, 1008, 1013, 3000, 4003, 4999], 1):
         connection = another(peer, number)
         if code is None:
@@ -112,7 +125,9 @@ def test_every_close_that_cachix_survives_is_survived(host, peer):
     assert agent.wait(12) == 0
 
 
-@pytest.mark.parametrize("payload", [b"\x03", b"\x00\x00", b"\x03\xed", b"\x03\xee", b"\xff\xff", b"\x03\xe9\xff\xfe"])
+@pytest.mark.parametrize(
+    "payload", [b"\x03", b"\x00\x00", b"\x03\xed", b"\x03\xee", b"\xff\xff", b"\x03\xe9\xff\xfe"]
+)
 def test_closes_that_break_the_protocol(host, peer, payload):
     agent = start(host, peer)
     peer.agent().send("close", payload)
@@ -185,7 +200,7 @@ def test_a_redirect_is_not_followed_but_told(host, peer, status):
 def test_no_websocket_is_told_with_its_status(peer, status):
     peer.misbehave("/ws$", status)
     with pytest.raises(Unreachable, match=f"answered HTTP {status} instead of a websocket$"):
-        cachix_deploy.connect(cachix_deploy.Peer(peer.url, TOKEN, "web"), "/ws")
+        cachix_connection.connect(cachix_connection.Peer(peer.url, TOKEN, "web"), "/ws")
 
 
 @pytest.mark.parametrize("status", ["401", "403"])
@@ -262,7 +277,9 @@ def test_connecting_has_a_deadline(serve, scheme):
     listener, url = listen(serve)
     began = time.monotonic()
     with pytest.raises(Unreachable, match="no connection to|instead of a websocket"):
-        cachix_deploy.connect(cachix_deploy.Peer(url.replace("http", scheme, 1), TOKEN), "/ws", timeout=0.6)
+        cachix_connection.connect(
+            cachix_connection.Peer(url.replace("http", scheme, 1), TOKEN), "/ws", timeout=0.6
+        )
     assert time.monotonic() - began < 3
     listener.close()
 
@@ -273,16 +290,18 @@ def test_reaching_has_a_deadline(peer):
         peer.misbehave("/ws-deployment", kind, times=1)
         began = time.monotonic()
         with pytest.raises(Unreachable):
-            cachix_deploy.reach(cachix_deploy.Peer(peer.url, TOKEN, "web"), 0.5)
+            cachix_connection.reach(cachix_connection.Peer(peer.url, TOKEN, "web"), 0.5)
         assert time.monotonic() - began < 3
-    cachix_deploy.reach(cachix_deploy.Peer(peer.url, TOKEN, "web"), 5)
+    cachix_connection.reach(cachix_connection.Peer(peer.url, TOKEN, "web"), 5)
 
 
 # --- messages --------------------------------------------------------------------------------------------------------
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 KNOWN = {
@@ -290,10 +309,16 @@ KNOWN = {
     "reports": "http", "time": "t", "closureSize": 1, "hasSucceeded": True, "uri": "http://a",
     "cacheName": "c", "publicKey": "k", "isPublic": True,
 }  # fmt: skip
-CONTENTS = st.dictionaries(st.sampled_from(list(KNOWN)), JSON, max_size=3).map(lambda changed: {**KNOWN, **changed})
-TAGS = st.sampled_from(["AgentRegistered", "Deployment", "DeploymentStarted", "DeploymentFinished", "Other"])
+CONTENTS = st.dictionaries(st.sampled_from(list(KNOWN)), JSON, max_size=3).map(
+    lambda changed: {**KNOWN, **changed}
+)
+TAGS = st.sampled_from(
+    ["AgentRegistered", "Deployment", "DeploymentStarted", "DeploymentFinished", "Other"]
+)
 COMMANDS = st.builds(
-    lambda tag, c: {"command": {"tag": tag, "contents": c, **c}}, TAGS, CONTENTS | JSON.map(lambda v: {"cache": v})
+    lambda tag, c: {"command": {"tag": tag, "contents": c, **c}},
+    TAGS,
+    CONTENTS | JSON.map(lambda v: {"cache": v}),
 )
 
 
@@ -302,20 +327,24 @@ TEXTS = st.one_of(st.text(), JSON.map(json.dumps), COMMANDS.map(json.dumps))
 
 @pytest.mark.promise(13)
 @settings(deadline=None, max_examples=300)
-@given(st.one_of(st.binary(), TEXTS, TEXTS.map(lambda text: text.encode("utf-16", "surrogatepass"))))
+@given(
+    st.one_of(st.binary(), TEXTS, TEXTS.map(lambda text: text.encode("utf-16", "surrogatepass")))
+)
 def test_decoders_say_undecodable_and_nothing_else(text):
     for decode in (decode_to_agent, decode_from_agent):
         with contextlib.suppress(Undecodable):
             value = decode(text)
-            assert cachix_deploy.UUID.fullmatch(value.id)
+            assert cachix_protocol.UUID.fullmatch(value.id)
             if decode is decode_to_agent:
-                assert decode(cachix_deploy.encode_to_agent(value)) == value
+                assert decode(cachix_protocol.encode_to_agent(value)) == value
             else:
-                assert decode(cachix_deploy.encode_from_agent(AGENT_ID, value)) == value
+                assert decode(cachix_protocol.encode_from_agent(AGENT_ID, value)) == value
 
 
 @pytest.mark.usefixtures("no_collector")
-@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "9" * 10_000, b"\xff\xfe", b"\0", "\ud800"])
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, '{"a":' * 200_000, "9" * 10_000, b"\xff\xfe", b"\0", "\ud800"]
+)
 def test_texts_that_break_parsers(text):
     with pytest.raises(Undecodable):
         decode_to_agent(text)
@@ -323,7 +352,24 @@ def test_texts_that_break_parsers(text):
 
 def odd_messages(rng):
     """Messages that are nearly right, deterministically."""
-    odd = [None, True, -1, 0, 1.5, 10**30, "", "x", "\0", "\ud800", "a\nb", [], {}, [[]], "/nix/store/../etc", "--help"]
+    odd = [
+        None,
+        True,
+        -1,
+        0,
+        1.5,
+        10**30,
+        "",
+        "x",
+        "\0",
+        "\ud800",
+        "a\nb",
+        [],
+        {},
+        [[]],
+        "/nix/store/../etc",
+        "--help",
+    ]
     for _ in range(150):
         contents = {**KNOWN, "id": rng.choice([AGENT_ID, "x", 1])}
         for name in rng.sample(list(KNOWN), rng.randint(0, 3)):
@@ -363,7 +409,11 @@ def test_every_order_with_an_odd_value_gets_its_report(host, cache, peer):
     ):  # fmt: skip
         deployment = peer.deploy(path, script)
         assert not peer.finished(deployment, 20)
-        wait_until(lambda d=deployment: peer.log(d)[-1:] and "is not a store path" in peer.log(d)[-1], 20, "its reason")
+        wait_until(
+            lambda d=deployment: peer.log(d)[-1:] and "is not a store path" in peer.log(d)[-1],
+            20,
+            "its reason",
+        )
     for index in (-1, 0, 10**30):
         assert peer.finished(peer.deploy(good, index=index), 20)
     assert "Traceback" not in agent.text() and host.record() == []
@@ -388,7 +438,10 @@ def test_a_cache_that_is_none_ends_the_deployment_with_a_reason(host, cache, pee
     agent = start(host, peer)
     deployment = peer.deploy("/nix/store/00000000000000000000000000000000-nope")
     assert not peer.finished(deployment, 20)
-    wait_until(lambda: [line for line in peer.log(deployment) if line.startswith("Failed to")], what="its reason")
+    wait_until(
+        lambda: [line for line in peer.log(deployment) if line.startswith("Failed to")],
+        what="its reason",
+    )
     assert agent.process.poll() is None and "Traceback" not in agent.text()
     assert not [name for name in os.listdir(host.state) if "netrc" in name]
 
@@ -397,11 +450,21 @@ def test_a_cache_that_is_none_ends_the_deployment_with_a_reason(host, cache, pee
 def test_masked_frames_are_taken(host, cache, peer, size):
     path = present(host, cache, plain(cache, 1))
     start(host, peer)
-    contents = {"storePath": path, "id": AGENT_ID, "index": 1, "rollbackScript": None, "padding": "x" * size}
+    contents = {
+        "storePath": path,
+        "id": AGENT_ID,
+        "index": 1,
+        "rollbackScript": None,
+        "padding": "x" * size,
+    }
     data = message("Deployment", contents).encode()
     mask = b"\x01\x80\xff\x00"
     masked = bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
-    length = struct.pack(">BH", 254, len(data)) if len(data) < 1 << 16 else struct.pack(">BQ", 255, len(data))
+    length = (
+        struct.pack(">BH", 254, len(data))
+        if len(data) < 1 << 16
+        else struct.pack(">BQ", 255, len(data))
+    )
     peer.agent().raw(b"\x81" + length + mask + masked)
     assert peer.finished(AGENT_ID)
 
@@ -438,10 +501,12 @@ class Proxy:
 
             def do_PUT(self):
                 if self.allowed():
-                    parts = cachix_deploy.urllib.parse.urlsplit(self.path)
+                    parts = cachix_connection.urllib.parse.urlsplit(self.path)
                     upstream = http.client.HTTPConnection(parts.netloc, timeout=10)
                     body = self.rfile.read(int(self.headers["Content-Length"]))
-                    kept = {k: v for k, v in self.headers.items() if not k.lower().startswith("proxy-")}
+                    kept = {
+                        k: v for k, v in self.headers.items() if not k.lower().startswith("proxy-")
+                    }
                     upstream.request("PUT", f"{parts.path}?{parts.query}".rstrip("?"), body, kept)
                     answer = upstream.getresponse()
                     data = answer.read()
@@ -502,7 +567,9 @@ def make_proxy():
 def test_the_proxy_of_the_environment_is_used_for_everything(host, cache, peer, make_proxy, form):
     proxy = make_proxy("joe:pass word" if form == "credentials" else "")
     peer.reports = "http"
-    url = {"scheme-less": "127.0.0.1", "credentials": "http://joe:pass%20word@127.0.0.1"}.get(form, "http://127.0.0.1")
+    url = {"scheme-less": "127.0.0.1", "credentials": "http://joe:pass%20word@127.0.0.1"}.get(
+        form, "http://127.0.0.1"
+    )
     path = present(host, cache, plain(cache, 1))
     start(host, peer, http_proxy=f"{url}:{proxy.port}")
     assert peer.finished(peer.deploy(path))
@@ -549,7 +616,9 @@ def certificate(tmp_path):
         .serial_number(1)
         .not_valid_before(today - datetime.timedelta(days=3650))
         .not_valid_after(today + datetime.timedelta(days=36500))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
+        )
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
         .sign(key, hashes.SHA256())
     )
@@ -606,17 +675,17 @@ def test_tls_that_nobody_vouches_for_is_refused(host, peer, secured, monkeypatch
     for name in ("SSL_CERT_FILE", "NIX_SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(Unreachable, match="certificate verify failed"):
-        cachix_deploy.http(cachix_deploy.Peer(secured, TOKEN, "web"), "PUT", "/x")
+        cachix_connection.http(cachix_connection.Peer(secured, TOKEN, "web"), "PUT", "/x")
     assert not peer.heads()
 
 
 def test_tls_for_another_name_is_refused(peer, secured, certificate, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
-    other = cachix_deploy.Peer(secured.replace("127.0.0.1", "localhost"), TOKEN, "web")
+    other = cachix_connection.Peer(secured.replace("127.0.0.1", "localhost"), TOKEN, "web")
     with pytest.raises(Unreachable, match="[Hh]ostname mismatch|doesn't match"):
-        cachix_deploy.connect(other, "/ws", 5)
+        cachix_connection.connect(other, "/ws", 5)
     with pytest.raises(Unreachable, match="[Hh]ostname mismatch|doesn't match"):
-        cachix_deploy.http(other, "PUT", "/x")
+        cachix_connection.http(other, "PUT", "/x")
     assert not peer.heads()
 
 
@@ -666,7 +735,9 @@ def test_it_ends_while_the_name_server_hangs(host):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind((address, 53))
         server.settimeout(20)
-        (host.directory / "resolv.conf").write_text(f"nameserver {address}\noptions timeout:30 attempts:5\n")
+        (host.directory / "resolv.conf").write_text(
+            f"nameserver {address}\noptions timeout:30 attempts:5\n"
+        )
         host.output("mount", "--bind", str(host.directory / "resolv.conf"), "/etc/resolv.conf")
         agent = start(host, None, url="http://workspace.example")
         assert server.recv(1000)
@@ -759,14 +830,18 @@ def trickle():
 @pytest.mark.promise(10)
 @pytest.mark.parametrize("proxied", [False, True])
 @pytest.mark.parametrize(
-    "call", [cachix_deploy.connect, lambda peer, path, timeout: cachix_deploy.http(peer, "GET", path, timeout)]
+    "call",
+    [
+        cachix_connection.connect,
+        lambda peer, path, timeout: cachix_connection.http(peer, "GET", path, timeout),
+    ],
 )
 def test_an_answer_that_trickles_has_a_deadline(trickle, monkeypatch, call, proxied):
     if proxied:
         monkeypatch.setenv("http_proxy", trickle)
         monkeypatch.setenv("no_proxy", "")
-    peer = cachix_deploy.Peer("http://example.invalid" if proxied else trickle, "token", "web")
+    peer = cachix_connection.Peer("http://example.invalid" if proxied else trickle, "token", "web")
     began = time.monotonic()
-    with pytest.raises(cachix_deploy.Unreachable, match="no answer within 1 s"):
+    with pytest.raises(cachix_protocol.Unreachable, match="no answer within 1 s"):
         call(peer, "/ws", 1.0)
     assert time.monotonic() - began < 5

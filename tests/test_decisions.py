@@ -7,10 +7,14 @@ import resource
 
 import pytest
 
-from activate import journal, logfile, recovery, verdict
+from activate import journal, kinds, logfile, recovery
+from activate.kinds import verdict
 
 NEW, OLD, OLDER, OTHER = ("/nix/store/" + letter * 32 + "-s" for letter in "abcd")
-ROLLBACK, TOLERATE = verdict.Settings(), verdict.Settings(on_unit_failure="tolerate", on_reboot_needed="boot")
+ROLLBACK, TOLERATE = (
+    verdict.Policy(),
+    verdict.Policy(on_unit_failure="tolerate", on_reboot_needed="boot"),
+)
 
 
 @pytest.mark.parametrize(
@@ -36,9 +40,9 @@ ROLLBACK, TOLERATE = verdict.Settings(), verdict.Settings(on_unit_failure="toler
     ],
 )
 def test_judge(kind, status, new_runs, said, settings, move):
-    found, reason = verdict.judge(kind, status, new_runs, said, settings)
-    assert found == move
-    assert (reason == "") == (move == verdict.GO and status == 0)
+    made = kinds.find(kind).judge(status, new_runs, said, settings)
+    assert made.move == move
+    assert (made.reason == "") == (move == verdict.GO and status == 0)
 
 
 def test_failed_units_and_their_recovery():
@@ -88,7 +92,10 @@ def test_next_action_over_the_whole_product(step):
     ):
         facts = recovery.Facts(holder, boot, running, target)
         action = recovery.next_action(record(step, attempts, boot_id="this"), facts)
-        assert (action.do, action.step) == expected(step, attempts, holder, running, target), (facts, attempts)
+        assert (action.do, action.step) == expected(step, attempts, holder, running, target), (
+            facts,
+            attempts,
+        )
         if action.do in (recovery.END, recovery.ROLL_BACK, recovery.COMMIT, recovery.ACTIVATE):
             assert action.reason
         if action.do in (recovery.COMMIT, recovery.ACTIVATE, recovery.ROLL_BACK):
@@ -97,12 +104,17 @@ def test_next_action_over_the_whole_product(step):
 
 def test_why_it_is_rolled_back_is_not_forgotten():
     begun = dataclasses.replace(record(journal.ROLLING_BACK, 1), reason="the script failed")
-    assert recovery.next_action(begun, recovery.Facts(None, "", NEW, NEW)).reason == "the script failed"
+    assert (
+        recovery.next_action(begun, recovery.Facts(None, "", NEW, NEW)).reason
+        == "the script failed"
+    )
 
 
 def test_a_first_profile_may_run_nothing():
     """Without a previous path, nothing running is what ran before."""
-    action = recovery.next_action(record(journal.ACTIVATING, previous=None), recovery.Facts(None, None, None))
+    action = recovery.next_action(
+        record(journal.ACTIVATING, previous=None), recovery.Facts(None, None, None)
+    )
     assert action.do == recovery.ROLL_BACK
 
 
@@ -116,7 +128,9 @@ def test_the_first_time_in_a_step_begins_its_attempts_anew(tmp_path):
     entry.enter(journal.COMMITTING, attempts=1)
     entry.enter(journal.CHECKING)
     entry.enter(journal.COMMITTING)
-    assert entry.record.attempts == 1, "a commit before which the machine restarts again and again must come to an end"
+    assert entry.record.attempts == 1, (
+        "a commit before which the machine restarts again and again must come to an end"
+    )
     assert entry.record.revision == 6
 
 
@@ -224,12 +238,16 @@ def test_old_deployments_are_pruned_once_they_are_reported(tmp_path):
         entry = journal.Journal(str(tmp_path / f"deployments/{number:02}"), begun)
         entry.enter(journal.SUCCEEDED)
         whole = logfile.Reported(logged=number != 3, ended=True)
-        (tmp_path / f"deployments/{number:02}/reported.json").write_text(json.dumps(dataclasses.asdict(whole)))
+        (tmp_path / f"deployments/{number:02}/reported.json").write_text(
+            json.dumps(dataclasses.asdict(whole))
+        )
     logfile.prune(str(tmp_path))
     left = sorted(path.name for path in (tmp_path / "deployments").iterdir())
     assert left == ["03", *(f"{number:02}" for number in range(5, 25))]
 
 
 def test_record_is_the_journal_byte_for_byte(tmp_path):
-    first = dataclasses.replace(record(journal.READY), rooted=(NEW, OLD), times={journal.READY: 12.5})
+    first = dataclasses.replace(
+        record(journal.READY), rooted=(NEW, OLD), times={journal.READY: 12.5}
+    )
     assert journal.Record.from_json(first.to_json()) == first

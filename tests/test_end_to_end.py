@@ -27,7 +27,9 @@ def wrapper(host, program, script):
     directory = host.directory / "wrappers"
     directory.mkdir(exist_ok=True)
     real = shutil.which(program)
-    (directory / program).write_text(f'#!/bin/sh\nreal={real}\n{textwrap.dedent(script)}\nexec "$real" "$@"\n')
+    (directory / program).write_text(
+        f'#!/bin/sh\nreal={real}\n{textwrap.dedent(script)}\nexec "$real" "$@"\n'
+    )
     (directory / program).chmod(0o755)
     return {"PATH": f"{directory}:{host.environment['PATH']}", "CACHIX_DEPLOY_WAITS": WAITS}
 
@@ -54,7 +56,11 @@ def test_nixos_runs_is_checked_and_then_boots(make_machine):
     script = closures.script(machine.files, "ok", "echo all is well")
     outcome = machine.deploy(system, script)
     assert (outcome.status, outcome.step, outcome.reason) == ("Succeeded", "succeeded", None)
-    assert machine.host.record() == [("test", system), ("rollback-script", script), ("boot", system)]
+    assert machine.host.record() == [
+        ("test", system),
+        ("rollback-script", script),
+        ("boot", system),
+    ]
     assert machine.host.running() == machine.host.profile() == machine.host.boot_default() == system
     lines = outcome.log.splitlines()
     assert lines[-1] == SUCCESS and lines.count(SUCCESS) == 1
@@ -78,7 +84,11 @@ def test_nixos_with_an_explicit_profile_boots_too(make_machine):
     system = closures.nixos(machine.files, "spare")
     outcome = machine.deploy(system)
     assert outcome.status == "Succeeded"
-    assert machine.host.profile("/nix/var/nix/profiles/system-profiles/spare") == system == machine.host.boot_default()
+    assert (
+        machine.host.profile("/nix/var/nix/profiles/system-profiles/spare")
+        == system
+        == machine.host.boot_default()
+    )
     assert machine.host.profile() is None
 
 
@@ -133,7 +143,9 @@ def assert_untouched(machine, outcome, reason):
 def test_not_in_the_cache(machine):
     path = closures.nixos(machine.files, "never-pushed")
     outcome = machine.deploy(path, push=False)
-    assert_untouched(machine, outcome, f"{path} is not in http://.*/cache/main: push it there first")
+    assert_untouched(
+        machine, outcome, f"{path} is not in http://.*/cache/main: push it there first"
+    )
     assert "don't know how to build these paths" in outcome.reason  # the last lines of Nix's output
 
 
@@ -153,7 +165,9 @@ def test_what_the_cache_has_is_not_what_was_signed(machine, how, reason):
 
 
 @pytest.mark.promise(11)
-def test_a_private_cache_needs_the_agents_token_which_is_nowhere_afterwards(make_workspace, make_machine):
+def test_a_private_cache_needs_the_agents_token_which_is_nowhere_afterwards(
+    make_workspace, make_machine
+):
     machine = make_machine(workspace=make_workspace(private=True))
     keep = 'for a; do [ "${f:-}" ] && cp "$a" /nix/var/netrc-seen; f=; [ "$a" = netrc-file ] && f=1; done'
     env = wrapper(machine.host, "nix-store", keep)
@@ -176,7 +190,9 @@ def test_no_space_is_said_before_anything_is_downloaded(make_machine):
     path = closures.chain(machine.files, 3, size=3 << 20, name="big")
     outcome = machine.deploy(path)
     assert (outcome.status, outcome.step) == ("Failed", "failed")
-    numbers = r"does not fit: it needs [\d.]+ MiB \((\d+) bytes\), .* has [\d.]+ MiB \((\d+) bytes\) free"
+    numbers = (
+        r"does not fit: it needs [\d.]+ MiB \((\d+) bytes\), .* has [\d.]+ MiB \((\d+) bytes\) free"
+    )
     found = re.search(numbers, outcome.reason)
     assert found and int(found[1]) > 9e6 and int(found[2]) < 5e6
     assert "copying path" not in outcome.log
@@ -236,7 +252,9 @@ def test_a_failed_activation_is_rolled_back(nixos_machine, options, code, reason
 def test_units_that_come_up_by_themselves_are_no_failure(nixos_machine):
     machine, _ = nixos_machine()
     machine.agent.stop()
-    machine.env = wrapper(machine.host, "systemctl", 'echo "$@" >>/run/asked; echo active; echo inactive; exit 3')
+    machine.env = wrapper(
+        machine.host, "systemctl", 'echo "$@" >>/run/asked; echo active; echo inactive; exit 3'
+    )
     machine.start()
     new = closures.nixos(machine.files, 2, after=f"{UNITS} a.service, b.service'; exit 4")
     assert machine.deploy(new).status == "Succeeded"
@@ -262,7 +280,10 @@ def test_a_system_that_needs_a_reboot_may_be_set_to_boot(nixos_machine):
     machine, first = nixos_machine("--on-reboot-needed=boot", check=False)
     new = closures.nixos(machine.files, 2, before="exit 100")
     outcome = machine.deploy(new)
-    assert outcome.status == "Succeeded" and "after the next reboot and was not checked" in outcome.reason
+    assert (
+        outcome.status == "Succeeded"
+        and "after the next reboot and was not checked" in outcome.reason
+    )
     assert machine.host.running() == first
     assert machine.host.profile() == machine.host.boot_default() == new
 
@@ -271,9 +292,17 @@ def test_a_system_that_needs_a_reboot_may_be_set_to_boot(nixos_machine):
 @pytest.mark.parametrize(
     ("code", "options", "reason"),
     [
-        ("echo the web server is down; exit 7", [], "the rollback script {script} ended with status 7"),
+        (
+            "echo the web server is down; exit 7",
+            [],
+            "the rollback script {script} ended with status 7",
+        ),
         ("kill -9 $$", [], "the rollback script {script} ended with status -9"),
-        (closures.hang(), ["--activation-timeout=1"], "`{script}` was ended because it ran longer than 1 s"),
+        (
+            closures.hang(),
+            ["--activation-timeout=1"],
+            "`{script}` was ended because it ran longer than 1 s",
+        ),
         ("not-executable", [], "`{script}` could not be started"),
         ("directory", [], "`{script}` could not be started"),
         ("no-interpreter", [], "`{script}` could not be started"),
@@ -367,7 +396,9 @@ def held_download(make_machine):
     """A machine whose download waits for /run/go-on."""
     machine = make_machine(**FAST)
     machine.agent.stop()
-    machine.env = wrapper(machine.host, "nix-store", "touch /run/waiting; " + closures.wait_for("/run/go-on"))
+    machine.env = wrapper(
+        machine.host, "nix-store", "touch /run/waiting; " + closures.wait_for("/run/go-on")
+    )
     machine.start()
     return machine
 
@@ -377,7 +408,10 @@ def test_cancelled_before_the_activation(make_machine):
     machine = held_download(make_machine)
     deployment = machine.order(closures.nixos(machine.files, 1))
     wait_until(lambda: machine.host.path("/run/waiting").exists())
-    assert machine.workspace.request("POST", f"/api/v1/deploy/deployment/{deployment}/cancel")[0] == 200
+    assert (
+        machine.workspace.request("POST", f"/api/v1/deploy/deployment/{deployment}/cancel")[0]
+        == 200
+    )
     machine.host.path("/run/go-on").touch()
     wait_until(lambda: machine.host.step(deployment) == "cancelled")
     assert machine.outcome(deployment).status == "Cancelled"
@@ -389,7 +423,9 @@ def test_cancelled_before_the_activation(make_machine):
 def test_a_store_path_that_is_none_is_reported(machine):
     derivation = machine.files.add("thing.drv", "Derive([])")
     outcome = machine.deploy(derivation)
-    assert_untouched(machine, outcome, f"{derivation} is a derivation, which would have to be built")
+    assert_untouched(
+        machine, outcome, f"{derivation} is a derivation, which would have to be built"
+    )
 
 
 # --- the agent -------------------------------------------------------------------------------------------------------
@@ -414,7 +450,9 @@ def test_a_signal_ends_the_agent_and_a_running_switch_goes_on(nixos_machine, num
 def test_only_one_agent_of_a_name(make_machine):
     machine = make_machine()
     for options, status in ((["--if-stopped"], 0), ([], 75)):
-        second = machine.host.agent(machine.name, machine.workspace.url, machine.workspace.token("agent"), *options)
+        second = machine.host.agent(
+            machine.name, machine.workspace.url, machine.workspace.token("agent"), *options
+        )
         assert second.wait() == status
     assert f"an agent named {machine.name} runs already (pid {machine.agent.pid})" in second.text()
 
@@ -438,7 +476,9 @@ def test_bootstrap_hands_over(make_host, live, name):
     argv = [*command("cachix-deploy"), "--host", live.url, "agent", name]
     successor = host.start("successor", argv, {"CACHIX_AGENT_TOKEN": token})
     assert bootstrap.wait(25) == 0
-    assert re.search(rf"pid ({successor.pid}|\?) has taken over|another agent of this name", bootstrap.text())
+    assert re.search(
+        rf"pid ({successor.pid}|\?) has taken over|another agent of this name", bootstrap.text()
+    )
     successor.wait_for("is connected")
     again = closures.nixos(live.files, "after-bootstrap")
     live.push(again)
@@ -451,7 +491,9 @@ def test_bootstrap_hands_over(make_host, live, name):
 @pytest.mark.promise(9)
 def test_any_bytes_and_the_closing_line_on_its_own(make_machine):
     machine = make_machine()
-    noise = b"umlaut \xc3\xa4\nbad \xff\xfe\nnul \x00 end\nescape \x1b[31mred\x1b[0m\ttab\r\nno newline"
+    noise = (
+        b"umlaut \xc3\xa4\nbad \xff\xfe\nnul \x00 end\nescape \x1b[31mred\x1b[0m\ttab\r\nno newline"
+    )
     code = {"after": closures.output(noise), "after_boot": closures.output(b"open end")}
     outcome = machine.deploy(closures.nixos(machine.files, 1, **code))
     lines = machine.workspace.log(outcome.id)
@@ -486,15 +528,23 @@ def test_200_000_lines_and_one_of_20_MB_arrive_in_order_and_cost_no_memory(make_
 def test_a_daemon_that_keeps_the_log_open_delays_nothing(make_machine):
     machine = make_machine()
     began = time.monotonic()
-    outcome = machine.deploy(closures.nixos(machine.files, 1, after=closures.daemon(60) + " " + closures.session(60)))
+    outcome = machine.deploy(
+        closures.nixos(machine.files, 1, after=closures.daemon(60) + " " + closures.session(60))
+    )
     assert outcome.status == "Succeeded" and time.monotonic() - began < 30
 
 
 @pytest.mark.promise(11)
 def test_nothing_that_is_run_sees_the_token_or_the_services_variables(make_machine):
-    secrets = {"NOTIFY_SOCKET": "/run/notify", "CREDENTIALS_DIRECTORY": "/run/credentials", "INVOCATION_ID": "abc"}
+    secrets = {
+        "NOTIFY_SOCKET": "/run/notify",
+        "CREDENTIALS_DIRECTORY": "/run/credentials",
+        "INVOCATION_ID": "abc",
+    }
     machine = make_machine(env={**FAST["env"], **secrets})
-    outcome = machine.deploy(closures.nixos(machine.files, 1, after="env; readlink /proc/self/fd/*; :"))
+    outcome = machine.deploy(
+        closures.nixos(machine.files, 1, after="env; readlink /proc/self/fd/*; :")
+    )
     assert outcome.status == "Succeeded"
     for secret in (machine.workspace.token("agent"), *secrets.values(), ".lock"):
         assert secret not in outcome.log

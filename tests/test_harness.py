@@ -30,21 +30,34 @@ def test_two_hosts_live_side_by_side(make_host: Callable[..., Host], cache: Cach
     assert (one.running(), one.profile(), one.boot_default()) == (first, first, first)
     assert (two.running(), two.profile(), two.boot_default()) == (second, second, second)
     assert not one.valid(second)
-    assert one.output("cat", "/proc/sys/kernel/random/boot_id") != two.output("cat", "/proc/sys/kernel/random/boot_id")
+    assert one.output("cat", "/proc/sys/kernel/random/boot_id") != two.output(
+        "cat", "/proc/sys/kernel/random/boot_id"
+    )
 
 
 def test_a_host_sees_nothing_of_the_developer(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHIX_AGENT_TOKEN", "the developer's")
     seen = dict(line.split("=", 1) for line in host.output("env").splitlines())
     assert "CACHIX_AGENT_TOKEN" not in seen
-    own = ("HOME", "TMPDIR", "STATE_DIRECTORY", "NIX_CONF_DIR", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME")
+    own = (
+        "HOME",
+        "TMPDIR",
+        "STATE_DIRECTORY",
+        "NIX_CONF_DIR",
+        "XDG_CACHE_HOME",
+        "XDG_STATE_HOME",
+        "XDG_CONFIG_HOME",
+    )
     assert all(seen[name].startswith(f"{host.directory}/") for name in own)
 
 
 def test_closing_a_host_ends_all_that_runs_in_it(make_host: Callable[..., Host]) -> None:
     host, other = make_host("one"), make_host("two")
     kept = other.popen(["sleep", "600"])
-    program = host.start("sleeper", ["sh", "-c", "trap '' TERM; setsid sleep 600 & echo started; sleep 600; sleep 600"])
+    program = host.start(
+        "sleeper",
+        ["sh", "-c", "trap '' TERM; setsid sleep 600 & echo started; sleep 600; sleep 600"],
+    )
     program.wait_for("started")
     pids = wait_until(lambda: len(found := host.processes()) >= 3 and found)
     host.close()
@@ -61,11 +74,17 @@ def test_a_killed_test_run_leaves_nothing_behind(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     pid = int(process.stdout.readline())
-    wait_until(lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n", 10, "the program to be in the host")
+    wait_until(
+        lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n",
+        10,
+        "the program to be in the host",
+    )
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     process.stdout.close()
-    wait_until(lambda: not os.path.exists(f"/proc/{pid}/exe"), 10, "the end of what ran in the host")
+    wait_until(
+        lambda: not os.path.exists(f"/proc/{pid}/exe"), 10, "the end of what ran in the host"
+    )
 
 
 def test_a_reboot_keeps_the_disk_alone(host: Host, cache: Cache) -> None:
@@ -82,11 +101,25 @@ def test_a_reboot_keeps_the_disk_alone(host: Host, cache: Cache) -> None:
 
 
 def test_archives_are_those_of_nix(host: Host, cache: Cache) -> None:
-    tree = {"empty": "", "dir": {}, "run": Executable("#!/bin/sh\n"), "link": Link("dir"), "b": b"\0" * 9, "B": "x" * 8}
-    paths = [cache.add("tree", tree), cache.add("file", b"\xff\n"), script(cache, "ok", "exit 0"), nixos(cache, 1)]
+    tree = {
+        "empty": "",
+        "dir": {},
+        "run": Executable("#!/bin/sh\n"),
+        "link": Link("dir"),
+        "b": b"\0" * 9,
+        "B": "x" * 8,
+    }
+    paths = [
+        cache.add("tree", tree),
+        cache.add("file", b"\xff\n"),
+        script(cache, "ok", "exit 0"),
+        nixos(cache, 1),
+    ]
     host.fetch(cache.url, cache.key.public, *paths)
     for path in cache.closure(*paths):
-        dump = host.popen(["nix-store", "--dump", path], stdout=subprocess.PIPE).communicate(timeout=30)[0]
+        dump = host.popen(["nix-store", "--dump", path], stdout=subprocess.PIPE).communicate(
+            timeout=30
+        )[0]
         assert dump == cache.archive(path).read_bytes()
     assert nar(tree) == cache.archive(paths[0]).read_bytes()
     assert host.run(["nix-store", "--verify", "--check-contents"]).returncode == 0
@@ -96,7 +129,9 @@ def test_archives_are_those_of_nix(host: Host, cache: Cache) -> None:
 
 def test_keys_are_those_of_nix(host: Host, tmp_path: Path) -> None:
     secret, public = tmp_path / "secret", tmp_path / "public"
-    host.output("nix-store", "--generate-binary-cache-key", "made-by-nix-1", str(secret), str(public))
+    host.output(
+        "nix-store", "--generate-binary-cache-key", "made-by-nix-1", str(secret), str(public)
+    )
     assert Key.parse(secret.read_text()).public == public.read_text().strip()
 
 
@@ -145,7 +180,9 @@ def test_home_manager_keeps_its_promise_and_its_flaw(host: Host, cache: Cache) -
 
 
 def test_darwin_and_behaviours(host: Host, cache: Cache) -> None:
-    system = darwin(cache, 1, before=closures.output(b"\xff\0x\n"), after=closures.kill("sleep 4321"))
+    system = darwin(
+        cache, 1, before=closures.output(b"\xff\0x\n"), after=closures.kill("sleep 4321")
+    )
     host.fetch(cache.url, cache.key.public, system)
     victim = host.popen(["sleep", "4321"])
     done = host.popen([f"{system}/sw/bin/darwin-rebuild", "activate"], stdout=subprocess.PIPE)
@@ -154,9 +191,17 @@ def test_darwin_and_behaviours(host: Host, cache: Cache) -> None:
     assert victim.wait(10) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(("status", "code"), [(2, "exit 2"), (100, "exit 100"), (-signal.SIGKILL, "kill -9 $$")])
-def test_an_activation_that_fails_before_and_after(host: Host, cache: Cache, status: int, code: str) -> None:
-    first, before, after = nixos(cache, 1), nixos(cache, 2, before=code), nixos(cache, 3, after=code)
+@pytest.mark.parametrize(
+    ("status", "code"), [(2, "exit 2"), (100, "exit 100"), (-signal.SIGKILL, "kill -9 $$")]
+)
+def test_an_activation_that_fails_before_and_after(
+    host: Host, cache: Cache, status: int, code: str
+) -> None:
+    first, before, after = (
+        nixos(cache, 1),
+        nixos(cache, 2, before=code),
+        nixos(cache, 3, after=code),
+    )
     host.install(cache.url, cache.key.public, first)
     host.fetch(cache.url, cache.key.public, before, after)
     assert host.run([f"{before}/bin/switch-to-configuration", "test"]).returncode == status
@@ -168,7 +213,9 @@ def test_an_activation_that_fails_before_and_after(host: Host, cache: Cache, sta
 
 def _client(peer: Peer, path: str = "/ws", **kw: Any) -> websocket.WebSocket:
     url = peer.url.replace("http", "ws") + path
-    client = websocket.create_connection(url, timeout=5, suppress_origin=True, redirect_limit=0, **kw)
+    client = websocket.create_connection(
+        url, timeout=5, suppress_origin=True, redirect_limit=0, **kw
+    )
     if client.getstatus() != 101:  # websocket-client 1.9.0 takes a redirect for a connection
         raise websocket.WebSocketException(f"HTTP {client.getstatus()}")
     return client
@@ -185,7 +232,12 @@ def test_the_peer_speaks_as_the_transcripts_do(peer: Peer) -> None:
     wait_until(lambda: [event for event in peer.events if event.get("event") == "closed"])
     first = next(json.loads(event["payload"]) for event in recorded if event.get("frame") == "text")
     assert {**said, "id": first["id"]} == first
-    for kind, direction in (("ping", "C->S"), ("pong", "S->C"), ("close", "C->S"), ("close", "S->C")):
+    for kind, direction in (
+        ("ping", "C->S"),
+        ("pong", "S->C"),
+        ("close", "C->S"),
+        ("close", "S->C"),
+    ):
         wanted = next(e for e in recorded if (e.get("frame"), e.get("dir")) == (kind, direction))
         assert list(peer.frames("/ws", kind, direction)[0]) == list(wanted)
     assert ("name", "agentg") in headers(peer.heads("/ws")[0])
@@ -235,6 +287,8 @@ def test_workspaces_of_ones_own(make_workspace: Callable[..., Workspace], host: 
     workspace = make_workspace(private=True)
     path = plain(workspace.files, 1)
     workspace.push(path)
-    status, text = workspace.request("GET", f"/cache/main/{workspace.files.narinfo(path).name}", token="wrong")
+    status, text = workspace.request(
+        "GET", f"/cache/main/{workspace.files.narinfo(path).name}", token="wrong"
+    )
     assert status == 401, text
     assert isinstance(workspace.files, Files) and workspace.stop() == 0

@@ -10,7 +10,7 @@ import time
 import pytest
 from hosts import PROJECT, wait_until
 
-from activate import machine, process
+from activate import leftovers, machine, process
 
 pytestmark = pytest.mark.promise(1, 2)
 
@@ -20,9 +20,9 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 from activate import lock, machine, process
 held = lock.take(sys.argv[2])
-machine.clear(held.fd)
+leftovers.clear(held.fd)
 log = os.open(sys.argv[3], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-process.run(["/bin/sh", "-c", sys.argv[4]], log, 60, machine.marker(held.fd))
+process.run(["/bin/sh", "-c", sys.argv[4]], log, 60, leftovers.marker(held.fd))
 """
 
 
@@ -49,36 +49,48 @@ def runs(pid):
 
 
 @pytest.mark.parametrize("leader", ["runs", "has ended", "ignores SIGTERM"])
-def test_what_a_killed_holder_has_left_is_ended_with_its_group(tmp_path, file, log, monkeypatch, leader):
+def test_what_a_killed_holder_has_left_is_ended_with_its_group(
+    tmp_path, file, log, monkeypatch, leader
+):
     monkeypatch.setattr(process, "KILL_AFTER", 1.0)
     trap = "trap '' TERM; " if leader == "ignores SIGTERM" else ""
     end = "exit" if leader == "has ended" else "sleep 300"
     code = f"{trap}sleep 300 & echo $$ $! > {tmp_path}/pids.new; mv {tmp_path}/pids.new {tmp_path}/pids; {end}"
     if leader == "has ended":
         code = code.replace("; exit", "; kill -9 $PPID; exit")
-    words = [sys.executable, "-c", HOLDER, str(PROJECT), str(tmp_path / "lock"), str(tmp_path / "out"), code]
+    words = [
+        sys.executable,
+        "-c",
+        HOLDER,
+        str(PROJECT),
+        str(tmp_path / "lock"),
+        str(tmp_path / "out"),
+        code,
+    ]
     holder = subprocess.Popen(words)
     pids = [
         int(word)
-        for word in wait_until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().split())
+        for word in wait_until(
+            lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().split()
+        )
     ]
     if leader == "has ended":
         wait_until(lambda: not runs(pids[0]))
     holder.kill()
     holder.wait()
     assert runs(pids[1])
-    machine.end_marked(file, log, 30)
+    leftovers.end_marked(file, log, 30)
     assert not any(map(runs, pids))
     assert b"ending what an interrupted deployment has left running" in os.pread(log, 999, 0)
 
 
 def test_the_mark_goes_when_the_command_has_ended(tmp_path, file, log):
     fd = os.dup(file)
-    process.run(["/bin/sh", "-c", "sleep 300 & echo $! >&2; :"], log, 10, machine.marker(fd))
+    process.run(["/bin/sh", "-c", "sleep 300 & echo $! >&2; :"], log, 10, leftovers.marker(fd))
     child = int(os.pread(log, 999, 0).split(b"\n")[1])
-    assert len(os.pread(file, 999, 0)) == machine.MARK_BYTES
-    machine.clear(fd)
-    machine.end_marked(file, log, 30)
+    assert len(os.pread(file, 999, 0)) == leftovers.MARK_BYTES
+    leftovers.clear(fd)
+    leftovers.end_marked(file, log, 30)
     assert runs(child), "what a command that has ended leaves behind is its own business"
     os.kill(child, 9)
 
@@ -86,17 +98,17 @@ def test_the_mark_goes_when_the_command_has_ended(tmp_path, file, log):
 @pytest.mark.parametrize("mark", [b"", b"\0" * 96, b"garbage", b"1 2", b"-1 - x", b"\xff" * 96])
 def test_a_mark_of_garbage_ends_nothing(file, log, mark):
     os.pwrite(file, mark, 0)
-    machine.end_marked(file, log, 1)
+    leftovers.end_marked(file, log, 1)
     assert os.fstat(log).st_size == 0
 
 
 @pytest.mark.parametrize("wrong", ["boot", "start"])
 def test_another_process_of_that_number_is_left_alone(file, log, wrong):
     innocent = subprocess.Popen(["/bin/sleep", "300"], start_new_session=True)
-    start = machine.started(innocent.pid) if wrong == "boot" else "17"
+    start = leftovers.started(innocent.pid) if wrong == "boot" else "17"
     boot = machine.boot_id() if wrong == "start" else "another"
-    os.pwrite(file, f"{innocent.pid} {start} {boot}".ljust(machine.MARK_BYTES).encode(), 0)
-    machine.end_marked(file, log, 1)
+    os.pwrite(file, f"{innocent.pid} {start} {boot}".ljust(leftovers.MARK_BYTES).encode(), 0)
+    leftovers.end_marked(file, log, 1)
     assert innocent.poll() is None
     innocent.kill()
     innocent.wait()
@@ -104,10 +116,10 @@ def test_another_process_of_that_number_is_left_alone(file, log, wrong):
 
 def test_where_nothing_tells_a_process_from_another_it_is_waited_for(file, log):
     sleeper = subprocess.Popen(["/bin/sh", "-c", "sleep 0.5"], start_new_session=True)
-    os.pwrite(file, f"{sleeper.pid} - {machine.boot_id()}".ljust(machine.MARK_BYTES).encode(), 0)
+    os.pwrite(file, f"{sleeper.pid} - {machine.boot_id()}".ljust(leftovers.MARK_BYTES).encode(), 0)
     began = time.monotonic()
     threading.Thread(target=sleeper.wait).start()
-    machine.end_marked(file, log, 30)
+    leftovers.end_marked(file, log, 30)
     wait_until(lambda: sleeper.returncode == 0)
     assert time.monotonic() - began > 0.3
 
@@ -117,9 +129,12 @@ def test_commands_are_found_by_their_arguments(tmp_path):
     words = ["/bin/sh", "-c", "sleep 300 & wait", "sh", "--add-root", mark]
     ours = subprocess.Popen(words, start_new_session=True)
     other = subprocess.Popen([*words[:-1], str(tmp_path / "hereafter/new")], start_new_session=True)
-    for pid in (ours.pid, other.pid):  # the kernel shows the arguments a little after the program was started
-        wait_until(lambda: b"--add-root" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())  # noqa: B023
-    machine.end_commands(str(tmp_path / "here"))
+    for pid in (
+        ours.pid,
+        other.pid,
+    ):  # the kernel shows the arguments a little after the program was started
+        wait_until(lambda: b"--add-root" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())
+    leftovers.end_commands(str(tmp_path / "here"))
     assert ours.wait(10) == -15 and other.poll() is None
     os.killpg(other.pid, 9)
     other.wait()

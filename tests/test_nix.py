@@ -4,7 +4,9 @@ import os
 
 import pytest
 
-from activate import download, home_manager, nix, nixos, profile
+from activate import nix
+from activate.agent import download
+from activate.kinds import change, home_manager, nixos, plain
 from activate.process import CommandFailed
 
 NEW = "/nix/store/" + "a" * 32 + "-new"
@@ -36,7 +38,16 @@ def asked(monkeypatch):
     return calls
 
 
-TUNED = ["--max-jobs", "32", "--option", "max-substitution-jobs", "32", "--option", "http-connections", "128"]
+TUNED = [
+    "--max-jobs",
+    "32",
+    "--option",
+    "max-substitution-jobs",
+    "32",
+    "--option",
+    "http-connections",
+    "128",
+]
 TUNED += ["--option", "stalled-download-timeout", "30", "--option", "fsync-store-paths", "true"]
 
 
@@ -48,7 +59,14 @@ def test_realise_from_a_private_cache():
         ["nix-store", "--realise", NEW, OLD, "--add-root", "/state/new", "--indirect", *TUNED]
         + ["--option", "extra-substituters", "http://c:8/cache/main"]
         + ["--option", "trusted-public-keys", "k1:aaa k2:bbb"]
-        + ["--option", "narinfo-cache-negative-ttl", "0", "--option", "netrc-file", "/state/netrc-1"]
+        + [
+            "--option",
+            "narinfo-cache-negative-ttl",
+            "0",
+            "--option",
+            "netrc-file",
+            "/state/netrc-1",
+        ]
     ]
 
 
@@ -56,7 +74,9 @@ def test_realise_without_a_cache_leaves_the_machines_own_keys_alone():
     run = Recorder()
     nix.realise([NEW], "/state/new", nix.Source(), run)
     tail = ["--option", "narinfo-cache-negative-ttl", "0"]
-    assert run.calls == [["nix-store", "--realise", NEW, "--add-root", "/state/new", "--indirect", *TUNED, *tail]]
+    assert run.calls == [
+        ["nix-store", "--realise", NEW, "--add-root", "/state/new", "--indirect", *TUNED, *tail]
+    ]
 
 
 def test_questions(asked):
@@ -67,7 +87,16 @@ def test_questions(asked):
         ["nix-store", "--realise", NEW, OLD, "--add-root", "/state/new", "--indirect"]
         + ["--option", "substitute", "false", "--max-jobs", "0"],
         ["nix", "path-info", "-S", NEW, "--option", "experimental-features", "nix-command"],
-        ["nix-store", "--realise", "--dry-run", NEW, *TUNED, "--option", "narinfo-cache-negative-ttl", "0"],
+        [
+            "nix-store",
+            "--realise",
+            "--dry-run",
+            NEW,
+            *TUNED,
+            "--option",
+            "narinfo-cache-negative-ttl",
+            "0",
+        ],
     ]
 
 
@@ -101,7 +130,7 @@ def change(tmp_path, now, previous, generation, committed=False):
     if now is not None:
         os.symlink(now, where + "-2-link")
         os.symlink("system-2-link", where)
-    return nix.Change(NEW, where, previous, previous, generation, committed)
+    return change.Change(NEW, where, previous, previous, generation, committed)
 
 
 def test_restore_profile_to_the_recorded_generation(tmp_path, monkeypatch):
@@ -114,26 +143,26 @@ def test_restore_profile_to_the_recorded_generation(tmp_path, monkeypatch):
         os.symlink("system-1-link", undo.profile)
         return 0
 
-    assert nix.restore_profile(undo, run)
+    assert change.restore_profile(undo, run)
     assert nix.target(undo.profile) == OLD
 
 
 def test_restore_profile_whose_generation_is_gone(tmp_path):
     run = Recorder(**{"1": 1})
     undo = change(tmp_path, NEW, OLD, 1)
-    assert nix.restore_profile(undo, run)
+    assert change.restore_profile(undo, run)
     assert run.calls[-1] == ["nix-env", "--profile", undo.profile, "--set", OLD]
 
 
 def test_restore_profile_that_did_not_exist_removes_it(tmp_path):
     undo = change(tmp_path, NEW, None, None)
-    assert nix.restore_profile(undo, Recorder())
+    assert change.restore_profile(undo, Recorder())
     assert os.listdir(tmp_path) == []
 
 
 def test_restore_profile_that_is_as_it_was_does_nothing(tmp_path):
     run = Recorder()
-    assert not nix.restore_profile(change(tmp_path, OLD, OLD, 2), run)
+    assert not change.restore_profile(change(tmp_path, OLD, OLD, 2), run)
     assert run.calls == []
 
 
@@ -156,7 +185,7 @@ def test_generation(tmp_path):
 
 def test_nixos_commits_the_profile_before_the_boot_loader(tmp_path):
     run = Recorder()
-    do = nix.Change(NEW, str(tmp_path / "system"), OLD, OLD, 1)
+    do = change.Change(NEW, str(tmp_path / "system"), OLD, OLD, 1)
     assert nixos.activate(do, run) == 0
     nixos.commit(do, run)
     assert run.calls == [
@@ -170,19 +199,26 @@ def test_nixos_commits_the_profile_before_the_boot_loader(tmp_path):
     ("now", "committed", "calls"),
     [
         (OLD, False, [[f"{OLDER}/bin/switch-to-configuration", "test"]]),
-        (OLD, True, [[f"{OLD}/bin/switch-to-configuration", "boot"], [f"{OLDER}/bin/switch-to-configuration", "test"]]),
+        (
+            OLD,
+            True,
+            [
+                [f"{OLD}/bin/switch-to-configuration", "boot"],
+                [f"{OLDER}/bin/switch-to-configuration", "test"],
+            ],
+        ),
     ],
 )
 def test_nixos_rollback_boots_the_profile_and_runs_what_ran(tmp_path, now, committed, calls):
     run = Recorder()
-    undo = nix.Change(NEW, change(tmp_path, now, OLD, 2).profile, OLDER, OLD, 2, committed)
+    undo = change.Change(NEW, change(tmp_path, now, OLD, 2).profile, OLDER, OLD, 2, committed)
     assert nixos.rollback(undo, run) == []
     assert run.calls == calls
 
 
 def test_nixos_rollback_goes_on_after_a_failure(tmp_path):
     run = Recorder(boot=1)
-    undo = nix.Change(NEW, change(tmp_path, OLD, OLD, 2).profile, OLD, OLD, 2, committed=True)
+    undo = change.Change(NEW, change(tmp_path, OLD, OLD, 2).profile, OLD, OLD, 2, committed=True)
     assert "could not be restored" in nixos.rollback(undo, run)[0]
     assert run.calls[-1] == [f"{OLD}/bin/switch-to-configuration", "test"]
 
@@ -190,9 +226,12 @@ def test_nixos_rollback_goes_on_after_a_failure(tmp_path):
 def test_home_manager_rollback_shows_the_previous_generation_a_change(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     run = Recorder()
-    assert home_manager.rollback(nix.Change(NEW, "/p/home-manager", OLD, OLD, 1), run) == []
+    assert home_manager.rollback(change.Change(NEW, "/p/home-manager", OLD, OLD, 1), run) == []
     current = f"{tmp_path}/home-manager/gcroots/current-home"
-    expected = [["nix-store", "--realise", NEW, "--add-root", current, "--indirect"], [f"{OLD}/activate"]]
+    expected = [
+        ["nix-store", "--realise", NEW, "--add-root", current, "--indirect"],
+        [f"{OLD}/activate"],
+    ]
     assert run.calls == expected
 
 
@@ -209,17 +248,22 @@ def test_home_manager_profile_is_where_its_activation_keeps_it(tmp_path, monkeyp
 
 
 def test_profiles_by_name():
-    assert nixos.profile_path(None) == nixos.profile_path("system") == "/nix/var/nix/profiles/system"
+    assert (
+        nixos.profile_path(None) == nixos.profile_path("system") == "/nix/var/nix/profiles/system"
+    )
     assert nixos.profile_path("spare") == "/nix/var/nix/profiles/system-profiles/spare"
-    assert profile.profile_path(None) == "/nix/var/nix/profiles/system"
-    assert profile.profile_path("tools") == "/nix/var/nix/profiles/tools"
+    assert plain.profile_path(None) == "/nix/var/nix/profiles/system"
+    assert plain.profile_path("tools") == "/nix/var/nix/profiles/tools"
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("these 3 paths will be fetched (0.04 MiB download, 0.05 MiB unpacked):", (41943, 52428)),
-        ("this path will be fetched (1.50 GiB download, 2.00 GiB unpacked):", (1610612736, 2147483648)),
+        (
+            "this path will be fetched (1.50 GiB download, 2.00 GiB unpacked):",
+            (1610612736, 2147483648),
+        ),
         ("these 2 paths will be fetched (0.00 KiB download, 512 KiB unpacked):", (0, 524288)),
         ("", None),
         ("don't know how to build these paths:\n  /nix/store/x", None),
@@ -241,7 +285,10 @@ def test_estimate(text, expected):
         ("error: NAR for 'P' fetched from 'http://c' is incomplete", "corrupt"),
         ("error: unable to download 'http://c/x.narinfo': HTTP error 401", "credentials"),
         ("error: 'http://c' does not appear to be a binary cache", "credentials"),
-        ("error: unable to download 'http://c/x.narinfo': Couldn't connect to server (7)", "network"),
+        (
+            "error: unable to download 'http://c/x.narinfo': Couldn't connect to server (7)",
+            "network",
+        ),
         ("error: unable to download 'http://c/x.nar': Timeout was reached (28)", "network"),
         ("don't know how to build these paths:\n  P\nerror: build of 'P' failed", "missing"),
         ("error: something new", ""),

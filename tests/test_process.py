@@ -57,7 +57,10 @@ def test_a_program_that_is_missing(log):
 @pytest.mark.promise(9)
 def test_a_background_child_that_keeps_the_log_open_does_not_delay(log, tmp_path):
     began = time.monotonic()
-    assert process.run(["/bin/sh", "-c", f"sleep 60 & echo $! > {tmp_path}/child; exit 0"], log, 30) == 0
+    assert (
+        process.run(["/bin/sh", "-c", f"sleep 60 & echo $! > {tmp_path}/child; exit 0"], log, 30)
+        == 0
+    )
     assert time.monotonic() - began < 10
     os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
 
@@ -78,7 +81,13 @@ def test_end_all_ends_what_is_waited_for(log):
 
 
 def test_the_environment_is_built(monkeypatch):
-    for name in ("CACHIX_AGENT_TOKEN", "NOTIFY_SOCKET", "JOURNAL_STREAM", "INVOCATION_ID", "CREDENTIALS_DIRECTORY"):
+    for name in (
+        "CACHIX_AGENT_TOKEN",
+        "NOTIFY_SOCKET",
+        "JOURNAL_STREAM",
+        "INVOCATION_ID",
+        "CREDENTIALS_DIRECTORY",
+    ):
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("XDG_STATE_HOME", "/state")
     monkeypatch.setenv("LC_ALL", "C")
@@ -86,15 +95,22 @@ def test_the_environment_is_built(monkeypatch):
     monkeypatch.delenv("HOME")
     env = process.environment()
     assert "secret" not in env.values()
-    assert env["PATH"] == "/somewhere:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:/usr/bin:/bin"
-    assert env["XDG_STATE_HOME"] == "/state" and env["LC_ALL"] == "C" and env["HOME"].startswith("/")
+    assert (
+        env["PATH"]
+        == "/somewhere:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:/usr/bin:/bin"
+    )
+    assert (
+        env["XDG_STATE_HOME"] == "/state" and env["LC_ALL"] == "C" and env["HOME"].startswith("/")
+    )
     assert env["USER"] and env["LOGNAME"] == env["USER"]
 
 
 @pytest.mark.promise(11)
 def test_a_command_sees_no_token_and_inherits_no_descriptor(log, monkeypatch):
     monkeypatch.setenv("CACHIX_AGENT_TOKEN", "secret-token")
-    process.run(["/bin/sh", "-c", "env; ls /proc/self/fd | wc -l; readlink /proc/self/fd/0"], log, 10)
+    process.run(
+        ["/bin/sh", "-c", "env; ls /proc/self/fd | wc -l; readlink /proc/self/fd/0"], log, 10
+    )
     assert "secret-token" not in said(log)
     assert said(log).endswith("/dev/null\n")
 
@@ -152,11 +168,17 @@ def test_lock_files_are_where_cachix_has_them(monkeypatch):
 def test_all_system_profiles_share_one_machine_lock():
     root = "/nix/var/nix/profiles"
     assert lock.machine_path(f"{root}/system") == f"{root}/.cachix-deploy-system.lock"
-    assert lock.machine_path(f"{root}/system-profiles/spare") == f"{root}/.cachix-deploy-system.lock"
+    assert (
+        lock.machine_path(f"{root}/system-profiles/spare") == f"{root}/.cachix-deploy-system.lock"
+    )
     assert lock.machine_path(f"{root}/tools") == f"{root}/.cachix-deploy-tools.lock"
 
 
 def test_the_machine_changing_part_needs_the_standard_library_alone():
-    code = "import sys; sys.path.insert(0, '.'); import activate.switch, activate.conduct, activate.watch; "
+    code = "import sys; sys.path.insert(0, '.'); import activate.switch.steps, activate.agent.conductor, cachix_switch; "
     code += "assert not {'requests', 'websocket', 'docopt'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-S", "-c", code], check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
+    subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        check=True,
+        cwd=os.path.dirname(os.path.dirname(__file__)),
+    )

@@ -10,8 +10,9 @@ import pytest
 from hosts import wait_until
 from peer import AGENT_ID, headers, is_at, message, outline, shape, transcript
 
-from cachix_deploy import FAILURE_LINE, PROTOCOL_VERSION, SUCCESS_LINE, Peer, reach
-from cachix_deploy import Cache as WireCache
+from cachix_connection import Peer, reach
+from cachix_protocol import FAILURE_LINE, PROTOCOL_VERSION, SUCCESS_LINE
+from cachix_protocol import Cache as WireCache
 
 TOKEN = "peer-agent-token"
 LOG = "/api/v1/deploy/log/"
@@ -42,7 +43,9 @@ def said(events, path):
     """The texts that a client sent to a path."""
     wanted = ("C->S", "text")
     return [
-        json.loads(e["payload"]) for e in events if (e.get("dir"), e.get("frame")) == wanted and is_at(e["path"], path)
+        json.loads(e["payload"])
+        for e in events
+        if (e.get("dir"), e.get("frame")) == wanted and is_at(e["path"], path)
     ]
 
 
@@ -52,7 +55,9 @@ def ended(peer, deployment):
     paths = ("/ws-deployment", LOG + deployment)
 
     def closed():
-        return all(c.ended.is_set() for c in peer.connections if c.path in paths) and peer.log(deployment)
+        return all(c.ended.is_set() for c in peer.connections if c.path in paths) and peer.log(
+            deployment
+        )
 
     wait_until(closed, 20, "the end of the deployment's sockets")
     return succeeded
@@ -64,7 +69,11 @@ def check_report(peer, deployment, recorded, events):
     messages = said(events, "/ws-deployment")
     assert len({one["id"] for one in messages}) == len(messages)
     for one in messages:
-        assert one["agent"] == AGENT_ID and one["method"] == one["command"]["tag"] and UUID4.fullmatch(one["id"])
+        assert (
+            one["agent"] == AGENT_ID
+            and one["method"] == one["command"]["tag"]
+            and UUID4.fullmatch(one["id"])
+        )
         assert one["command"]["id"] == deployment and TIME.fullmatch(one["command"]["time"])
     sizes = [one["command"]["closureSize"] for one in messages[:-1]]
     assert sizes[0] is None and all(size > 0 for size in sizes[1:])
@@ -83,7 +92,9 @@ def check_report(peer, deployment, recorded, events):
     for number in {e["conn"] for e in events if "frame" in e and e["path"] != "/ws"}:
         frames = [e for e in events if e.get("conn") == number and e.get("dir") == "C->S"]
         kinds = [frame["frame"] for frame in frames]
-        assert kinds[-1] == "close" and frames[-1]["close_code"] == 1000 and kinds.count("close") == 1
+        assert (
+            kinds[-1] == "close" and frames[-1]["close_code"] == 1000 and kinds.count("close") == 1
+        )
         for frame in frames:
             assert (frame["masked"], frame["rsv"], frame["fin"]) == (1, 0, 1)
         if "text" in kinds:  # ours: each batch is followed by a ping, whose pong acknowledges it
@@ -107,7 +118,9 @@ def test_plain_paths_as_recorded(host, cache, peer):
     fine = closures.script(cache, "fine", "echo all good")
     text = closures.script(cache, "text", "echo 'café ✓'")
     parts = closures.script(
-        cache, "parts", "for i in 1 2; do printf 'out-%s ' $i; printf 'err-%s ' $i >&2; done; echo; echo"
+        cache,
+        "parts",
+        "for i in 1 2; do printf 'out-%s ' $i; printf 'err-%s ' $i >&2; done; echo; echo",
     )
     useless = closures.unusable_script(cache, "not-executable")
     present(host, cache, one, two, three, fails, fine, text, parts, useless)
@@ -140,13 +153,19 @@ def test_plain_paths_as_recorded(host, cache, peer):
         commands = [line for line in lines if line.startswith("$ ")]
         if script and label != "d3-rollback-noexec":
             assert f"$ {script}" in commands
-        if label == "b-success":  # ours: nothing is downloaded, so that no nix-store stands in the log
+        if (
+            label == "b-success"
+        ):  # ours: nothing is downloaded, so that no nix-store stands in the log
             assert commands == [f"$ nix-env --profile /nix/var/nix/profiles/system --set {one}"]
         if label == "interleave":
             assert lines[lines.index("out-1 err-1 out-2 err-2 ") + 1] == ""
     assert agent.process.poll() is None and len(peer.heads("/ws")) == 1
     assert agent.stop() == 0
-    theirs = [e["close_code"] for e in scenarios("agent-deployments")["sigterm"] if e.get("frame") == "close"]
+    theirs = [
+        e["close_code"]
+        for e in scenarios("agent-deployments")["sigterm"]
+        if e.get("frame") == "close"
+    ]
     ours = [e["close_code"] for e in peer.frames("/ws", "close", "")]
     assert theirs[0] == 1000 and ours[0] == 1000
 
@@ -177,20 +196,28 @@ def test_systems_as_recorded(host, cache, peer, label, kind, result, commands):
 
 
 def test_each_handshake_has_the_recorded_headers(host, cache, peer):
-    recorded = [e["raw"] for e in transcript("agent-deployments") if e.get("event") == "http-request"]
+    recorded = [
+        e["raw"] for e in transcript("agent-deployments") if e.get("event") == "http-request"
+    ]
     start(host, peer)
     ended(peer, peer.deploy(present(host, cache, closures.plain(cache, 1))))
     assert {head.split(" ")[1].rpartition("/")[0] + "/" for head in recorded} >= {"/", LOG}
     heads = [head for head in peer.heads() if "Upgrade" in head]
     assert len(heads) >= 3
     for head in heads:
-        begin = next(path for path in ("/ws-deployment", "/ws", LOG) if is_at(head.split(" ")[1], path))
+        begin = next(
+            path for path in ("/ws-deployment", "/ws", LOG) if is_at(head.split(" ")[1], path)
+        )
         theirs = dict(headers(next(raw for raw in recorded if is_at(raw.split(" ")[1], begin))))
         ours = dict(headers(head))
         assert head.split(" ")[0] == "GET" and head.split("\r\n")[0].endswith(" HTTP/1.1")
         assert set(ours) - set(theirs) == {"User-Agent"} and not set(theirs) - set(ours)
         assert ours["version"] == theirs["version"] == PROTOCOL_VERSION
-        assert (ours["name"], ours["system"], ours["Authorization"]) == ("web", theirs["system"], f"Bearer {TOKEN}")
+        assert (ours["name"], ours["system"], ours["Authorization"]) == (
+            "web",
+            theirs["system"],
+            f"Bearer {TOKEN}",
+        )
         assert len(headers(head)) == len(ours)
 
 
@@ -223,16 +250,26 @@ def test_every_recorded_odd_message_is_skipped_with_a_sentence_or_accepted(host,
     recorded = scenarios("agent-invalid-messages")
     assert set(recorded) - {""} == SKIPPED | REGISTERED | ELSEWHERE
     for label, events in recorded.items():
-        frames = [e for e in events if e.get("dir") == "S->C" and e["path"] == "/ws" and e["conn"] == 1]
+        frames = [
+            e for e in events if e.get("dir") == "S->C" and e["path"] == "/ws" and e["conn"] == 1
+        ]
         if label in ELSEWHERE or not label:
             continue
         before = agent.text()
         for frame in frames:
             kind = {"cont": "continuation"}.get(frame["frame"], frame["frame"])
-            payload = bytes.fromhex(frame["payload_hex"]) if "payload_hex" in frame else frame["payload"]
+            payload = (
+                bytes.fromhex(frame["payload_hex"]) if "payload_hex" in frame else frame["payload"]
+            )
             connection.send(kind, payload, bool(frame["fin"]))
-        word = "a message of the workspace was skipped: " if label in SKIPPED else "web is connected to "
-        wait_until(lambda b=before, w=word: w in agent.text()[len(b) :], 10, f"{word} after `{label}`")
+        word = (
+            "a message of the workspace was skipped: "
+            if label in SKIPPED
+            else "web is connected to "
+        )
+        wait_until(
+            lambda b=before, w=word: w in agent.text()[len(b) :], 10, f"{word} after `{label}`"
+        )
         assert agent.text()[len(before) :].count("\n") == 1, label
     deployment = json.loads(recorded["rollbackScript key missing"][1]["payload"])
     connection.send_text(json.dumps(deployment))
@@ -241,7 +278,11 @@ def test_every_recorded_odd_message_is_skipped_with_a_sentence_or_accepted(host,
     assert len(peer.heads("/ws")) == 1 and "Traceback" not in agent.text()
     assert not peer.messages("11111111-2222-4333-8444-555555555555")
     connection.raw(b"\x83\x00")
-    wait_until(lambda: len(peer.heads("/ws")) == 2, 10, "the connection after a reserved opcode, as recorded")
+    wait_until(
+        lambda: len(peer.heads("/ws")) == 2,
+        10,
+        "the connection after a reserved opcode, as recorded",
+    )
 
 
 def test_asked_to_stop_as_recorded(host, peer):
@@ -273,7 +314,9 @@ def test_an_end_that_is_lost_is_told_when_the_workspace_is_back(host, cache, pee
     """agent-finish-lost: Cachix's agent gives up after five attempts, ours does not."""
     attempts = [e for e in transcript("agent-finish-lost") if e.get("status") == 503]
     assert len(attempts) == 5
-    path = present(host, cache, closures.nixos(cache, 1, after_boot=closures.wait_for("/run/go-on")))
+    path = present(
+        host, cache, closures.nixos(cache, 1, after_boot=closures.wait_for("/run/go-on"))
+    )
     agent = start(host, peer, backoff=0.02, slowest=0.05)
     deployment = peer.deploy(path)
     wait_until(lambda: host.boot_default() == path, what="the commit, after all checks")
@@ -284,7 +327,10 @@ def test_an_end_that_is_lost_is_told_when_the_workspace_is_back(host, cache, pee
     assert peer.finished(deployment)
     wait_until(lambda: peer.log(deployment)[-1:] == [SUCCESS_LINE], what="the log's end")
     tags = [one["method"] for one in peer.messages(deployment)]
-    assert tags == sorted(tags, key=["DeploymentStarted", "DeploymentFinished"].index) and len(tags) >= 2
+    assert (
+        tags == sorted(tags, key=["DeploymentStarted", "DeploymentFinished"].index)
+        and len(tags) >= 2
+    )
     assert agent.process.poll() is None
 
 
@@ -296,11 +342,36 @@ def test_an_end_that_is_lost_is_told_when_the_workspace_is_back(host, cache, pee
     [
         ("https://cachix.org", {}, "https://mycache.cachix.org", "mycache.cachix.org-1:BASE64="),
         ("http://localhost", {}, "http://mycache.localhost", "mycache.localhost-1:BASE64="),
-        ("http://localhost:8080", {}, "http://mycache.localhost:8080", "mycache.localhost-1:BASE64="),
-        ("https://a.example/deploy", {}, "https://mycache.a.example", "mycache.a.example-1:BASE64="),
-        ("https://joe:pw@a.example", {}, "https://mycache.a.example", "mycache.a.example-1:BASE64="),
-        ("https://cachix.org", {"uri": "http://b:1/cache/x"}, "http://b:1/cache/x", "mycache.cachix.org-1:BASE64="),
-        ("https://cachix.org", {"publicKey": "own-1:KEY="}, "https://mycache.cachix.org", "own-1:KEY="),
+        (
+            "http://localhost:8080",
+            {},
+            "http://mycache.localhost:8080",
+            "mycache.localhost-1:BASE64=",
+        ),
+        (
+            "https://a.example/deploy",
+            {},
+            "https://mycache.a.example",
+            "mycache.a.example-1:BASE64=",
+        ),
+        (
+            "https://joe:pw@a.example",
+            {},
+            "https://mycache.a.example",
+            "mycache.a.example-1:BASE64=",
+        ),
+        (
+            "https://cachix.org",
+            {"uri": "http://b:1/cache/x"},
+            "http://b:1/cache/x",
+            "mycache.cachix.org-1:BASE64=",
+        ),
+        (
+            "https://cachix.org",
+            {"publicKey": "own-1:KEY="},
+            "https://mycache.cachix.org",
+            "own-1:KEY=",
+        ),
     ],
 )
 def test_where_a_cache_is(host_url, fields, url, key):
@@ -338,10 +409,16 @@ def test_a_private_cache_hears_the_token_as_a_password(host, cache, peer):
     succeeded, log = deploy_from(host, cache, peer, path := closures.plain(cache, 1))
     assert succeeded and host.profile() == path
     basic = next(e["raw"] for e in transcript("agent-private-cache") if "/nar/" in e.get("raw", ""))
-    assert dict(headers(basic))["Authorization"] == "Basic OnBlZXItYWdlbnQtdG9rZW4="  # :peer-agent-token
+    assert (
+        dict(headers(basic))["Authorization"] == "Basic OnBlZXItYWdlbnQtdG9rZW4="
+    )  # :peer-agent-token
     heard = {request.authorization for request in cache.requests if request.status == 200}
     assert dict(headers(basic))["Authorization"] in heard
-    assert all(r.authorization == dict(headers(basic))["Authorization"] for r in cache.requests if "/nar/" in r.path)
+    assert all(
+        r.authorization == dict(headers(basic))["Authorization"]
+        for r in cache.requests
+        if "/nar/" in r.path
+    )
     command = next(line for line in log if line.startswith(f"$ nix-store --realise {path}"))
     assert f"--option extra-substituters {cache.url}" in command and cache.key.public in command
     assert not [line for line in log if TOKEN in line]
@@ -352,7 +429,9 @@ def test_a_token_that_the_cache_refuses(host, cache, peer):
     cache.token = "another"
     succeeded, log = deploy_from(host, cache, peer, closures.plain(cache, 1))
     assert not succeeded
-    assert log[-1].endswith(f" is not in {cache.url}: push it there first, or let this agent's token read it"), log
+    assert log[-1].endswith(
+        f" is not in {cache.url}: push it there first, or let this agent's token read it"
+    ), log
     assert {request.status for request in cache.requests if "narinfo" in request.path} == {401}
     assert not [line for line in log if TOKEN in line]
 
@@ -371,7 +450,9 @@ def test_damage_has_its_reason(host, cache, peer, how, reason):
     path = closures.plain(cache, 1)
     cache.damage(path, how)
     succeeded, log = deploy_from(host, cache, peer, path)
-    assert not succeeded and log[-1].startswith(f"{FAILURE_LINE} {reason.format(url=cache.url, path=path)}"), log
+    assert not succeeded and log[-1].startswith(
+        f"{FAILURE_LINE} {reason.format(url=cache.url, path=path)}"
+    ), log
     assert host.profile() is None
 
 
@@ -380,7 +461,9 @@ def test_a_cache_that_breaks_off_has_its_reason(host, cache, peer, kind):
     path = closures.plain(cache, 1)
     cache.misbehave("/nar/", kind)
     succeeded, log = deploy_from(host, cache, peer, path, **impatient(host))
-    assert not succeeded and re.match(rf"{FAILURE_LINE} the download from {cache.url} broke off: .+", log[-1]), log
+    assert not succeeded and re.match(
+        rf"{FAILURE_LINE} the download from {cache.url} broke off: .+", log[-1]
+    ), log
     assert host.profile() is None
 
 
@@ -405,4 +488,9 @@ def test_deployments_come_one_at_a_time_and_the_newest_counts(host, cache, peer)
     assert [peer.finished(one) for one in known] == [True, False, True]
     wait_until(lambda: peer.log(known[1]), what="the reason")
     assert peer.log(known[1])[-1] == f"{FAILURE_LINE} deployment 3 came before this one was begun"
-    assert host.record() == [("test", first), ("boot", first), ("test", others[1]), ("boot", others[1])]
+    assert host.record() == [
+        ("test", first),
+        ("boot", first),
+        ("test", others[1]),
+        ("boot", others[1]),
+    ]

@@ -14,7 +14,9 @@ def blocks(section):
     """The shell commands of a section: (name of the block, script)."""
     body = re.split(rf"^{section}\n-+\n", TEXT, flags=re.M)[1]
     body = re.split(r"^.+\n-{3,}\n", body, flags=re.M)[0]
-    found = re.findall(r"^\.\. code-block:: sh\n(?:    :name: (\w+)\n)?\n((?:    .*\n|\n)+)", body, flags=re.M)
+    found = re.findall(
+        r"^\.\. code-block:: sh\n(?:    :name: (\w+)\n)?\n((?:    .*\n|\n)+)", body, flags=re.M
+    )
     return [(name, re.sub(r"^    ", "", script, flags=re.M).strip()) for name, script in found]
 
 
@@ -22,7 +24,9 @@ def blocks(section):
 def reader(tmp_path):
     """A machine on which somebody follows README.rst in a checkout; /usr/local/bin is the machine's own."""
     checkout = tmp_path / "checkout"
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, check=True).stdout
+    files = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, check=True
+    ).stdout
     for name in filter(None, files.decode().split("\0")):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(PROJECT / name, checkout / name)
@@ -41,7 +45,9 @@ def follow(reader, section):
     running = {}
     for name, script in blocks(section):
         if name:
-            running[name] = host.start(name, ["/bin/sh", "-c", f"exec 2>&1; {script}"], cwd=checkout)
+            running[name] = host.start(
+                name, ["/bin/sh", "-c", f"exec 2>&1; {script}"], cwd=checkout
+            )
             running[name].wait_for({"serve": "listening on", "agent": "is connected to"}[name])
             continue
         for command in [line for line in script.split("\n") if line == "make test"]:

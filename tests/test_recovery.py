@@ -34,7 +34,11 @@ def nixos_machine(make_machine):
 
 
 def switches(machine):
-    return [pid for pid, line in machine.host.processes().items() if re.search(r" switch [0-9a-f-]{36}", line)]
+    return [
+        pid
+        for pid, line in machine.host.processes().items()
+        if re.search(r" switch [0-9a-f-]{36}", line)
+    ]
 
 
 def kill_switch(machine):
@@ -57,7 +61,9 @@ def interrupt(machine, how):
 @pytest.mark.parametrize("how", ["switch", "both", "power"])
 def test_in_the_activation_is_rolled_back(nixos_machine, how):
     machine, first = nixos_machine
-    deployment = machine.order(closures.nixos(machine.files, 2, after="touch /run/here; " + closures.hang()))
+    deployment = machine.order(
+        closures.nixos(machine.files, 2, after="touch /run/here; " + closures.hang())
+    )
     wait_until(lambda: machine.host.path("/run/here").exists())
     interrupt(machine, how)
     outcome = machine.outcome(deployment)
@@ -71,7 +77,9 @@ def test_in_the_activation_is_rolled_back(nixos_machine, how):
 
 def test_the_agent_alone_in_the_activation_changes_nothing(nixos_machine):
     machine, _ = nixos_machine
-    new = closures.nixos(machine.files, 2, after="touch /run/here; " + closures.wait_for("/run/go-on"))
+    new = closures.nixos(
+        machine.files, 2, after="touch /run/here; " + closures.wait_for("/run/go-on")
+    )
     deployment = machine.order(new)
     wait_until(lambda: machine.host.path("/run/here").exists())
     machine.agent.kill()
@@ -84,7 +92,9 @@ def test_the_agent_alone_in_the_activation_changes_nothing(nixos_machine):
 @pytest.mark.parametrize("how", ["switch", "both", "power"])
 def test_in_the_commit_goes_forward(nixos_machine, how):
     machine, _ = nixos_machine
-    new = closures.nixos(machine.files, 2, before_boot=once("boot", f"touch /run/here; {closures.hang()}"))
+    new = closures.nixos(
+        machine.files, 2, before_boot=once("boot", f"touch /run/here; {closures.hang()}")
+    )
     deployment = machine.order(new)
     wait_until(lambda: machine.host.path("/run/here").exists())
     interrupt(machine, how)
@@ -96,7 +106,9 @@ def test_in_the_commit_goes_forward(nixos_machine, how):
 @pytest.mark.parametrize("how", ["switch", "both", "power"])
 def test_in_the_rollback_is_rolled_back_again(nixos_machine, how):
     machine, _ = nixos_machine
-    fallback = closures.nixos(machine.files, "fallback", before=once("first", ":") + "; " + once_second())
+    fallback = closures.nixos(
+        machine.files, "fallback", before=once("first", ":") + "; " + once_second()
+    )
     assert machine.deploy(fallback).status == "Succeeded"
     deployment = machine.order(closures.nixos(machine.files, 3, after="exit 1"))
     wait_until(lambda: machine.host.path("/run/here").exists())
@@ -104,7 +116,9 @@ def test_in_the_rollback_is_rolled_back_again(nixos_machine, how):
     outcome = machine.outcome(deployment)
     assert (outcome.status, outcome.step) == ("Failed", "rolled-back")
     assert "the activation ended with status 1" in outcome.reason
-    assert machine.host.running() == machine.host.profile() == machine.host.boot_default() == fallback
+    assert (
+        machine.host.running() == machine.host.profile() == machine.host.boot_default() == fallback
+    )
 
 
 def once_second():
@@ -134,7 +148,10 @@ def test_the_agent_in_the_download_starts_again(nixos_machine):
     (wrappers / "nix-store").write_text(f'#!/bin/sh\n{hold}\nexec {real} "$@"\n')
     (wrappers / "nix-store").chmod(0o755)
     machine.agent.stop()
-    machine.env = {"PATH": f"{wrappers}:{machine.host.environment['PATH']}", "CACHIX_DEPLOY_WAITS": WAITS}
+    machine.env = {
+        "PATH": f"{wrappers}:{machine.host.environment['PATH']}",
+        "CACHIX_DEPLOY_WAITS": WAITS,
+    }
     machine.start()
     deployment = machine.order(closures.nixos(machine.files, 2))
     wait_until(lambda: machine.host.path("/run/here").exists())
@@ -152,7 +169,10 @@ def test_a_deployment_that_is_interrupted_again_and_again_before_it_begins_ends(
     (wrappers / "nix-store").write_text("#!/bin/sh\ntouch /run/here\nexec sleep 3600\n")
     (wrappers / "nix-store").chmod(0o755)
     machine.agent.stop()
-    machine.env = {"PATH": f"{wrappers}:{machine.host.environment['PATH']}", "CACHIX_DEPLOY_WAITS": WAITS}
+    machine.env = {
+        "PATH": f"{wrappers}:{machine.host.environment['PATH']}",
+        "CACHIX_DEPLOY_WAITS": WAITS,
+    }
     machine.start()
     deployment = machine.order(closures.nixos(machine.files, 2))
     for _ in range(3):
@@ -168,7 +188,9 @@ def test_a_deployment_that_is_interrupted_again_and_again_before_it_begins_ends(
 
 def test_a_lost_state_is_reported_and_nothing_executed(nixos_machine):
     machine, _ = nixos_machine
-    deployment = machine.order(closures.nixos(machine.files, 2, after="touch /run/here; " + closures.hang()))
+    deployment = machine.order(
+        closures.nixos(machine.files, 2, after="touch /run/here; " + closures.hang())
+    )
     wait_until(lambda: machine.host.path("/run/here").exists())
     machine.host.close()
     shutil.rmtree(machine.host.state)
@@ -243,7 +265,9 @@ def test_a_journal_of_any_length_but_its_own_says_nothing():
     text = WHOLE.to_json()
     assert read(text) == WHOLE
     assert [length for length in range(len(text)) if read(text[:length])] == []
-    assert [length for length in range(len(text)) if read(text[:length].ljust(len(text), b"\0"))] == []
+    assert [
+        length for length in range(len(text)) if read(text[:length].ljust(len(text), b"\0"))
+    ] == []
 
 
 def test_a_zero_anywhere_in_a_journal_is_noticed():
@@ -258,7 +282,9 @@ def test_a_flipped_bit_in_a_journal_is_noticed_or_changes_the_value_in_which_it_
         for bit in range(8):
             found = read(text[:at] + bytes([text[at] ^ 1 << bit]) + text[at + 1 :])
             if found is not None:
-                differ = {name for name in FIELDS if getattr(found, name) != getattr(WHOLE, name)} - {"unknown"}
+                differ = {
+                    name for name in FIELDS if getattr(found, name) != getattr(WHOLE, name)
+                } - {"unknown"}
                 assert differ <= ({key} if in_value else set()), (at, bit, differ)
                 kept += 1
     assert kept < 8 * len(text) / 2, "most of it is noticed"
@@ -274,9 +300,20 @@ def test_of_a_journal_of_this_version_no_key_may_be_missing():
 
 @pytest.mark.parametrize("version", [None, 0])
 def test_of_an_older_journal_keys_may_be_missing(version):
-    known = {"id": "i", "index": 1, "agent": "a", "host": "h", "store_path": NEW, "step": journal.CHECKING}
+    known = {
+        "id": "i",
+        "index": 1,
+        "agent": "a",
+        "host": "h",
+        "store_path": NEW,
+        "step": journal.CHECKING,
+    }
     found = read(json.dumps(known if version is None else {**known, "version": version}).encode())
-    assert found is not None and (found.step, found.previous_running, found.attempts) == (journal.CHECKING, None, 0)
+    assert found is not None and (found.step, found.previous_running, found.attempts) == (
+        journal.CHECKING,
+        None,
+        0,
+    )
 
 
 def test_a_newer_journal_keeps_its_keys_and_one_with_a_step_of_its_own_is_set_aside(tmp_path):
@@ -295,7 +332,11 @@ def test_of_a_damaged_report_nothing_is_believed(tmp_path):
     path.write_bytes(text)
     assert dataclasses.replace(logfile.Reported.load(str(path)), time=REPORTED.time) == REPORTED
     for at in range(len(text)):
-        for damaged in (text[:at], text[:at] + b"\0" + text[at + 1 :], text[:at].ljust(len(text), b"\0")):
+        for damaged in (
+            text[:at],
+            text[:at] + b"\0" + text[at + 1 :],
+            text[:at].ljust(len(text), b"\0"),
+        ):
             path.write_bytes(damaged)
             assert logfile.Reported.load(str(path)) == logfile.Reported()
 

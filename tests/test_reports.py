@@ -14,25 +14,24 @@ from hosts import wait_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import cachix_deploy
+import cachix_connection
+import cachix_protocol
+import cachix_reports
 from activate import journal, lock, logfile
 from activate.logfile import LINE_BYTES, cut
-from cachix_deploy import (
+from cachix_channels import HttpChannel, SocketChannel
+from cachix_connection import Peer, Waits
+from cachix_protocol import (
     FAILED,
     FAILURE_LINE,
     IN_PROGRESS,
     SUCCEEDED,
     SUCCESS_LINE,
-    Delivery,
     Gone,
-    HttpChannel,
-    Peer,
     Refused,
-    Reporter,
-    SocketChannel,
     Unreachable,
-    Waits,
 )
+from cachix_reports import Delivery, Reporter
 
 pytestmark = pytest.mark.promise(6)
 
@@ -93,7 +92,9 @@ def in_chunks(log, chunks, most):
 @given(LOGS, st.lists(st.integers(1, 2 * LINE_BYTES), max_size=12), st.integers(1, 5))
 def test_the_same_log_has_the_same_lines_however_it_grows(log, chunks, most):
     whole, taken = cut(log, 1 << 30, True)
-    assert taken == len(log) and all(len(line) <= LINE_BYTES and b"\n" not in line for line in whole)
+    assert taken == len(log) and all(
+        len(line) <= LINE_BYTES and b"\n" not in line for line in whole
+    )
     assert in_chunks(log, chunks, most) == whole
 
 
@@ -103,7 +104,7 @@ def test_the_same_log_has_the_same_lines_however_it_grows(log, chunks, most):
 def test_a_line_is_text_without_nul(line):
     text = logfile.printable(line)
     assert "\0" not in text
-    assert json.loads(cachix_deploy.dumps({"line": text}).encode())["line"] == text
+    assert json.loads(cachix_protocol.dumps({"line": text}).encode())["line"] == text
     with contextlib.suppress(UnicodeDecodeError):
         assert text == line.decode().replace("\0", "\ufffd")
 
@@ -112,7 +113,9 @@ def test_a_line_is_text_without_nul(line):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 FIELDS = list(asdict(logfile.Reported()))
@@ -188,7 +191,9 @@ def make(tmp_path):
         directory = tmp_path / "deployments" / ID
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "log").write_bytes(log)
-        entry = journal.Journal(str(directory), journal.Record(ID, 1, "web", "http://a", "/nix/store/x", **facts))
+        entry = journal.Journal(
+            str(directory), journal.Record(ID, 1, "web", "http://a", "/nix/store/x", **facts)
+        )
         entry.enter(step)
         return Delivery(entry, lock.take(entry.path("reported.lock")), sizes or {})
 
@@ -198,10 +203,16 @@ def make(tmp_path):
 def test_a_whole_report_in_its_order(make):
     delivery, channel = make(b"one\ntwo", sizes={ID: 42}), Channel()
     delivery.ship(channel)
-    assert channel.told == [(IN_PROGRESS, None, None), (IN_PROGRESS, 42, None)] and channel.log == ["one"]
+    assert channel.told == [(IN_PROGRESS, None, None), (IN_PROGRESS, 42, None)] and channel.log == [
+        "one"
+    ]
     delivery.entry.enter(journal.SUCCEEDED)
     delivery.ship(channel)
-    assert channel.told[2:] == [(SUCCEEDED, 42, None)] and channel.log == ["one", "two", SUCCESS_LINE]
+    assert channel.told[2:] == [(SUCCEEDED, 42, None)] and channel.log == [
+        "one",
+        "two",
+        SUCCESS_LINE,
+    ]
     assert delivery.reported.whole
     before = list(channel.calls)
     delivery.ship(channel)
@@ -226,7 +237,10 @@ def test_an_end_that_comes_behind_the_log_waits_for_its_closing_line(make):
 
 
 def test_a_failure_is_told_with_its_reason(make):
-    delivery, channel = make(b"", journal.ROLLED_BACK, reason="the disk is full", detail="line\nline"), Channel()
+    delivery, channel = (
+        make(b"", journal.ROLLED_BACK, reason="the disk is full", detail="line\nline"),
+        Channel(),
+    )
     delivery.ship(channel)
     assert channel.told[-1] == (FAILED, None, "the disk is full\nline\nline")
     assert channel.log == [f"{FAILURE_LINE} the disk is full"]
@@ -252,7 +266,10 @@ def test_a_log_that_is_gone_ends_all_the_same(make, tmp_path):
 def test_lines_that_the_workspace_has_lost_are_sent_again(make, final, kept):
     """A gap is answered with the line that is expected: the delivery goes back to where that one begins."""
     rng = random.Random(kept)
-    log = b"".join(b"%d " % i + b"x" * rng.choice([0, 1, 30]) + b"\n" for i in range(30_000)) + b"y" * 200_000
+    log = (
+        b"".join(b"%d " % i + b"x" * rng.choice([0, 1, 30]) + b"\n" for i in range(30_000))
+        + b"y" * 200_000
+    )
     expected = [line.decode() for line in cut(log, 1 << 30, True)[0]]
     delivery, channel = make(log), Channel()
     while len(channel.log) < 27_000:
@@ -303,7 +320,11 @@ def test_the_closing_line_comes_once_whatever_is_cut(make, monkeypatch, log, shi
     if shipped:
         delivery.ship(channel)
     delivery.entry.enter(step)
-    take, note, closing = channel.lines, delivery.note, cachix_deploy.closing_line(delivery.entry.record)
+    take, note, closing = (
+        channel.lines,
+        delivery.note,
+        cachix_reports.closing_line(delivery.entry.record),
+    )
 
     def lines(index, lines):
         if closing in lines and lost in ("answer", "call"):
@@ -329,14 +350,18 @@ def test_the_closing_line_comes_once_whatever_is_cut(make, monkeypatch, log, shi
     assert delivery.reported.whole and channel.log == [*log.decode().splitlines(), closing]
 
 
-@pytest.mark.parametrize("problem", [Unreachable("no"), Refused("no"), Gone("no"), Unreachable("later", 5.0)])
+@pytest.mark.parametrize(
+    "problem", [Unreachable("no"), Refused("no"), Gone("no"), Unreachable("later", 5.0)]
+)
 def test_a_failing_log_does_not_hold_back_the_end(make, problem):
     delivery, channel = make(b"a\n", journal.SUCCEEDED), Channel()
     channel.problems["lines"] = [problem] * 3
     for _ in range(3):
         with pytest.raises(type(problem)):
             delivery.ship(channel)
-    assert channel.told == [(IN_PROGRESS, None, None), (SUCCEEDED, None, None)] and channel.log == []
+    assert (
+        channel.told == [(IN_PROGRESS, None, None), (SUCCEEDED, None, None)] and channel.log == []
+    )
     assert channel.calls.index(SUCCEEDED) < [call[0] for call in channel.calls].index("lines") + 2
     delivery.ship(channel)
     assert channel.log == ["a", SUCCESS_LINE] and delivery.reported.whole
@@ -360,7 +385,10 @@ def test_a_log_arrives_over_a_way_that_is_too_slow_for_whole_batches(make):
             delivery.ship(channel)
         if delivery.reported.whole:
             break
-    assert channel.log == [line.decode() for line in log.splitlines()] + [SUCCESS_LINE] and min(most) == 1
+    assert (
+        channel.log == [line.decode() for line in log.splitlines()] + [SUCCESS_LINE]
+        and min(most) == 1
+    )
 
 
 def test_after_a_long_outage_the_log_comes_as_fast_as_ever(make):
@@ -399,7 +427,11 @@ def test_a_workspace_that_takes_no_line_is_not_asked_without_a_pause(make):
     channel.lines = lambda index, lines: channel.calls.append("lines") or 0
     with pytest.raises(Unreachable, match="none was taken"):
         delivery.ship(channel)
-    assert channel.told[-1][0] == SUCCEEDED and not delivery.reported.logged and channel.calls.count("lines") == 1
+    assert (
+        channel.told[-1][0] == SUCCEEDED
+        and not delivery.reported.logged
+        and channel.calls.count("lines") == 1
+    )
 
 
 def test_a_state_that_can_not_be_written_stops_no_report(make, monkeypatch):
@@ -422,7 +454,10 @@ def test_a_state_that_can_not_be_written_stops_no_report(make, monkeypatch):
 @pytest.fixture
 def reporter(make, monkeypatch, tmp_path):
     """A reporter that runs, with a channel of the test's: (reporter, channel)."""
-    made, channel = Reporter(Peer("http://a", "t", "web"), Waits(backoff=0.02, slowest=0.05, tail=0.01)), Channel()
+    made, channel = (
+        Reporter(Peer("http://a", "t", "web"), Waits(backoff=0.02, slowest=0.05, tail=0.01)),
+        Channel(),
+    )
     monkeypatch.setattr(made, "channel", lambda delivery, registered: channel)
     made.start()
     return made, channel
@@ -431,12 +466,15 @@ def reporter(make, monkeypatch, tmp_path):
 def send(reporter, delivery):
     delivery.held.close()
     reporter.add(delivery.entry)
-    reporter.register(cachix_deploy.AgentRegistered(ID))
+    reporter.register(cachix_protocol.AgentRegistered(ID))
 
 
 def test_the_reporter_tries_again_until_all_is_told(make, reporter):
     reporter, channel = reporter
-    channel.problems = {"status": [Unreachable("a"), None, Refused("b")], "lines": [Unreachable("c"), Unreachable("d")]}
+    channel.problems = {
+        "status": [Unreachable("a"), None, Refused("b")],
+        "lines": [Unreachable("c"), Unreachable("d")],
+    }
     send(reporter, make(b"a\n", journal.SUCCEEDED))
     assert reporter.idle.wait(10)
     assert channel.told == [(SUCCEEDED, None, None)] and channel.log == ["a", SUCCESS_LINE]
@@ -452,7 +490,10 @@ def test_a_deployment_that_nobody_knows_is_given_up(make, reporter, capsys):
 def test_a_mistake_in_one_report_ends_no_other(make, reporter, capsys):
     """Whatever goes wrong with one delivery, the thread goes on."""
     reporter, channel = reporter
-    channel.problems["status"] = [RuntimeError("a mistake"), UnicodeEncodeError("utf-8", "\ud800", 0, 1, "no")]
+    channel.problems["status"] = [
+        RuntimeError("a mistake"),
+        UnicodeEncodeError("utf-8", "\ud800", 0, 1, "no"),
+    ]
     send(reporter, make(b"a\n", journal.SUCCEEDED))
     assert reporter.idle.wait(10) and reporter.is_alive()
     assert channel.told[-1][0] == SUCCEEDED
@@ -545,7 +586,9 @@ def test_answers_to_a_status(server, status, headers, body, result):
     assert len(server.seen) == 1
 
 
-@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"next":"1"}', b'{"next":true}', b'{"next":1.5}', b"\xff", b"["])
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{}", b'{"next":"1"}', b'{"next":true}', b'{"next":1.5}', b"\xff", b"["]
+)
 def test_answers_to_a_log_without_the_next_line(server, body):
     server.queue.append((200, OF_JSON, body))
     with pytest.raises(Unreachable):
@@ -563,7 +606,7 @@ def test_a_gap_is_no_error(server):
 )  # fmt: skip
 def test_retry_after(text, seconds):
     answer = type("Answer", (), {"headers": {"Retry-After": text}})
-    assert cachix_deploy.retry_after(answer) == seconds
+    assert cachix_connection.retry_after(answer) == seconds
 
 
 def test_an_answer_without_end_has_a_deadline():
@@ -628,17 +671,25 @@ def test_a_workspace_that_is_killed_during_a_deployment(make_workspace, make_mac
     workspace = make_workspace()
     machine = make_machine(workspace=workspace, env=QUICK)
     talk = "for i in $(seq 1 60); do seq -f 'line %.0f' $((i * 500 - 499)) $((i * 500)); sleep 0.03; done"
-    path = closures.nixos(machine.files, 1, after=f"{talk}; {closures.wait_for('/run/go-on')}; echo line 30001")
+    path = closures.nixos(
+        machine.files, 1, after=f"{talk}; {closures.wait_for('/run/go-on')}; echo line 30001"
+    )
     deployment = machine.order(path)
     for most in (2_000, 12_000):
         wait_until(lambda n=most: len(machine.workspace.log(deployment)) > n, what=f"{most} lines")
         workspace.kill()
-        wait_until(lambda n=most: (machine.host.state / f"deployments/{deployment}/log").stat().st_size > n * 12)
+        wait_until(
+            lambda n=most: (
+                (machine.host.state / f"deployments/{deployment}/log").stat().st_size > n * 12
+            )
+        )
         workspace.serve()
     machine.host.path("/run/go-on").touch()
     outcome = machine.outcome(deployment)
     assert outcome.status == "Succeeded"
-    lines = wait_until(lambda: [ls for ls in [workspace.log(deployment)] if ls[-1] == SUCCESS_LINE], what="its end")[0]
+    lines = wait_until(
+        lambda: [ls for ls in [workspace.log(deployment)] if ls[-1] == SUCCESS_LINE], what="its end"
+    )[0]
     assert numbered(lines) == list(range(1, 30_002))
     assert lines.count(SUCCESS_LINE) == 1
 
@@ -649,7 +700,11 @@ def test_bad_answers_for_a_while(host, cache, peer):
     def bad(request):
         left["n"] -= 1
         if left["n"] < 0:
-            return (peer._take_status(ID, request.json())) if "status" in request.path else take(request)
+            return (
+                (peer._take_status(ID, request.json()))
+                if "status" in request.path
+                else take(request)
+            )
         return [(500, b"<h1>oops</h1>"), (429, b""), (502, b""), (413, b"")][left["n"] % 4]
 
     def take(request):
@@ -669,7 +724,9 @@ def test_bad_answers_for_a_while(host, cache, peer):
 
 def test_sockets_that_are_cut_during_the_log(host, cache, peer):
     """Cachix's protocol can't say what has arrived, so lines may come twice; none is lost, nor the end."""
-    talk = "for i in $(seq 1 40); do seq -f 'line %.0f' $((i * 50 - 49)) $((i * 50)); sleep 0.03; done"
+    talk = (
+        "for i in $(seq 1 40); do seq -f 'line %.0f' $((i * 50 - 49)) $((i * 50)); sleep 0.03; done"
+    )
     path = closures.nixos(cache, 1, after=f"{talk}; {closures.wait_for('/run/go-on')}")
     host.fetch(cache.url, cache.key.public, path)
     host.agent("web", peer.url, "t0ken", env=QUICK)
@@ -705,6 +762,10 @@ def test_what_a_killed_agent_has_not_told_its_successor_tells(host, cache, peer,
     assert peer.finished(deployment)
     wait_until(lambda: peer.log(deployment)[-1:] == [SUCCESS_LINE], what="the log's end")
     assert numbered(peer.log(deployment)) == list(range(1, 101))
-    wait_until(lambda: json.loads((host.state / f"deployments/{deployment}/reported.json").read_text())["logged"])
+    wait_until(
+        lambda: json.loads((host.state / f"deployments/{deployment}/reported.json").read_text())[
+            "logged"
+        ]
+    )
     assert host.record() == [("test", path), ("boot", path)]
     assert agent.stop() == 0

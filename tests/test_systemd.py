@@ -11,7 +11,15 @@ from pathlib import Path
 
 import closures
 import pytest
-from containers import README_COMMAND, UNIT, Container, Missing, ServiceMachine, readme_unit, root_tree
+from containers import (
+    README_COMMAND,
+    UNIT,
+    Container,
+    Missing,
+    ServiceMachine,
+    readme_unit,
+    root_tree,
+)
 from hosts import PROJECT, wait_until
 
 pytestmark = pytest.mark.timeout(300)  # the first test may have to make the root tree
@@ -36,7 +44,8 @@ def program(tmp_path_factory):
     """The agent in one file, as `make pyz` builds it."""
     made = tmp_path_factory.mktemp("program") / "cachix-deploy.pyz"
     subprocess.run(
-        [sys.executable, "-W", "ignore::SyntaxWarning", str(PROJECT / "tools/pyz.py"), str(made)], check=True
+        [sys.executable, "-W", "ignore::SyntaxWarning", str(PROJECT / "tools/pyz.py"), str(made)],
+        check=True,
     )
     return made
 
@@ -55,7 +64,9 @@ def make_service(tree, program, tmp_path, live, name):
             prepare(host)
             machine.boot()
             start = f"{INSTALL_UNIT} && systemctl start {UNIT}"
-            first = closures.nixos(live.files, f"{name}-first", after=start, extra={UNIT: machine.unit})
+            first = closures.nixos(
+                live.files, f"{name}-first", after=start, extra={UNIT: machine.unit}
+            )
             assert machine.deploy(first).status == "Succeeded"
             stack.callback(machine.check)
             return machine, first
@@ -101,13 +112,17 @@ def test_an_activation_that_restarts_its_own_agent_many_times(make_service, how)
     assert machine.unit_of(switch).endswith(".scope"), machine.unit_of(switch)
     assert machine.host.show("KillMode") == "control-group"
     # The new agent adopts it: what was written so far arrives while the activation goes on.
-    wait_until(lambda: "restart 7 line 20" in machine.workspace.log(deployment), 40, "the log to arrive")
+    wait_until(
+        lambda: "restart 7 line 20" in machine.workspace.log(deployment), 40, "the log to arrive"
+    )
     assert machine.switch(deployment) == switch and machine.host.step(deployment) == "activating"
     assert machine.main_pid() not in (0, old)
     go_on(machine)
     outcome = machine.outcome(deployment)
     assert (outcome.status, outcome.step) == ("Succeeded", "succeeded")
-    own = [line for line in outcome.log.splitlines() if line.startswith(("before", "restart", "after"))]
+    own = [
+        line for line in outcome.log.splitlines() if line.startswith(("before", "restart", "after"))
+    ]
     restarts = [f"restart {i} line {j}" for i in range(1, 8) for j in range(1, 21)]
     assert own == ["before", *restarts, *(f"after line {j}" for j in range(1, 21))]
     assert machine.states()["ActiveState"] == "active"
@@ -122,7 +137,9 @@ def test_a_system_whose_agent_does_not_start_is_rolled_back_and_that_is_reported
     system = closures.nixos(machine.files, f"{machine.name}-2", after=restart, extra={UNIT: broken})
     outcome = machine.deploy(system)
     assert (outcome.status, outcome.step) == ("Failed", "rolled-back"), outcome
-    assert outcome.reason.startswith("no agent came back within 3 s after the activation; rolled back to"), outcome
+    assert outcome.reason.startswith(
+        "no agent came back within 3 s after the activation; rolled back to"
+    ), outcome
     assert machine.host.record()[-2:] == [("test", system), ("test", first)]
     assert machine.host.running() == first == machine.host.boot_default()
     assert machine.states()["ActiveState"] == "active"
@@ -131,20 +148,37 @@ def test_a_system_whose_agent_does_not_start_is_rolled_back_and_that_is_reported
 def test_an_operator_stops_the_agent(make_service):
     machine, _ = make_service()
     assert machine.stop() < 10
-    assert machine.states() == {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
+    assert machine.states() == {
+        "ActiveState": "inactive",
+        "Result": "success",
+        "ExecMainStatus": "0",
+    }
 
 
 def test_an_operator_stops_the_agent_while_nix_downloads(make_service):
     slow = '#!/bin/sh\n[ ! -e /run/slow ] || sleep 300\nexec /usr/bin/nix-store "$@"\n'
-    machine, _ = make_service(prepare=lambda host: host.write("/usr/local/bin/nix-store", slow, 0o755))
+    machine, _ = make_service(
+        prepare=lambda host: host.write("/usr/local/bin/nix-store", slow, 0o755)
+    )
     machine.host.path("/run/slow").touch()
     system = closures.nixos(machine.files, f"{machine.name}-2")
     deployment = machine.order(system)
     wait_until(lambda: machine.host.step(deployment) == "downloading", what="the download to begin")
-    wait_until(lambda: "sleep 300" in " ".join(machine.host.processes().values()), what="the download to hang")
+    wait_until(
+        lambda: "sleep 300" in " ".join(machine.host.processes().values()),
+        what="the download to hang",
+    )
     assert machine.stop() < 10
-    assert machine.states() == {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
-    wait_until(lambda: f"switch {deployment}" not in str(machine.host.processes()), 5, "the switch process to end")
+    assert machine.states() == {
+        "ActiveState": "inactive",
+        "Result": "success",
+        "ExecMainStatus": "0",
+    }
+    wait_until(
+        lambda: f"switch {deployment}" not in str(machine.host.processes()),
+        5,
+        "the switch process to end",
+    )
     assert machine.host.journal(deployment)["attempts"] == 0  # the agent's own end is no attempt
     machine.host.path("/run/slow").unlink()
     machine.host.output("systemctl", "start", UNIT)
@@ -158,11 +192,17 @@ def test_an_operator_stops_the_agent_during_an_activation(make_service, comes_ba
     # This system's previous one leaves the service alone when it is gone back to.
     quiet = closures.nixos(machine.files, f"{machine.name}-quiet")
     assert machine.deploy(quiet).status == "Succeeded"
-    system = closures.nixos(machine.files, f"{machine.name}-2", after=closures.wait_for(SWITCH_GO) + "; echo goes on")
+    system = closures.nixos(
+        machine.files, f"{machine.name}-2", after=closures.wait_for(SWITCH_GO) + "; echo goes on"
+    )
     deployment = machine.order(system)
     wait_for_activation(machine, system)
     assert machine.stop() < 10
-    assert machine.states() == {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
+    assert machine.states() == {
+        "ActiveState": "inactive",
+        "Result": "success",
+        "ExecMainStatus": "0",
+    }
     assert machine.host.step(deployment) == "activating" and machine.switch(deployment)
     go_on(machine)
     if comes_back:
@@ -199,8 +239,16 @@ def test_poweroff_in_the_middle(make_service, step):
         assert machine.deploy(first).status == "Succeeded"
         system = closures.nixos(machine.files, f"{machine.name}-2", after="exit 1")
     deployment = machine.order(system, script)
-    begun = {"activating": ("test", system), "checking": ("rollback-script", script), "rolling-back": ("test", first)}
-    wait_until(lambda: host.record()[-1:] == [begun[step]] and host.step(deployment) == step, 30, f"the step {step}")
+    begun = {
+        "activating": ("test", system),
+        "checking": ("rollback-script", script),
+        "rolling-back": ("test", first),
+    }
+    wait_until(
+        lambda: host.record()[-1:] == [begun[step]] and host.step(deployment) == step,
+        30,
+        f"the step {step}",
+    )
     before = len(host.record())
     host.poweroff()
     entry = host.journal(deployment)
@@ -212,8 +260,14 @@ def test_poweroff_in_the_middle(make_service, step):
     assert host.journal(deployment)["boot_id"] == entry["boot_id"]
     outcome = machine.outcome(deployment)
     assert (outcome.status, outcome.step) == ("Failed", "rolled-back"), outcome
-    told = "the activation ended with status 1" if step == "rolling-back" else "the machine restarted before"
-    assert outcome.reason.startswith(told) and outcome.reason.endswith(f"rolled back to {first}"), outcome
+    told = (
+        "the activation ended with status 1"
+        if step == "rolling-back"
+        else "the machine restarted before"
+    )
+    assert outcome.reason.startswith(told) and outcome.reason.endswith(f"rolled back to {first}"), (
+        outcome
+    )
     assert host.record()[before:] == [("test", first)]
     assert host.running() == host.boot_default() == first
 
@@ -222,7 +276,9 @@ def test_poweroff_during_the_commit(make_service):
     """The profile is the new system's already, what boots is the old one: the next agent goes forward."""
     machine, first = make_service()
     host = machine.host
-    system = closures.nixos(machine.files, f"{machine.name}-2", before_boot=closures.wait_for(SWITCH_GO))
+    system = closures.nixos(
+        machine.files, f"{machine.name}-2", before_boot=closures.wait_for(SWITCH_GO)
+    )
     deployment = machine.order(system)
     wait_for_activation(machine, system, "boot")
     host.poweroff()
@@ -246,7 +302,9 @@ def test_poweroffs_without_end_are_no_attempts(make_service):
     assert machine.deploy(first).status == "Succeeded"
     deployment = machine.order(closures.nixos(machine.files, f"{machine.name}-2", after="exit 1"))
     for count in range(1, 5):
-        wait_until(lambda: host.record().count(("test", first)) == count + 1, 30, "the rollback to begin")  # noqa: B023
+        wait_until(
+            lambda: host.record().count(("test", first)) == count + 1, 30, "the rollback to begin"
+        )
         host.poweroff()
         assert host.step(deployment) == "rolling-back" and host.journal(deployment)["attempts"] == 0
         machine.boot()
@@ -282,12 +340,17 @@ def test_the_token_is_the_agents_own(make_service, live, how):
     def prepare(host):
         if how == "environment":
             host.write("/etc/token.env", f"CACHIX_AGENT_TOKEN={live.token('agent')}\n", 0o600)
-            host.write(f"/etc/systemd/system/{UNIT}.d/token.conf", "[Service]\nEnvironmentFile=/etc/token.env\n")
+            host.write(
+                f"/etc/systemd/system/{UNIT}.d/token.conf",
+                "[Service]\nEnvironmentFile=/etc/token.env\n",
+            )
 
     machine, _ = make_service(prepare=prepare)
     code = f"env | sort | sed 's/^/has /'; {closures.wait_for(SWITCH_GO)}"
     system = closures.nixos(machine.files, f"{machine.name}-2", after=code)
-    deployment = machine.order(system, closures.script(machine.files, f"{machine.name}-env", "env | sed 's/^/has /'"))
+    deployment = machine.order(
+        system, closures.script(machine.files, f"{machine.name}-env", "env | sed 's/^/has /'")
+    )
     wait_for_activation(machine, system)
     host = machine.host
     agent = [pid for pid, line in host.processes().items() if f"agent {machine.name}" in line]
@@ -295,13 +358,18 @@ def test_the_token_is_the_agents_own(make_service, live, how):
     allowed += [str(host.upper / "etc/token.env")] if how == "environment" else []
     assert len(agent) == 1 and sorted(machine.leaks(live.token("agent"))) == sorted(allowed)
     switch = machine.switch(deployment)
-    names = {name.partition(b"=")[0].decode() for name in Path(f"/proc/{switch}/environ").read_bytes().split(b"\0")}
+    names = {
+        name.partition(b"=")[0].decode()
+        for name in Path(f"/proc/{switch}/environ").read_bytes().split(b"\0")
+    }
     withheld = {"CACHIX_AGENT_TOKEN", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "JOURNAL_STREAM"}
     assert not names & withheld
     go_on(machine)
     outcome = machine.outcome(deployment)
     assert outcome.status == "Succeeded"
-    told = {line[4:].partition("=")[0] for line in outcome.log.splitlines() if line.startswith("has ")}
+    told = {
+        line[4:].partition("=")[0] for line in outcome.log.splitlines() if line.startswith("has ")
+    }
     assert {"PATH", "HOME", "USER"} <= told and not told & {*withheld, "INVOCATION_ID"}, told
     if how == "environment":  # `machine.check` looks for the token where nothing has to have it
         host.output("rm", "/etc/token.env", f"/etc/systemd/system/{UNIT}.d/token.conf")
@@ -324,7 +392,9 @@ def test_a_plain_session_where_no_scope_can_be_had(make_machine, how):
     host = machine.host
     wrappers = host.directory / "wrappers"
     wrappers.mkdir()
-    (wrappers / "systemd-run").write_text(f'#!/bin/sh\necho "$@" >>{wrappers}/called\n{scripts[how]}\n')
+    (wrappers / "systemd-run").write_text(
+        f'#!/bin/sh\necho "$@" >>{wrappers}/called\n{scripts[how]}\n'
+    )
     (wrappers / "systemd-run").chmod(0o755)
     host.path("/run/systemd/system").mkdir(parents=True)
     machine.env = {"PATH": f"{wrappers}:{host.environment['PATH']}"}
@@ -335,8 +405,13 @@ def test_a_plain_session_where_no_scope_can_be_had(make_machine, how):
         outcome = machine.deploy(system)
         assert (outcome.status, outcome.step) == ("Succeeded", "succeeded"), outcome
         times = host.journal(outcome.id)["times"]
-        assert times["activating"] - times["received"] < (4 if how == "hangs" else 2), (times, time.monotonic() - began)
+        assert times["activating"] - times["received"] < (4 if how == "hangs" else 2), (
+            times,
+            time.monotonic() - began,
+        )
     called = (wrappers / "called").read_text().splitlines()
-    assert len(called) == 2 and all(line.startswith("--scope --collect --quiet --no-ask-password") for line in called)
+    assert len(called) == 2 and all(
+        line.startswith("--scope --collect --quiet --no-ask-password") for line in called
+    )
     assert machine.workspace.token("agent") not in json.dumps(called)
     wait_until(lambda: "sleep 250" not in str(host.processes()), 5, "what hung to be gone")

@@ -47,19 +47,31 @@ def test_files_come_back(peer: Peer) -> None:
     assert put(peer, f"open/{HASH}.narinfo", NARINFO.encode()) == 201
     url = f"{peer.server.url}/cache/open"
     whole = requests.get(f"{url}/{NAR}", timeout=DEADLINE)
-    assert whole.content == b"0123456789" and whole.headers["Content-Type"] == "application/x-nix-nar"
+    assert (
+        whole.content == b"0123456789" and whole.headers["Content-Type"] == "application/x-nix-nar"
+    )
     head = requests.head(f"{url}/{NAR}", timeout=DEADLINE)
     assert head.status_code == 200 and head.headers["Content-Length"] == "10" and not head.content
     etag = {"If-None-Match": whole.headers["ETag"]}
     assert requests.get(f"{url}/{NAR}", headers=etag, timeout=DEADLINE).status_code == 304
     part = requests.get(f"{url}/{NAR}", headers={"Range": "bytes=3-5"}, timeout=DEADLINE)
-    assert (part.status_code, part.content, part.headers["Content-Range"]) == (206, b"345", "bytes 3-5/10")
+    assert (part.status_code, part.content, part.headers["Content-Range"]) == (
+        206,
+        b"345",
+        "bytes 3-5/10",
+    )
     beyond = requests.get(f"{url}/{NAR}", headers={"Range": "bytes=99-"}, timeout=DEADLINE)
     assert beyond.status_code == 416
     info = requests.get(f"{url}/nix-cache-info", timeout=DEADLINE)
     assert info.text == "StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\n"
     assert requests.get(f"{url}/{HASH}.narinfo", timeout=DEADLINE).text == NARINFO
-    for missing in ("b" * 32 + ".narinfo", "log/x.drv", "realisations/x", "..%2fworkspace.db", "nar/..%2f..%2fx"):
+    for missing in (
+        "b" * 32 + ".narinfo",
+        "log/x.drv",
+        "realisations/x",
+        "..%2fworkspace.db",
+        "nar/..%2f..%2fx",
+    ):
         assert requests.get(f"{url}/{missing}", timeout=DEADLINE).status_code == 404, missing
 
 
@@ -69,9 +81,14 @@ def test_a_private_cache(peer: Peer) -> None:
     assert requests.get(f"{url}/nix-cache-info", timeout=DEADLINE).status_code == 200
     for path in (f"{HASH}.narinfo", "b" * 32 + ".narinfo", NAR):
         assert requests.get(f"{url}/{path}", timeout=DEADLINE).status_code == 401
-        assert requests.get(f"{url}/{path}", auth=("", "wrong"), timeout=DEADLINE).status_code == 401
+        assert (
+            requests.get(f"{url}/{path}", auth=("", "wrong"), timeout=DEADLINE).status_code == 401
+        )
     for token in (peer.agent_token, peer.ci_token, peer.server.token("admin")):
-        assert requests.get(f"{url}/{HASH}.narinfo", auth=("", token), timeout=DEADLINE).status_code == 200
+        assert (
+            requests.get(f"{url}/{HASH}.narinfo", auth=("", token), timeout=DEADLINE).status_code
+            == 200
+        )
         assert peer.http("GET", f"/cache/closed/{HASH}.narinfo", token).status_code == 200
 
 
@@ -83,10 +100,20 @@ def test_who_and_what_may_be_put(peer: Peer) -> None:
     assert put(peer, f"open/{'b' * 32}.narinfo", good) == 400
     assert put(peer, f"open/{HASH}.narinfo", b"\xff") == 400
     assert put(peer, f"open/{HASH}.narinfo", b"x" * (1 << 20) + b"y") == 413
-    for refused in ("nix-cache-info", "log/x.drv", "realisations/x.doi", "nar/x.nar", "..%2f..%2fx", f"{HASH}.ls"):
+    for refused in (
+        "nix-cache-info",
+        "log/x.drv",
+        "realisations/x.doi",
+        "nar/x.nar",
+        "..%2f..%2fx",
+        f"{HASH}.ls",
+    ):
         assert put(peer, f"open/{refused}", b"x") == 405, refused
     basic = requests.put(
-        f"{peer.server.url}/cache/open/{HASH}.narinfo", good, auth=("", peer.ci_token), timeout=DEADLINE
+        f"{peer.server.url}/cache/open/{HASH}.narinfo",
+        good,
+        auth=("", peer.ci_token),
+        timeout=DEADLINE,
     )
     assert basic.status_code == 201
     leftovers = [file.name for file in peer.server.data.glob("cache/**/.*")]
@@ -96,9 +123,13 @@ def test_who_and_what_may_be_put(peer: Peer) -> None:
 def test_by_host(peer: Peer) -> None:
     assert put(peer, f"open/{HASH}.narinfo", NARINFO.encode()) == 201
     for host in ("open.ws.test", "open.ws.test:8080"):
-        answer = requests.get(f"{peer.server.url}/{HASH}.narinfo", headers={"Host": host}, timeout=DEADLINE)
+        answer = requests.get(
+            f"{peer.server.url}/{HASH}.narinfo", headers={"Host": host}, timeout=DEADLINE
+        )
         assert answer.text == NARINFO
-    other = requests.get(f"{peer.server.url}/{HASH}.narinfo", headers={"Host": "no.ws.test"}, timeout=DEADLINE)
+    other = requests.get(
+        f"{peer.server.url}/{HASH}.narinfo", headers={"Host": "no.ws.test"}, timeout=DEADLINE
+    )
     assert other.status_code == 404 and "no cache" in other.json()["error"]
 
 
@@ -155,7 +186,9 @@ def test_nix_pushes_and_pulls(tmp_path: Path, private: bool) -> None:
         (tmp_path / "netrc-ci").write_text(f"machine 127.0.0.1 password {peer.ci_token}\n")
         (tmp_path / "netrc-agent").write_text(f"machine 127.0.0.1 password {peer.agent_token}\n")
         ci.output(*push, "--option", "netrc-file", str(tmp_path / "netrc-ci"))
-        ci.output(*push, "--option", "netrc-file", str(tmp_path / "netrc-ci"))  # nothing is left to do
+        ci.output(
+            *push, "--option", "netrc-file", str(tmp_path / "netrc-ci")
+        )  # nothing is left to do
         pull = ["nix-store", "--realise", thing, "--option", "substituters", url]
         pull += ["--option", "narinfo-cache-negative-ttl", "0", "--option", "trusted-public-keys"]
         wrong = f"{key.partition(':')[0]}:{base64.b64encode(bytes(32)).decode()}"

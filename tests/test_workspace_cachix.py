@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from workspace_support import OPCODES, STORE_PATHS, TRANSCRIPTS, Connection, Peer, Server, accept_key, running, wait_for
+from workspace_support import (
+    OPCODES,
+    STORE_PATHS,
+    TRANSCRIPTS,
+    Connection,
+    Peer,
+    Server,
+    accept_key,
+    running,
+    wait_for,
+)
 
 AGENT_TOKEN, CI_TOKEN, NIX_TOKEN = "AGENT-TOKEN", "ACTIVATE-TOKEN", "peer-agent-token"
 
@@ -44,11 +54,15 @@ class Replay:
             following = recorded[index + 1] if index + 1 < len(recorded) else {}
             self.before(event)
             if event.get("event") == "http-request":
-                self.request(event, following.get("body") if following.get("event") == "http-body" else None)
+                self.request(
+                    event, following.get("body") if following.get("event") == "http-body" else None
+                )
             elif event.get("event") == "http-response":
                 self.response(event)
             elif event.get("dir") == "C->S":
-                self.connections[event["conn"]].send_frame(OPCODES[event["frame"]], self.payload(event))
+                self.connections[event["conn"]].send_frame(
+                    OPCODES[event["frame"]], self.payload(event)
+                )
             elif event.get("dir") == "S->C":
                 self.expect(event)
             elif event.get("event") in ("closed", "tcp-eof"):
@@ -60,7 +74,11 @@ class Replay:
         return text
 
     def payload(self, event: dict[str, Any]) -> bytes:
-        return bytes.fromhex(event["payload"]) if event["frame"] == "close" else self.here(event["payload"]).encode()
+        return (
+            bytes.fromhex(event["payload"])
+            if event["frame"] == "close"
+            else self.here(event["payload"]).encode()
+        )
 
     def request(self, event: dict[str, Any], body: str | None) -> None:
         number = event["conn"]
@@ -78,7 +96,10 @@ class Replay:
         head = connection.read_head()
         if "Upgrade: websocket" in self.requests[event["conn"]]:
             assert head.startswith("HTTP/1.1 101"), head
-            fields = {line.partition(": ")[0].lower(): line.partition(": ")[2] for line in head.split("\r\n")[1:]}
+            fields = {
+                line.partition(": ")[0].lower(): line.partition(": ")[2]
+                for line in head.split("\r\n")[1:]
+            }
             key = re.search("Sec-WebSocket-Key: (.*)\r", self.requests[event["conn"]])
             assert key and fields.pop("sec-websocket-accept") == accept_key(key[1])
             assert {name: value.lower() for name, value in fields.items()} == {
@@ -117,7 +138,11 @@ def deploys(peer: Peer, name: str) -> Callable[[dict[str, Any]], None]:
     """Deploy what the recorded workspace sends, when it does."""
 
     def before(event: dict[str, Any]) -> None:
-        if event.get("dir") == "S->C" and event["frame"] == "text" and '"Deployment"' in event["payload"]:
+        if (
+            event.get("dir") == "S->C"
+            and event["frame"] == "text"
+            and '"Deployment"' in event["payload"]
+        ):
             order = json.loads(event["payload"])["command"]["contents"]
             scripts = {"x86_64-linux": order["rollbackScript"]} if order["rollbackScript"] else None
             peer.activate({name: order["storePath"]}, scripts)
@@ -127,13 +152,19 @@ def deploys(peer: Peer, name: str) -> Callable[[dict[str, Any]], None]:
 
 def said(recorded: list[dict[str, Any]]) -> list[str]:
     """The log lines of a transcript."""
-    mine = [e for e in recorded if e.get("dir") == "C->S" and e["frame"] == "text" and "/log/" in e["path"]]
+    mine = [
+        e
+        for e in recorded
+        if e.get("dir") == "C->S" and e["frame"] == "text" and "/log/" in e["path"]
+    ]
     return [json.loads(event["payload"])["line"] for event in mine]
 
 
 def only(replay: Replay, recorded: list[dict[str, Any]]) -> str:
     """The id here of the deployment that was recorded."""
-    orders = [e for e in recorded if e.get("dir") == "S->C" and '"Deployment"' in e.get("payload", "")]
+    orders = [
+        e for e in recorded if e.get("dir") == "S->C" and '"Deployment"' in e.get("payload", "")
+    ]
     return replay.in_place[json.loads(orders[0]["payload"])["command"]["contents"]["id"]]
 
 
@@ -154,7 +185,10 @@ def test_an_agent_with_a_private_cache(peer: Peer) -> None:
     peer.server.command("cache", "create", "mycache", "--private")
     narinfo = next(e["body"] for e in recorded if e.get("body", "").startswith("StorePath"))
     nar = "nar/0mfmcnccmvpdjgr40nx99b51z3ir8h2qba753gy9pm84v980n722.nar.xz"
-    for name, content in ((nar, b"nar"), ("mazzsmsn03ncr7v0cj38finzvxr6ggzv.narinfo", narinfo.encode())):
+    for name, content in (
+        (nar, b"nar"),
+        ("mazzsmsn03ncr7v0cj38finzvxr6ggzv.narinfo", narinfo.encode()),
+    ):
         assert peer.http("PUT", f"/cache/mycache/{name}", data=content).status_code == 201
     replay = Replay(peer.server, deploys(peer, "agentg"))
     replay.run(recorded)
@@ -177,7 +211,9 @@ def test_the_key_of_a_cache_as_cachix_derives_it(peer: Peer) -> None:
         "isPublic": True,
         "uri": "http://localhost/cache/mycache",
     }
-    elsewhere = peer.agent("web", Host="10.0.0.1:8080").expect_text()["command"]["contents"]["cache"]
+    elsewhere = peer.agent("web", Host="10.0.0.1:8080").expect_text()["command"]["contents"][
+        "cache"
+    ]
     assert elsewhere["publicKey"] == f"mycache.localhost-1:{public}"
 
 
@@ -205,22 +241,35 @@ def test_the_activate_command(peer: Peer, name: str) -> None:
 
     def before(event: dict[str, Any]) -> None:
         """Let the agent do what the recorded workspace tells of next."""
-        body = json.loads(event["body"]) if event.get("event") == "http-response" and "body" in event else {}
+        body = (
+            json.loads(event["body"])
+            if event.get("event") == "http-response" and "body" in event
+            else {}
+        )
         if "agents" in body:
             replay.in_place[body["agents"]["agent1"]["id"]] = "?"
         if event.get("event") == "http-request" and event["raw"].startswith("GET"):
             status = next_status(recorded[recorded.index(event) :])
             made = replay.in_place[only_id(recorded)]
             if status == "Cancelled":
-                assert peer.http("POST", f"/api/v1/deploy/deployment/{made}/cancel").status_code == 200
-            elif status in ("InProgress", "Succeeded", "Failed") and "view=true" not in event["raw"]:
+                assert (
+                    peer.http("POST", f"/api/v1/deploy/deployment/{made}/cancel").status_code == 200
+                )
+            elif (
+                status in ("InProgress", "Succeeded", "Failed") and "view=true" not in event["raw"]
+            ):
                 assert peer.report("agent1", made, status).status_code == 200
         if event.get("dir") == "S->C" and event["frame"] == "text":
             made = replay.in_place[only_id(recorded)]
             path = f"/api/v1/deploy/log/{made}?offset={offsets.setdefault(made, 0)}"
             offsets[made] += 1
             body = event["payload"].encode()
-            assert peer.http("PUT", path, peer.agent_token, data=body, headers={"name": "agent1"}).status_code == 200
+            assert (
+                peer.http(
+                    "PUT", path, peer.agent_token, data=body, headers={"name": "agent1"}
+                ).status_code
+                == 200
+            )
 
     replay = Replay(peer.server, before)
     replay.in_place = {"/nix/store/aaa": STORE_PATHS[0], "/nix/store/bbb": STORE_PATHS[1]}
@@ -248,5 +297,7 @@ def only_id(recorded: list[dict[str, Any]]) -> str:
 
 
 def next_status(rest: list[dict[str, Any]]) -> str | None:
-    bodies = [json.loads(e["body"]) for e in rest if e.get("event") == "http-response" and "body" in e]
+    bodies = [
+        json.loads(e["body"]) for e in rest if e.get("event") == "http-response" and "body" in e
+    ]
     return next((body["status"] for body in bodies if "status" in body), None)

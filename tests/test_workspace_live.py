@@ -25,7 +25,7 @@ from workspace_support import (
     wait_for,
 )
 
-from cachix_deploy import (
+from cachix_protocol import (
     AgentRegistered,
     Deployment,
     DeploymentFinished,
@@ -58,7 +58,11 @@ def deployment_of(connection: Connection) -> Deployment:
 def test_a_deployment_from_ci_to_its_end(peer: Peer, name: str) -> None:
     agent = peer.agent(name)
     registered = decode_to_agent(agent.expect(TEXT))
-    assert isinstance(registered, AgentRegistered) and registered.reports == "http" and registered.cache is None
+    assert (
+        isinstance(registered, AgentRegistered)
+        and registered.reports == "http"
+        and registered.cache is None
+    )
     scripts = {"x86_64-linux": STORE_PATHS[1], "aarch64-darwin": STORE_PATHS[2]}
     made = peer.activate({name: STORE_PATHS[0]}, scripts)[name]
     assert deployment_of(agent) == Deployment(STORE_PATHS[0], made, 1, STORE_PATHS[1])
@@ -90,7 +94,10 @@ def test_version_1_of_activate_answers_urls(peer: Peer, name: str) -> None:
     url = answer.json()["agents"][name]
     assert url == f"{peer.server.url}/agents/{name}/deployments/1"
     page = requests.get(url, auth=("", peer.ci_token), timeout=DEADLINE)
-    assert page.json()["storePath"] == STORE_PATHS[0] and requests.get(url, timeout=DEADLINE).status_code == 401
+    assert (
+        page.json()["storePath"] == STORE_PATHS[0]
+        and requests.get(url, timeout=DEADLINE).status_code == 401
+    )
 
 
 def test_reports_by_websocket(peer: Peer, name: str) -> None:
@@ -105,13 +112,17 @@ def test_reports_by_websocket(peer: Peer, name: str) -> None:
     report.send_frame(TEXT, b"\xff\xfe")  # not UTF-8: this one ends the connection
     assert report.expect_close() == 1007
     report = peer.agent(name, "/ws-deployment")
-    frame = encode_from_agent(str(uuid.uuid4()), DeploymentStarted(made, "2026-11-24T01:00:00Z")).encode()
+    frame = encode_from_agent(
+        str(uuid.uuid4()), DeploymentStarted(made, "2026-11-24T01:00:00Z")
+    ).encode()
     report.send_frame(TEXT, frame[:20], final=False)
     report.send_frame(0, frame[20:])
     wait_for(lambda: peer.status(made)["status"] == RUNNING)
     log.send_text({"line": "one", "time": "T", "more": 1})
     log.send_frame(BINARY, b'{"line":"two","time":"T"}')
-    finished = encode_from_agent(str(uuid.uuid4()), DeploymentFinished(made, "2026-11-24T01:01:00Z", False))
+    finished = encode_from_agent(
+        str(uuid.uuid4()), DeploymentFinished(made, "2026-11-24T01:01:00Z", False)
+    )
     report.send_text(finished)
     wait_for(lambda: peer.status(made)["status"] == F)
     log.send_text({"line": "Failed to activate the deployment. x", "time": "T"})
@@ -136,7 +147,10 @@ def test_an_offline_agent_gets_the_newest(peer: Peer, name: str) -> None:
     agent = peer.registered(name)
     agent.close()
     first, second = (peer.activate({name: path})[name] for path in STORE_PATHS[:2])
-    assert peer.status(first)["status"] == C and peer.status(first)["reason"] == "replaced by deployment 2"
+    assert (
+        peer.status(first)["status"] == C
+        and peer.status(first)["reason"] == "replaced by deployment 2"
+    )
     agent = peer.registered(name)
     assert deployment_of(agent).id == second and agent.is_silent()
     again = peer.registered(name)
@@ -206,7 +220,9 @@ def test_log_offsets(peer: Peer, name: str) -> None:
     assert peer.lines(made) == ["a", "b", "c"]
     path = f"/api/v1/deploy/log/{made}?offset="
     headers = {"name": name}
-    too_long = peer.http("PUT", path + "3", peer.agent_token, data=b"x" * (16 << 20) + b"y", headers=headers)
+    too_long = peer.http(
+        "PUT", path + "3", peer.agent_token, data=b"x" * (16 << 20) + b"y", headers=headers
+    )
     assert too_long.status_code == 413
     for offset, body in (("-1", b""), ("x", b""), ("3", b"{}\n"), ("3", b"\xff\n"), ("3", b"\n\n")):
         answer = peer.http("PUT", path + offset, peer.agent_token, data=body, headers=headers)
@@ -230,8 +246,16 @@ def test_who_may_do_what(peer: Peer, name: str) -> None:
     peer.registered(name)
     made = peer.activate({name: STORE_PATHS[0]})[name]
     log, status = f"/api/v1/deploy/log/{made}", f"/api/v1/deploy/deployment/{made}"
-    for method, path in (("POST", "/api/v2/deploy/activate"), ("GET", status), ("GET", log), ("PUT", log)):
-        for token, code in (("unknown", 401), (peer.agent_token if method != "PUT" else peer.ci_token, 403)):
+    for method, path in (
+        ("POST", "/api/v2/deploy/activate"),
+        ("GET", status),
+        ("GET", log),
+        ("PUT", log),
+    ):
+        for token, code in (
+            ("unknown", 401),
+            (peer.agent_token if method != "PUT" else peer.ci_token, 403),
+        ):
             answer = peer.http(method, path, token)
             right = "an agent token" if method == "PUT" else "an activate token or an admin token"
             assert answer.status_code == code and right in answer.json()["error"], (method, path)
@@ -261,7 +285,9 @@ def test_who_may_do_what(peer: Peer, name: str) -> None:
         ("/nowhere", "agent", {"name": "web"}, 404),
     ],
 )
-def test_refused_handshakes(peer: Peer, path: str, kind: str, headers: dict[str, str], code: int) -> None:
+def test_refused_handshakes(
+    peer: Peer, path: str, kind: str, headers: dict[str, str], code: int
+) -> None:
     connection = Connection(peer.server.port)
     token = {"agent": peer.agent_token, "activate": peer.ci_token}.get(kind, kind)
     connection.send(handshake(path, token, **headers))
@@ -278,14 +304,25 @@ def test_wrong_requests(peer: Peer, name: str) -> None:
         b'{"agents":{}}': "nothing to deploy",
         b'{"agents":{"x":"/nix/store/aaa"}}': "not a store path",
         b'{"agents":{"nobody":"%s","%s":"%s","no-one":"%s"}}'
-        % (STORE_PATHS[0].encode(), name.encode(), STORE_PATHS[0].encode(), STORE_PATHS[0].encode()): "no-one, nobody",
+        % (
+            STORE_PATHS[0].encode(),
+            name.encode(),
+            STORE_PATHS[0].encode(),
+            STORE_PATHS[0].encode(),
+        ): "no-one, nobody",
     }
     for body, sentence in bodies.items():
         answer = peer.http("POST", "/api/v2/deploy/activate?", data=body)
         assert answer.status_code == 400 and sentence in answer.json()["error"]
     made = peer.activate({name: STORE_PATHS[0]})[name]
     assert peer.status(made)["index"] == 1  # the refused ones left nothing
-    for more in ({"status": "Pending"}, {"closureSize": -1}, {"closureSize": True}, {"reason": 1}, {"time": None}):
+    for more in (
+        {"status": "Pending"},
+        {"closureSize": -1},
+        {"closureSize": True},
+        {"reason": 1},
+        {"time": None},
+    ):
         answer = peer.report(name, made, **{"status": RUNNING, **more})
         assert answer.status_code == 400 and answer.json()["error"], more
     missing = peer.http("GET", "/nowhere")
@@ -314,7 +351,11 @@ def test_revoking_a_token_closes_its_sockets(peer: Peer, name: str) -> None:
     expiring = open_socket(peer.server, "/ws", short, name=f"{name}-2", **headers)
     others = peer.registered(f"{name}-3")
     peer.server.command("token", "revoke", str(number))
-    assert [connection.expect_close(5) for connection in (mine, check, expiring)] == [4003, 4003, 4003]
+    assert [connection.expect_close(5) for connection in (mine, check, expiring)] == [
+        4003,
+        4003,
+        4003,
+    ]
     refused = Connection(peer.server.port)
     refused.send(handshake("/ws", token, name=name))
     assert refused.read_head().startswith("HTTP/1.1 401")
@@ -344,7 +385,9 @@ def test_a_line_of_20_mb_by_websocket(peer: Peer, name: str) -> None:
     made = peer.activate({name: STORE_PATHS[0]})[name]
     log = peer.agent(name, f"/api/v1/deploy/log/{made}")
     payload = b'{"line":"' + b"x" * 20_000_000 + b'","time":"T"}'
-    header = b"\x81\xff" + len(payload).to_bytes(8, "big") + b"\0\0\0\0"  # the mask of zeros saves a minute
+    header = (
+        b"\x81\xff" + len(payload).to_bytes(8, "big") + b"\0\0\0\0"
+    )  # the mask of zeros saves a minute
     log.send(header + payload)
     wait_for(lambda: peer.http("GET", f"/api/v1/deploy/log/{made}").json()["next"] == 1, 20)
     assert len(peer.lines(made)[0]) == 20_000_000

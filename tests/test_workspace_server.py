@@ -29,7 +29,7 @@ from workspace_support import (
     wait_for,
 )
 
-from workspace import Settings
+from cachix_workspace import Settings
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -38,7 +38,11 @@ def test_all_sockets_are_told_of_a_restart(number: int) -> None:
         peer = Peer(server)
         agent = peer.registered("web")
         made = peer.activate({"web": STORE_PATHS[0]})["web"]
-        opened = [agent, peer.agent("web", "/ws-deployment"), peer.agent("web", f"/api/v1/deploy/log/{made}")]
+        opened = [
+            agent,
+            peer.agent("web", "/ws-deployment"),
+            peer.agent("web", f"/api/v1/deploy/log/{made}"),
+        ]
         opened.append(peer.view(made))
         silent = Connection(server.port)  # never says anything
         begun = time.monotonic()
@@ -60,7 +64,7 @@ def test_a_handler_that_fails_closes_with_1011(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
-from workspace import Settings, server, sockets
+from cachix_workspace import Settings, server, sockets
 def fail(*_): raise RuntimeError("on purpose")
 sockets.Handlers.deployment = fail
 listener = server.bind("127.0.0.1:0")
@@ -125,7 +129,9 @@ def test_frames_of_several_threads_stay_whole() -> None:
         thread = threading.Thread(target=ping)
         thread.start()
         for first in range(0, lines, 2000):
-            peer.log("web", made, first, [f"{first + number} " + "x" * 200 for number in range(2000)])
+            peer.log(
+                "web", made, first, [f"{first + number} " + "x" * 200 for number in range(2000)]
+            )
         seen, pongs = 0, 0
         while seen < lines or pongs < pings:
             opcode, payload = viewer.next_frame()
@@ -162,7 +168,11 @@ def test_a_stalled_reader_is_hung_up_on() -> None:
 def _is_established(server_port: int, peer_port: int) -> bool:
     """Whether the server's side of a connection is open (state 1 of the kernel's table)."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    mine = [row[3] for row in rows if row[1].endswith(f":{server_port:04X}") and row[2].endswith(f":{peer_port:04X}")]
+    mine = [
+        row[3]
+        for row in rows
+        if row[1].endswith(f":{server_port:04X}") and row[2].endswith(f":{peer_port:04X}")
+    ]
     return mine == ["01"]
 
 
@@ -192,7 +202,12 @@ def test_reports_and_orders_are_quick() -> None:
             orders.append(time.monotonic() - begun)
             for status in ("InProgress", "Succeeded"):
                 begun = time.monotonic()
-                body = {"status": status, "time": "2026-11-24T01:02:03Z", "closureSize": number, "reason": None}
+                body = {
+                    "status": status,
+                    "time": "2026-11-24T01:02:03Z",
+                    "closureSize": number,
+                    "reason": None,
+                }
                 url = f"{server.url}/api/v1/deploy/deployment/{made}/status"
                 assert session.put(url, json=body, timeout=DEADLINE).status_code == 200
                 reports.append(time.monotonic() - begun)
@@ -218,7 +233,9 @@ def test_kill_9_during_uploads_and_log_writes_loses_nothing() -> None:
             while not stop.is_set():
                 first = acknowledged[0]
                 try:
-                    answer = peer.log("web", made, first, [f"line {first + number}" for number in range(500)])
+                    answer = peer.log(
+                        "web", made, first, [f"line {first + number}" for number in range(500)]
+                    )
                     acknowledged[0] = answer.json()["next"]
                 except requests.RequestException:
                     return
@@ -227,11 +244,11 @@ def test_kill_9_during_uploads_and_log_writes_loses_nothing() -> None:
         thread.start()
         upload = Connection(server.port)
         path = f"/cache/mycache/nar/{'1' * 52}.nar"
-        head = (
-            f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {peer.ci_token}\r\nContent-Length: 99999999\r\n"
-        )
+        head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {peer.ci_token}\r\nContent-Length: 99999999\r\n"
         upload.send(f"{head}\r\n".encode() + b"x" * 1_000_000)
-        wait_for(lambda: acknowledged[0] > 3000 and list(server.data.glob("cache/mycache/nar/.upload-*")))
+        wait_for(
+            lambda: acknowledged[0] > 3000 and list(server.data.glob("cache/mycache/nar/.upload-*"))
+        )
         server.kill()
         stop.set()
         thread.join(DEADLINE)
@@ -280,9 +297,13 @@ def test_a_data_directory_that_cannot_be_used(tmp_path: Path) -> None:
     for data in (tmp_path / "file", tmp_path / "file" / "below"):
         done = command("serve", "--listen=127.0.0.1:0", f"--data={data}", status=1)
         assert done.stderr.startswith("error: the data directory") and done.stderr.count("\n") == 1
-    done = command("token", "create", "agent", f"--data={tmp_path}", status=1)  # never made private, whatever it is
+    done = command(
+        "token", "create", "agent", f"--data={tmp_path}", status=1
+    )  # never made private, whatever it is
     assert "holds other files" in done.stderr and tmp_path.stat().st_mode == mode
-    (tmp_path / "workspace.db").write_text("this is no database, and longer than a header of one is" * 9)
+    (tmp_path / "workspace.db").write_text(
+        "this is no database, and longer than a header of one is" * 9
+    )
     done = command("serve", "--listen=127.0.0.1:0", f"--data={tmp_path}", status=1)
     assert done.stderr.startswith("error: the data directory") and "not a database" in done.stderr
 
@@ -299,6 +320,8 @@ def test_help_and_version() -> None:
     for arguments in (["--help"], ["serve", "-h"]):
         assert command(*arguments).stdout.startswith("The self-hosted workspace")
     assert command("--version").stdout.strip()
-    argv = [sys.executable, "-m", "workspace", "--help"]
-    done = subprocess.run(argv, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, timeout=DEADLINE, check=False)
+    argv = [sys.executable, "-m", "cachix_workspace", "--help"]
+    done = subprocess.run(
+        argv, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, timeout=DEADLINE, check=False
+    )
     assert done.returncode == 0

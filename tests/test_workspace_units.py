@@ -13,10 +13,21 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection
 from workspace_support import STORE_PATHS
 
-from cachix_deploy import Peer, Spec, Undecodable, loads
-from workspace import Error, Refusal, Settings, UsageError, cache, deployments, logs, tables, tokens
-from workspace.__main__ import main, parse, public_url
-from workspace.tables import Database, open_database
+from cachix_connection import Peer
+from cachix_protocol import Spec, Undecodable, loads
+from cachix_workspace import (
+    Error,
+    Refusal,
+    Settings,
+    UsageError,
+    cache,
+    deployments,
+    logs,
+    tables,
+    tokens,
+)
+from cachix_workspace.__main__ import main, parse, public_url
+from cachix_workspace.tables import Database, open_database
 
 P, R, S, F, C = "Pending", "InProgress", "Succeeded", "Failed", "Cancelled"
 
@@ -44,9 +55,13 @@ def deploy(connection: Connection, name: str = "web", path: int = 0) -> deployme
     return deployments.activate(connection, Spec({name: STORE_PATHS[path]}, {})).records[name]
 
 
-def tell(connection: Connection, record: deployments.Record, status: str) -> tuple[deployments.Record, bool]:
+def tell(
+    connection: Connection, record: deployments.Record, status: str
+) -> tuple[deployments.Record, bool]:
     found = deployments.find(connection, record.id, lock=True)
-    return deployments.report(connection, found, deployments.Report(status, "2026-11-24T01:00:00.123456789Z"))
+    return deployments.report(
+        connection, found, deployments.Report(status, "2026-11-24T01:00:00.123456789Z")
+    )
 
 
 def test_the_life_of_a_deployment(database: Database) -> None:
@@ -79,7 +94,11 @@ def test_an_agent_that_went_on_has_ended_what_it_left(database: Database) -> Non
         second = deploy(c, path=1)
         tell(c, second, R)
         left = deployments.find(c, first.id)
-        assert left.status == F and left.reason is not None and "went on to deployment 2" in left.reason
+        assert (
+            left.status == F
+            and left.reason is not None
+            and "went on to deployment 2" in left.reason
+        )
 
 
 def test_a_wrong_time_is_replaced_by_ours(database: Database) -> None:
@@ -105,7 +124,12 @@ def test_tokens_are_hashed_and_end(database: Database) -> None:
         assert e.value.code == 403
         assert tokens.invalid_ids(c) == {2}
         assert tokens.revoke(c, number) and tokens.revoke(c, number) and not tokens.revoke(c, 99)
-        for wrong, reason in ((secret, "revoked"), (expired, "expired"), ("x", "unknown"), ("", "send it as")):
+        for wrong, reason in (
+            (secret, "revoked"),
+            (expired, "expired"),
+            ("x", "unknown"),
+            ("", "send it as"),
+        ):
             with pytest.raises(Refusal, match=reason) as e:
                 tokens.authenticate(c, f"Bearer {wrong}", tokens.MACHINE)
             assert e.value.code == 401
@@ -125,8 +149,12 @@ def test_any_log_is_decoded_or_refused(body: bytes) -> None:
 
 @given(st.lists(st.text(), max_size=20), st.text())
 def test_lines_survive(lines: list[str], more: str) -> None:
-    body = "".join(json.dumps({"line": line, "time": "T", "more": more}) + "\n" for line in lines).encode()
-    assert [loads(line) for line in logs.decode_many(body)] == [{"line": line, "time": "T"} for line in lines]
+    body = "".join(
+        json.dumps({"line": line, "time": "T", "more": more}) + "\n" for line in lines
+    ).encode()
+    assert [loads(line) for line in logs.decode_many(body)] == [
+        {"line": line, "time": "T"} for line in lines
+    ]
 
 
 def test_half_a_surrogate_pair_is_replaced() -> None:
@@ -150,7 +178,9 @@ def test_appending_by_offset(database: Database) -> None:
         assert gap.value.next == 3
         assert append(None, "d", "e") == 5
         for offset in range(7):
-            assert logs.read(c, record.id, offset) == [json.dumps(line) for line in "abcde"][offset:]
+            assert (
+                logs.read(c, record.id, offset) == [json.dumps(line) for line in "abcde"][offset:]
+            )
 
 
 def test_chunks_are_bounded() -> None:
@@ -173,10 +203,15 @@ def test_both_kinds_of_agent_find_the_same_key(database: Database) -> None:
         made, secret = cache.create(c, "mycache", True, settings)
         told = cache.for_agent(c, None, settings, "deploy.example.org:8443")
         elsewhere = cache.for_agent(c, None, settings, "10.0.0.1:8080")
-    assert secret.startswith("mycache.deploy.example.org-1:") and len(base64.b64decode(secret.partition(":")[2])) == 64
+    assert (
+        secret.startswith("mycache.deploy.example.org-1:")
+        and len(base64.b64decode(secret.partition(":")[2])) == 64
+    )
     assert told is not None and elsewhere is not None
     ours = Peer.create("https://deploy.example.org:8443/sub", "t", "web")
-    assert ours.public_key(told) == made.key == f"mycache.deploy.example.org-1:{told.public_key}"  # Cachix's rule
+    assert (
+        ours.public_key(told) == made.key == f"mycache.deploy.example.org-1:{told.public_key}"
+    )  # Cachix's rule
     assert ours.substituter(told) == "https://deploy.example.org:8443/sub/cache/mycache"
     assert Peer.create("http://10.0.0.1:8080", "t", "web").public_key(elsewhere) == made.key
 
@@ -203,8 +238,14 @@ def test_file_names(name: str, good: bool) -> None:
 
 @pytest.mark.parametrize("missing", ["StorePath", "URL", "NarHash", None])
 def test_narinfo(missing: str | None) -> None:
-    fields = {"StorePath": STORE_PATHS[0], "URL": "nar/" + "1" * 52 + ".nar.xz", "NarHash": "sha256:" + "1" * 52}
-    content = "".join(f"{name}: {value}\n" for name, value in fields.items() if name != missing).encode()
+    fields = {
+        "StorePath": STORE_PATHS[0],
+        "URL": "nar/" + "1" * 52 + ".nar.xz",
+        "NarHash": "sha256:" + "1" * 52,
+    }
+    content = "".join(
+        f"{name}: {value}\n" for name, value in fields.items() if name != missing
+    ).encode()
     if missing is None:
         cache.check_narinfo("a" * 32 + ".narinfo", content)
         with pytest.raises(Refusal, match="StorePath"):
@@ -231,14 +272,37 @@ def test_narinfo(missing: str | None) -> None:
         ([], "fit no form"),
     ],
 )
-def test_wrong_usage(argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_wrong_usage(
+    argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main([*([f"--data={tmp_path}"] if argv else []), *argv]) == 64
     shown = capsys.readouterr()
-    assert shown.err.startswith("error: ") and sentence in shown.err and shown.err.count("\n") == 1 and not shown.out
+    assert (
+        shown.err.startswith("error: ")
+        and sentence in shown.err
+        and shown.err.count("\n") == 1
+        and not shown.out
+    )
 
 
 @given(
-    st.lists(st.sampled_from(["serve", "token", "create", "agent", "--data", "--json", "-h", "--", "x", "--x=y", "-x"]))
+    st.lists(
+        st.sampled_from(
+            [
+                "serve",
+                "token",
+                "create",
+                "agent",
+                "--data",
+                "--json",
+                "-h",
+                "--",
+                "x",
+                "--x=y",
+                "-x",
+            ]
+        )
+    )
 )
 def test_the_front_never_raises_anything_else(argv: list[str]) -> None:
     with contextlib.suppress(UsageError):
@@ -252,7 +316,9 @@ def test_public_urls() -> None:
             public_url(wrong)
 
 
-def test_a_person_makes_tokens_and_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_person_makes_tokens_and_a_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = f"--data={tmp_path / 'new'}"
     assert main(["token", "list", data]) == 1
     assert "there is no workspace" in capsys.readouterr().err
@@ -264,12 +330,19 @@ def test_a_person_makes_tokens_and_a_cache(tmp_path: Path, capsys: pytest.Captur
     assert main(["cache", "show", "other", data]) == 1
     assert main(["token", "create", "agent", "--cache=other", data]) == 1
     assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
-    assert main(["token", "create", "agent", "--cache=mine", "--expires=30", "--description=web", data]) == 0
+    assert (
+        main(
+            ["token", "create", "agent", "--cache=mine", "--expires=30", "--description=web", data]
+        )
+        == 0
+    )
     secret = capsys.readouterr().out
     assert secret.startswith("agent-") and secret.count("\n") == 1
     assert main(["token", "list", "--json", data]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert [(token["id"], token["kind"], token["state"]) for token in listed] == [(1, "agent", "valid")]
+    assert [(token["id"], token["kind"], token["state"]) for token in listed] == [
+        (1, "agent", "valid")
+    ]
     assert "hash" not in listed[0]
     assert main(["token", "revoke", "1", data]) == 0 and main(["token", "revoke", "7", data]) == 1
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700

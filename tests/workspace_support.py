@@ -21,8 +21,8 @@ from typing import Any
 
 import requests
 
-from workspace import Settings, tokens
-from workspace.tables import open_database
+from cachix_workspace import Settings, tokens
+from cachix_workspace.tables import open_database
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSCRIPTS = Path(__file__).resolve().parent / "transcripts"
@@ -31,7 +31,7 @@ STORE_PATHS = [f"/nix/store/{letter * 32}-system-{letter}" for letter in "abcdf"
 WITH_SETTINGS = """
 import sys
 from pathlib import Path
-from workspace import Settings, server
+from cachix_workspace import Settings, server
 listener = server.bind("127.0.0.1:0")
 sys.exit(server.serve(Settings(Path(sys.argv[1]), server.url_of(listener), **eval(sys.argv[2])), listener))
 """
@@ -46,7 +46,15 @@ class Server:
 
     def __init__(self, data: Path, *options: str, **settings: float) -> None:
         self.data = data
-        self.argv = [sys.executable, "-m", "workspace", "serve", f"--data={data}", "--listen=127.0.0.1:0", *options]
+        self.argv = [
+            sys.executable,
+            "-m",
+            "workspace",
+            "serve",
+            f"--data={data}",
+            "--listen=127.0.0.1:0",
+            *options,
+        ]
         if settings:
             self.argv = [sys.executable, "-c", WITH_SETTINGS, str(data), repr(settings)]
         self.lines: list[str] = []
@@ -74,7 +82,9 @@ class Server:
     def token(self, kind: str, secret: str | None = None) -> str:
         return self.new_token(kind, secret)[1]
 
-    def new_token(self, kind: str, secret: str | None = None, days: float | None = None) -> tuple[int, str]:
+    def new_token(
+        self, kind: str, secret: str | None = None, days: float | None = None
+    ) -> tuple[int, str]:
         database = open_database(Settings(self.data))
         with database.write() as connection:
             made = tokens.create(connection, kind, secret=secret, expires_in=days)
@@ -96,8 +106,10 @@ class Server:
 
 
 def command(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "workspace", *arguments]
-    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=DEADLINE, check=False)
+    argv = [sys.executable, "-m", "cachix_workspace", *arguments]
+    done = subprocess.run(
+        argv, env=environment(), capture_output=True, text=True, timeout=DEADLINE, check=False
+    )
     assert done.returncode == status, done
     return done
 
@@ -179,7 +191,11 @@ class Connection:
         return head.decode()
 
     def read_body(self, head: str) -> bytes:
-        length = [line.split(":")[1] for line in head.split("\r\n") if line.lower().startswith("content-length")]
+        length = [
+            line.split(":")[1]
+            for line in head.split("\r\n")
+            if line.lower().startswith("content-length")
+        ]
         return self.read(int(length[0]))
 
     def next_frame(self, timeout: float = DEADLINE) -> tuple[int, bytes]:
@@ -269,11 +285,20 @@ class Peer:
         assert connection.expect_text()["method"] == "AgentRegistered"
         return connection
 
-    def http(self, method: str, path: str, token: str | None = None, **options: Any) -> requests.Response:
-        headers = {"Authorization": f"Bearer {token or self.ci_token}", **options.pop("headers", {})}
-        return requests.request(method, self.server.url + path, headers=headers, timeout=DEADLINE, **options)
+    def http(
+        self, method: str, path: str, token: str | None = None, **options: Any
+    ) -> requests.Response:
+        headers = {
+            "Authorization": f"Bearer {token or self.ci_token}",
+            **options.pop("headers", {}),
+        }
+        return requests.request(
+            method, self.server.url + path, headers=headers, timeout=DEADLINE, **options
+        )
 
-    def activate(self, spec: dict[str, str], scripts: dict[str, str] | None = None) -> dict[str, str]:
+    def activate(
+        self, spec: dict[str, str], scripts: dict[str, str] | None = None
+    ) -> dict[str, str]:
         """The deployments' ids by agent."""
         body = {"agents": spec, **({"rollbackScript": scripts} if scripts else {})}
         answer = self.http("POST", "/api/v2/deploy/activate?", json=body)
@@ -286,12 +311,20 @@ class Peer:
         return dict(answer.json())
 
     def report(self, name: str, deployment: str, status: str, **more: Any) -> requests.Response:
-        body = {"status": status, "time": "2026-11-24T01:02:03.000004Z", "closureSize": None, "reason": None, **more}
+        body = {
+            "status": status,
+            "time": "2026-11-24T01:02:03.000004Z",
+            "closureSize": None,
+            "reason": None,
+            **more,
+        }
         path = f"/api/v1/deploy/deployment/{deployment}/status"
         return self.http("PUT", path, self.agent_token, json=body, headers={"name": name})
 
     def log(self, name: str, deployment: str, offset: int, lines: list[str]) -> requests.Response:
-        body = "".join(json.dumps({"line": line, "time": "2026-11-24T01:02:03Z"}) + "\n" for line in lines)
+        body = "".join(
+            json.dumps({"line": line, "time": "2026-11-24T01:02:03Z"}) + "\n" for line in lines
+        )
         path = f"/api/v1/deploy/log/{deployment}?offset={offset}"
         return self.http("PUT", path, self.agent_token, data=body.encode(), headers={"name": name})
 

@@ -11,7 +11,15 @@ import tempfile
 import zipapp
 
 # What requests needs comes from the environment that the tests run in: the same versions.
-PACKAGES = ("requests", "urllib3", "idna", "certifi", "charset_normalizer", "websocket", "docopt.py")
+PACKAGES = (
+    "requests",
+    "urllib3",
+    "idna",
+    "certifi",
+    "charset_normalizer",
+    "websocket",
+    "docopt.py",
+)
 OWN = ("cachix_deploy.py", "cachix_activate.py", "activate")
 # Newer Pythons warn of docopt's source, which they compile at every start.
 MAIN = """import sys
@@ -22,7 +30,9 @@ from cachix_deploy import main
 
 sys.exit(main())
 """
-LEFT_OUT = shutil.ignore_patterns("*.so", "*.pyi", "py.typed", "__pycache__", "tests", "emscripten", "contrib")
+LEFT_OUT = shutil.ignore_patterns(
+    "*.so", "*.pyi", "py.typed", "__pycache__", "tests", "emscripten", "contrib"
+)
 
 
 def copy(source: str, directory: str) -> None:
@@ -53,12 +63,17 @@ def main(target: str) -> None:
     site = sysconfig.get_path("purelib")
     os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
-        for source in [*(os.path.join(root, name) for name in OWN), *(os.path.join(site, name) for name in PACKAGES)]:
+        for source in [
+            *(os.path.join(root, name) for name in OWN),
+            *(os.path.join(site, name) for name in PACKAGES),
+        ]:
             copy(source, directory)
         with open(os.path.join(directory, "__main__.py"), "w", encoding="utf-8") as file:
             file.write(MAIN)
         compile_all(directory)
-        zipapp.create_archive(directory, f"{target}.new", interpreter="/usr/bin/env python3", compressed=True)
+        zipapp.create_archive(
+            directory, f"{target}.new", interpreter="/usr/bin/env python3", compressed=True
+        )
     os.chmod(f"{target}.new", 0o755)
     os.rename(f"{target}.new", target)
 

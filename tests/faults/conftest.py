@@ -34,13 +34,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         numbers = {number for mark in item.iter_markers("promise") for number in mark.args}
         item.user_properties += [("promise", number) for number in sorted(numbers)]
         if HERE in item.path.parents:
-            cases.setdefault(f"{item.path}::{getattr(item, 'originalname', item.name)}", []).append(item)
+            cases.setdefault(f"{item.path}::{getattr(item, 'originalname', item.name)}", []).append(
+                item
+            )
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(config.getoption("--seconds") + 300))
     items.sort(key=lambda item: item.get_closest_marker("soak") is None)  # the longest first
     if config.getoption("--faults"):
         return
-    left = [item for found in cases.values() if len(found) > MOST for i, item in enumerate(found) if i % EACH]
+    left = [
+        item
+        for found in cases.values()
+        if len(found) > MOST
+        for i, item in enumerate(found)
+        if i % EACH
+    ]
     if left:
         items[:] = [item for item in items if item not in set(left)]
         config.hook.pytest_deselected(items=left)
@@ -79,7 +87,9 @@ def make_world(
     made: list[World] = []
     directories: list[Path] = []
 
-    def make(kind: str = "nixos", start: bool = True, workspace: Workspace = live, **more: Any) -> World:
+    def make(
+        kind: str = "nixos", start: bool = True, workspace: Workspace = live, **more: Any
+    ) -> World:
         directory = disks / uuid.uuid4().hex[:12]
         directory.mkdir()
         directories.append(directory)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 SIZE = 192 << 20  # bytes; the file is sparse
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
-EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH = 0x8004587D, 2  # as xfstests' `godown -f`: nothing more reaches the disk
+EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH = (
+    0x8004587D,
+    2,
+)  # as xfstests' `godown -f`: nothing more reaches the disk
 # Nothing is written by itself while a test runs, only by fsync, syncfs and the like.
 OPTIONS = "loop,commit=3000,noatime,nodiscard"
 
@@ -18,7 +21,10 @@ OPTIONS = "loop,commit=3000,noatime,nodiscard"
 def own_mounts() -> bool:
     """Give this process a mount namespace of its own: what it mounts ends with it. False where that is not allowed."""
     libc = ctypes.CDLL(None, use_errno=True)
-    return libc.unshare(CLONE_NEWNS) == 0 and libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
+    return (
+        libc.unshare(CLONE_NEWNS) == 0
+        and libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0
+    )
 
 
 class Disk:
@@ -29,7 +35,10 @@ class Disk:
         self.directory.mkdir(parents=True)
         with open(self.image, "wb") as file:
             file.truncate(SIZE)
-        subprocess.run(["mkfs.ext4", "-q", "-F", "-m0", "-b4096", "-Elazy_itable_init=1", str(self.image)], check=True)
+        subprocess.run(
+            ["mkfs.ext4", "-q", "-F", "-m0", "-b4096", "-Elazy_itable_init=1", str(self.image)],
+            check=True,
+        )
         self.mount()
 
     def mount(self) -> None:

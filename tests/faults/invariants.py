@@ -12,10 +12,16 @@ from machines import FINAL
 from world import UNKNOWN, Asked, World
 
 from activate import journal, logfile
-from cachix_deploy import FAILURE_LINE, SUCCESS_LINE
+from cachix_protocol import FAILURE_LINE, SUCCESS_LINE
 
-KEPT = re.compile(r"(journal|reported)\.json(\.unreadable-\d+)?|reported\.lock|log|previous(-\d+)?|new(-\d+)?")
-UNTOUCHED = (journal.CANCELLED, journal.SUPERSEDED, journal.FAILED)  # ends of what was cancelled in time
+KEPT = re.compile(
+    r"(journal|reported)\.json(\.unreadable-\d+)?|reported\.lock|log|previous(-\d+)?|new(-\d+)?"
+)
+UNTOUCHED = (
+    journal.CANCELLED,
+    journal.SUPERSEDED,
+    journal.FAILED,
+)  # ends of what was cancelled in time
 # In which step each program may come: what is done must have been written before.
 STEPS = {
     "test": {"activating", "committing", "rolling-back"},
@@ -50,20 +56,35 @@ def settled(world: World) -> None:
 
     wait_until(lambda: not left(), 10, f"all but the agent to end: {left()}")
     state = world.host.state
-    kept = ["deployments", f"registered-{world.name}.json"]  # the agent may connect anew at this moment
-    wait_until(lambda: sorted(os.listdir(state)) == kept, 10, f"no more than {kept} in the state: {os.listdir(state)}")
+    kept = [
+        "deployments",
+        f"registered-{world.name}.json",
+    ]  # the agent may connect anew at this moment
+    wait_until(
+        lambda: sorted(os.listdir(state)) == kept,
+        10,
+        f"no more than {kept} in the state: {os.listdir(state)}",
+    )
     for directory in (state / "deployments").iterdir():
         strange = [path.name for path in directory.iterdir() if not KEPT.fullmatch(path.name)]
-        wait_until(lambda: not any(map(Path.exists, (directory / name for name in strange))), 10, f"{strange} to go")  # noqa: B023
+        wait_until(
+            lambda: not any(map(Path.exists, (directory / name for name in strange))),
+            10,
+            f"{strange} to go",
+        )
         if world.host.step(directory.name) != journal.ROLLBACK_FAILED:
-            wait_until(lambda: not any(map(Path.is_symlink, directory.iterdir())), 10, "GC roots to go")  # noqa: B023
+            wait_until(
+                lambda: not any(map(Path.is_symlink, directory.iterdir())), 10, "GC roots to go"
+            )
     locks = [path.name for path in (world.host.directory / "home").resolve().rglob("*.lock")]
     assert all(name.startswith(("agent-", "deployment-")) or "nix" in name for name in locks), locks
 
 
 def never_came(world: World, asked: Asked, journals: dict[str, dict[str, Any]]) -> bool:
     """Whether a deployment was replaced by the next one before the workspace had sent it."""
-    return asked.id not in journals and world.workspace.deployment(asked.id)["status"] == "Cancelled"
+    return (
+        asked.id not in journals and world.workspace.deployment(asked.id)["status"] == "Cancelled"
+    )
 
 
 def told(world: World, asked: Asked, entry: dict[str, Any]) -> None:
@@ -113,7 +134,9 @@ def running(world: World, journals: dict[str, dict[str, Any]]) -> None:
     assert world.running() == path, f"{world.running()} runs instead of {path}"
     assert world.profile() == path, f"the profile is {world.profile()} instead of {path}"
     if world.kind == "nixos":
-        assert world.host.boot_default() == path, f"{world.host.boot_default()} boots instead of {path}"
+        assert world.host.boot_default() == path, (
+            f"{world.host.boot_default()} boots instead of {path}"
+        )
         assert world.host.target(CURRENT_SYSTEM) == path
 
 
@@ -124,4 +147,6 @@ def order(world: World) -> None:
         if name in STEPS and visit.step != UNKNOWN:
             assert visit.step in STEPS[name], f"{visit} ran in the step {visit.step!r}"
         if world.kind == "nixos" and name == "nix-env":
-            assert visit.step != journal.ACTIVATING, f"{visit}: the profile is not set before the checks"
+            assert visit.step != journal.ACTIVATING, (
+                f"{visit}: the profile is not set before the checks"
+            )

@@ -118,7 +118,10 @@ class Connection:
 
     def start(self) -> None:
         """Begin to forward."""
-        for mark, source, target in ((">", self.agent, self.workspace), ("<", self.workspace, self.agent)):
+        for mark, source, target in (
+            (">", self.agent, self.workspace),
+            ("<", self.workspace, self.agent),
+        ):
             kw = {"args": (mark, Stream(source), target), "name": f"proxy {mark}", "daemon": True}
             threading.Thread(target=self._pump, **kw).start()  # type: ignore[arg-type]
 
@@ -175,7 +178,9 @@ class Connection:
             with contextlib.suppress(OSError):
                 if reset:
                     side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                side.shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)  # wakes the thread that reads
+                side.shutdown(
+                    socket.SHUT_RD if reset else socket.SHUT_RDWR
+                )  # wakes the thread that reads
             side.close()
 
 
@@ -205,7 +210,9 @@ class Proxy:
         """Take connections, on the same port as before."""
         self.listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
         self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, args=(self.listener,), name="proxy", daemon=True).start()
+        threading.Thread(
+            target=self._accept, args=(self.listener,), name="proxy", daemon=True
+        ).start()
 
     def refuse(self) -> None:
         """Take no more connections, and end those that there are: as if the workspace were down."""
@@ -232,7 +239,9 @@ class Proxy:
 
     def fault(self, label: str) -> Optional[Kind]:
         """What is to happen to a message."""
-        found = next((one for one in self.orders if one.times > 0 and re.search(one.pattern, label)), None)
+        found = next(
+            (one for one in self.orders if one.times > 0 and re.search(one.pattern, label)), None
+        )
         if found is not None:
             found.times -= 1
         self.seen.append(Seen(time.monotonic(), label, found.kind if found else None))
@@ -251,7 +260,9 @@ class Proxy:
                     side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection = Connection(self, agent, workspace)
                 self.connections.append(connection)
-                if listener.fileno() < 0:  # refused meanwhile: the others were ended before this was among them
+                if (
+                    listener.fileno() < 0
+                ):  # refused meanwhile: the others were ended before this was among them
                     connection.end()
                 connection.start()
                 continue

@@ -25,7 +25,9 @@ def nixos(files: Files, version: Any, how: str = GOOD, extra: str = "") -> str:
     """A NixOS system. `extra` runs in its activation."""
     after = f"{extra or ':'}; {_visit('test.end')}; {'exit 1' if how == BAD else ':'}"
     after_boot = f"{_visit('boot.end')}; {'exit 1' if how == BAD_COMMIT else ':'}"
-    return closures.nixos(files, version, _visit("test"), after, _visit("boot"), after_boot, parts=1)
+    return closures.nixos(
+        files, version, _visit("test"), after, _visit("boot"), after_boot, parts=1
+    )
 
 
 def darwin(files: Files, version: Any, how: str = GOOD, extra: str = "") -> str:
@@ -37,7 +39,9 @@ def darwin(files: Files, version: Any, how: str = GOOD, extra: str = "") -> str:
 def home_manager(files: Files, version: Any, how: str = GOOD, extra: str = "") -> str:
     """A Home Manager generation."""
     after = f"{extra or ':'}; {_visit('activate.end')}; {'exit 1' if how == BAD else ':'}"
-    return closures.home_manager(files, version, _visit("activate"), _visit("activate.middle"), after)
+    return closures.home_manager(
+        files, version, _visit("activate"), _visit("activate.middle"), after
+    )
 
 
 def plain(files: Files, version: Any, how: str = GOOD, extra: str = "") -> str:
@@ -52,7 +56,9 @@ KINDS: dict[str, Callable[..., str]] = {
 
 def script(files: Files, how: str = GOOD) -> str:
     """A rollback script."""
-    return closures.script(files, f"faults-{how}", f"{_visit('script')}; {'exit 1' if how == BAD else ':'}")
+    return closures.script(
+        files, f"faults-{how}", f"{_visit('script')}; {'exit 1' if how == BAD else ':'}"
+    )
 
 
 # --- faults: what the test does while a program waits at a point, and what it answers --------------------------------
@@ -113,7 +119,11 @@ FAULTS: dict[str, Reply] = {
     "exit": "exit 1", "hang": "hang", "die": "die", "kill-switch": kill_switch, "kill-agent": kill_agent,
     "kill-both": kill_both, "power": power,
 }  # fmt: skip
-ENDINGS: dict[str, Reply] = {"shutdown": shutdown, "stop-agent": stop_agent, "stop-switch": stop_switch}
+ENDINGS: dict[str, Reply] = {
+    "shutdown": shutdown,
+    "stop-agent": stop_agent,
+    "stop-switch": stop_switch,
+}
 
 
 def deploy(world: World, version: Any, how: str = GOOD) -> str:

@@ -53,7 +53,11 @@ class Scripted:
 
     def ends(self, deployment: str) -> list[str]:
         """The final statuses that were reported, each time."""
-        return [one["status"] for one in self.peer.statuses.get(deployment, []) if one["status"] in ENDED]
+        return [
+            one["status"]
+            for one in self.peer.statuses.get(deployment, [])
+            if one["status"] in ENDED
+        ]
 
     def at_last_look(self, do: Callable[[], None]) -> None:
         """Do something once, while an agent waits for the answer whether a deployment is still wanted."""
@@ -63,7 +67,9 @@ class Scripted:
             deployment = request.path.split("/")[-2]
             status = request.json()
             told = self.peer._take_status(deployment, status)
-            bare = status["status"] == "InProgress" and status["closureSize"] is None  # else it tells the size
+            bare = (
+                status["status"] == "InProgress" and status["closureSize"] is None
+            )  # else it tells the size
             if left and bare and len(self.peer.statuses[deployment]) > 1:
                 left.pop()()
             return told
@@ -80,7 +86,11 @@ class Scripted:
     def wait(self, deployment: str, timeout: float = 60.0) -> str:
         """The final status."""
         final = (*ENDED, "Cancelled")
-        wait_until(lambda: self.deployment(deployment)["status"] in final, timeout, f"the end of {deployment}")
+        wait_until(
+            lambda: self.deployment(deployment)["status"] in final,
+            timeout,
+            f"the end of {deployment}",
+        )
         return str(self.deployment(deployment)["status"])
 
     def log(self, deployment: str) -> list[str]:

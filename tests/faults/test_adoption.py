@@ -37,13 +37,19 @@ def test_the_log_goes_on_while_the_agent_is_away(world, finish):
     deployments = []
 
     def kill(world, visit):
-        wait_until(lambda: "before line 300" in world.workspace.log(deployments[0]), 20, "the first lines")
+        wait_until(
+            lambda: "before line 300" in world.workspace.log(deployments[0]), 20, "the first lines"
+        )
         kill_agent(world)
         return "go"
 
     def come_back(world, visit):
         world.start()
-        wait_until(lambda: "away line 300" in world.workspace.log(deployments[0]), 20, "the lines in between")
+        wait_until(
+            lambda: "away line 300" in world.workspace.log(deployments[0]),
+            20,
+            "the lines in between",
+        )
         return "go"
 
     world.order(r"^lines\.before", kill)
@@ -51,8 +57,12 @@ def test_the_log_goes_on_while_the_agent_is_away(world, finish):
     extra = "; ".join([lines("before"), lines("away"), lines("after")])
     deployments.append(world.deploy(system(world, extra), scenes.script(world.files)))
     assert world.ended(deployments[0]) == "succeeded"
-    own = [line for line in world.workspace.log(deployments[0]) if " line " in line and "$" not in line]
-    assert own == [f"{name} line {i}" for name in ("before", "away", "after") for i in range(1, 301)]
+    own = [
+        line for line in world.workspace.log(deployments[0]) if " line " in line and "$" not in line
+    ]
+    assert own == [
+        f"{name} line {i}" for name in ("before", "away", "after") for i in range(1, 301)
+    ]
     visits = "test second, lines.before second, lines.away second, lines.after second"
     assert world.story() == GOOD.replace("test second", visits)
     finish(world)
@@ -66,7 +76,9 @@ def test_the_agent_comes_back_after_the_end(world, finish):
 
     world.order(r"^boot \S+-second", kill)
     deployment = scenes.deploy(world, "second")
-    wait_until(lambda: world.host.step(deployment) == "succeeded" and not world.switches(), 30, "the end")
+    wait_until(
+        lambda: world.host.step(deployment) == "succeeded" and not world.switches(), 30, "the end"
+    )
     assert world.workspace.deployment(deployment)["status"] == "InProgress"
     world.start()
     assert world.ended(deployment) == "succeeded"
@@ -76,7 +88,14 @@ def test_the_agent_comes_back_after_the_end(world, finish):
 
 # --- journals of others ----------------------------------------------------------------------------------------------
 
-OLDER = ("version", "revision", "rooted", "detail", "log_size", "profile_name")  # keys that one may not have
+OLDER = (
+    "version",
+    "revision",
+    "rooted",
+    "detail",
+    "log_size",
+    "profile_name",
+)  # keys that one may not have
 NEWER = {"version": 99, "flavour": {"of": ["another", "release"]}}
 
 
@@ -155,7 +174,9 @@ def another_agent(world):
     agent.wait_for("is connected to")
     yield name
     roots = (world.host.state / "deployments").glob
-    wait_until(lambda: not any(path.is_symlink() for path in roots("*/*")), 10, "the GC roots to go")
+    wait_until(
+        lambda: not any(path.is_symlink() for path in roots("*/*")), 10, "the GC roots to go"
+    )
     assert agent.stop() == 0
     (world.host.state / f"registered-{name}.json").unlink()
 
@@ -225,14 +246,21 @@ def test_another_program_holds_the_machine_lock(world, finish):
 
 @pytest.mark.promise(1, 8)
 def test_a_bootstrap_without_a_successor_stays(make_world, scripted, finish):
-    world = make_world(workspace=scripted, args=(*OPTIONS, "--bootstrap"), waits={**WAITS, "handover": 1.0})
+    world = make_world(
+        workspace=scripted, args=(*OPTIONS, "--bootstrap"), waits={**WAITS, "handover": 1.0}
+    )
     bootstrap = world.agent
     for version, times in (("second", 1), ("third", 2)):
         assert world.ended(scenes.deploy(world, version)) == "succeeded"
         assert not lock.held(agent_lock(world))
         stays = f"no agent named {world.name} has started, so this one stays"
-        wait_until(lambda: world.agent.text().count(stays) == times, 20, "the end of the wait")  # noqa: B023
-    assert world.agent.text().count(f"waiting up to 1 s for the machine's own agent named {world.name}") == 2
+        wait_until(lambda: world.agent.text().count(stays) == times, 20, "the end of the wait")
+    assert (
+        world.agent.text().count(
+            f"waiting up to 1 s for the machine's own agent named {world.name}"
+        )
+        == 2
+    )
     world.args = OPTIONS
     assert world.ended(scenes.deploy(world, "fourth")) == "succeeded"
     successor = world.start()
@@ -247,7 +275,9 @@ def test_a_successor_while_the_bootstrap_deploys(held, finish):
     world, deployment = held(args=(*PATIENT, "--bootstrap"))
     bootstrap, world.args = world.agent, OPTIONS
     successor = world.start()
-    wait_until(lambda: successor.text().count("is connected to") == 2, 20, "the successor's connection")
+    wait_until(
+        lambda: successor.text().count("is connected to") == 2, 20, "the successor's connection"
+    )
     time.sleep(2)  # time for many connections, had each evicted the other
     assert successor.text().count("is connected to") == 2
     assert bootstrap.process.poll() is None, "the bootstrap has left its deployment"

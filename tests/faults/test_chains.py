@@ -95,7 +95,10 @@ def test_the_new_system_cuts_the_network(make_world, make_workspace, finish):
     assert world.story() == GOOD.replace(COMMITTED, "rolling-back: test first")
     workspace.serve()
     assert world.ended(deployment) == "rolled-back"
-    assert "could not be reached for 2 s after the activation" in workspace.deployment(deployment)["reason"]
+    assert (
+        "could not be reached for 2 s after the activation"
+        in workspace.deployment(deployment)["reason"]
+    )
     finish(world)
 
 
@@ -106,7 +109,10 @@ def test_the_new_system_cuts_the_network(make_world, make_workspace, finish):
 def test_power_loss_before_the_new_system_boots(world, finish):
     world.order(r"^boot \S+-second", scenes.power)
     assert world.ended(scenes.deploy(world, "second")) == "succeeded"
-    assert world.story() == f"{GOOD} -> gone\ncommitting: test second\nchecking: script good\n{COMMITTED}"
+    assert (
+        world.story()
+        == f"{GOOD} -> gone\ncommitting: test second\nchecking: script good\n{COMMITTED}"
+    )
     finish(world)
 
 
@@ -130,7 +136,10 @@ def test_power_is_lost_in_each_commit(world, finish):
     world.order(r"^boot \S+-second", durable_power_loss, ALWAYS)
     assert world.ended(scenes.deploy(world, "second")) == "rolled-back"
     again = f"committing: test second\nchecking: script good\n{COMMITTED} -> gone\n"
-    assert world.story() == f"{GOOD} -> gone\n{3 * again}rolling-back: generation 1, boot first, test first"
+    assert (
+        world.story()
+        == f"{GOOD} -> gone\n{3 * again}rolling-back: generation 1, boot first, test first"
+    )
     finish(world)
 
 
@@ -145,7 +154,9 @@ def test_killed_in_each_rollback(world, finish):
     assert world.ended(deployment) == "rollback-failed"
     killed = f"rolling-back: test first -> {scenes.LINGER}"
     assert world.story().splitlines()[2:] == 3 * [killed]
-    assert "the rollback was interrupted 3 times" in world.workspace.deployment(deployment)["reason"]
+    assert (
+        "the rollback was interrupted 3 times" in world.workspace.deployment(deployment)["reason"]
+    )
     world.visits.clear()
     third = scenes.deploy(world, "third", scenes.BAD)
     assert world.ended(third) == "rolled-back"
@@ -177,7 +188,9 @@ def test_systemd_run_hangs_while_the_download_fails(world, finish):
     world.order(r"^systemd-run", "hang")
     world.order(DOWNLOAD, "exit 1")
     assert world.ended(scenes.deploy(world, "second")) == "failed"
-    wait_until(lambda: not lock.held(agent_lock(world, "deployment")), 10, "the deployment lock to be free")
+    wait_until(
+        lambda: not lock.held(agent_lock(world, "deployment")), 10, "the deployment lock to be free"
+    )
     assert world.story() == "downloading: download second -> exit 1"
     finish(world)
 
@@ -246,7 +259,10 @@ def test_the_activation_restarts_its_agent(world, finish):
     assert statuses == [0]
     assert world.story() == GOOD.replace("test second", "test second, unit.restarted second")
     log = world.workspace.text(deployment)
-    assert "the unit has restarted" in log and "the agent ended during the activation, waiting for one" in log
+    assert (
+        "the unit has restarted" in log
+        and "the agent ended during the activation, waiting for one" in log
+    )
     finish(world)
 
 
@@ -264,5 +280,7 @@ def test_the_activation_kills_its_agent_and_none_comes_back(make_world, finish):
     world.start()
     assert world.ended(deployment) == "rolled-back"
     assert world.story() == GOOD.replace(COMMITTED, "rolling-back: test first")
-    assert world.workspace.deployment(deployment)["reason"].startswith("no agent came back within 2 s")
+    assert world.workspace.deployment(deployment)["reason"].startswith(
+        "no agent came back within 2 s"
+    )
     finish(world)

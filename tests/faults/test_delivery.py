@@ -14,7 +14,8 @@ from machines import FINAL
 from proxy import Answer, Proxy
 from world import ALWAYS, WAITS
 
-from cachix_deploy import Peer, Unreachable, http
+from cachix_connection import Peer, http
+from cachix_protocol import Unreachable
 
 pytestmark = pytest.mark.promise(6, 7, 9)
 BRIEF = {**WAITS, "ping": 0.3, "silence": 0.8, "connect": 0.7, "call": 0.5}
@@ -101,7 +102,9 @@ def test_a_workspace_that_asks_to_be_left_alone_is_left_alone(make_world, proxy,
 @pytest.mark.promise(3, 5)
 def test_a_workspace_that_is_down_from_the_activation_on(make_world, proxy, finish):
     """A system that can't reach it is rolled back; what happened is told once it is there again."""
-    world = make_world(url=proxy.url, waits=BRIEF, args=("--activation-timeout=5", "--confirm-timeout=2"))
+    world = make_world(
+        url=proxy.url, waits=BRIEF, args=("--activation-timeout=5", "--confirm-timeout=2")
+    )
 
     def down(*_):
         proxy.refuse()
@@ -110,8 +113,14 @@ def test_a_workspace_that_is_down_from_the_activation_on(make_world, proxy, fini
     world.order(r"^test \S+-second", down)
     deployment = deploy(world, "second", closures.lines(3000))
     assert ends(world, deployment) == "rolled-back"
-    most, memory, tries = threads(world), world.agent.memory(), world.agent.text().count("not reported yet")
-    wait_until(lambda: world.agent.text().count("not reported yet") > tries + 10, 30, "more attempts")
+    most, memory, tries = (
+        threads(world),
+        world.agent.memory(),
+        world.agent.text().count("not reported yet"),
+    )
+    wait_until(
+        lambda: world.agent.text().count("not reported yet") > tries + 10, 30, "more attempts"
+    )
     assert threads(world) <= most + 2 and world.agent.memory() < memory + (8 << 20)
     proxy.listen()
     assert world.ended(deployment) == "rolled-back"
@@ -119,7 +128,9 @@ def test_a_workspace_that_is_down_from_the_activation_on(make_world, proxy, fini
     finish(world)
 
 
-def test_a_log_that_fails_holds_back_neither_the_end_nor_the_next_deployment(make_world, proxy, finish):
+def test_a_log_that_fails_holds_back_neither_the_end_nor_the_next_deployment(
+    make_world, proxy, finish
+):
     """Not even one that asks to be left alone for an hour; who starts anew asks again."""
     world = make_world(url=proxy.url, waits=BRIEF)
     proxy.order(f"{REPORT}log/", Answer(429, "Retry-After: 3600\r\n" + JSON, b"{}"), ALWAYS)
@@ -220,6 +231,8 @@ def test_a_call_that_is_late_leaves_no_thread_and_no_connection(drip, monkeypatc
         with pytest.raises(Unreachable):
             http(Peer(url.format(drip.port), "t"), "GET", "/", timeout=0.2)
     wait_until(
-        lambda: not [one for one in threading.enumerate() if one.name == "call"], 10, "the calls' threads to end"
+        lambda: not [one for one in threading.enumerate() if one.name == "call"],
+        10,
+        "the calls' threads to end",
     )
     wait_until(lambda: len(drip.ended) == 3, 10, "the connections to end")

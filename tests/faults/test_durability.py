@@ -60,15 +60,23 @@ def entries(found):
 def changes(found):
     """Where each program that changes the machine began and ended."""
     for index, call in enumerate(found):
-        if call.name == "execve" and re.match(r'"[^"]*/(switch-to-configuration|bin/nix-env)", \["\S*nix', call.words):
-            ends = (i for i, c in enumerate(found) if i > index and (c.thread, c.name) == (call.thread, "end"))
+        if call.name == "execve" and re.match(
+            r'"[^"]*/(switch-to-configuration|bin/nix-env)", \["\S*nix', call.words
+        ):
+            ends = (
+                i
+                for i, c in enumerate(found)
+                if i > index and (c.thread, c.name) == (call.thread, "end")
+            )
             yield index, next(ends)
 
 
 def is_durable(found, index):
     """A journal was written whole before its rename, and its directory before anything else happens."""
     thread, before, after = found[index].thread, found[:index], found[index + 1 :]
-    file = [call.name for call in before if call.thread == thread and "/journal.json.new>" in call.words]
+    file = [
+        call.name for call in before if call.thread == thread and "/journal.json.new>" in call.words
+    ]
     assert file[-2:] == ["write", "fsync"]
     first = next(call for call in after if call.thread == thread)
     assert first.name == "fsync" and re.search(r"/deployments/[0-9a-f-]{36}>", first.words), first
@@ -76,14 +84,18 @@ def is_durable(found, index):
 
 def is_synced(found, start, end):
     """What Nix and activations have written was flushed in between."""
-    assert any(call.name == "syncfs" and "</nix/" in call.words for call in found[start:end]), found[start:end]
+    assert any(call.name == "syncfs" and "</nix/" in call.words for call in found[start:end]), (
+        found[start:end]
+    )
 
 
 @pytest.fixture
 def traced(make_world):
     """The system calls of an agent and all it starts, in a deployment of which something is bad, and how that ended."""
     if os.geteuid() != 0 or shutil.which("strace") is None:
-        pytest.skip("to look at system calls needs strace, and a disk for the state needs root: `make setup`")
+        pytest.skip(
+            "to look at system calls needs strace, and a disk for the state needs root: `make setup`"
+        )
 
     def run(how):
         options = ("--activation-timeout=60", "--confirm-timeout=60")
@@ -91,7 +103,14 @@ def traced(make_world):
         world.separate_state("8m")  # else a sync of the state would hide that the store was not
         trace = world.faults / "trace"
         argv = ["strace", "-f", "-y", "-s", "4096", "-e", f"trace={CALLS}", "-o", str(trace)]
-        argv += [*command("cachix-deploy"), "--host", world.workspace.url, "agent", world.name, *options]
+        argv += [
+            *command("cachix-deploy"),
+            "--host",
+            world.workspace.url,
+            "agent",
+            world.name,
+            *options,
+        ]
         world.agents.append(world.host.start("traced", argv, {"CACHIX_AGENT_TOKEN": world.token}))
         world.connected()
         ended = world.ended(scenes.deploy(world, "second", how))
@@ -107,24 +126,41 @@ def traced(make_world):
     [
         (scenes.GOOD, "downloading ready activating checking committing succeeded"),
         (scenes.BAD, "downloading ready activating rolling-back rolled-back"),
-        (scenes.BAD_COMMIT, "downloading ready activating checking committing rolling-back rolled-back"),
+        (
+            scenes.BAD_COMMIT,
+            "downloading ready activating checking committing rolling-back rolled-back",
+        ),
     ],
 )
-def test_what_is_entered_is_durable_before_its_effect_and_that_before_the_next_step(traced, how, steps):
+def test_what_is_entered_is_durable_before_its_effect_and_that_before_the_next_step(
+    traced, how, steps
+):
     found, ended = traced(how)
     entered = entries(found)
-    assert [step for _, step in entered if step != journal.RECEIVED] == steps.split() and ended == steps.split()[-1]
+    assert [
+        step for _, step in entered if step != journal.RECEIVED
+    ] == steps.split() and ended == steps.split()[-1]
     for index, _ in entered:
         is_durable(found, index)
     places = {step: index for index, step in entered}
     is_synced(found, places[journal.READY], places[journal.ACTIVATING])
     effects = list(changes(found))
-    assert len(effects) >= (3 if how != scenes.BAD else 2), "the activation, the commit, the rollback"
+    assert len(effects) >= (3 if how != scenes.BAD else 2), (
+        "the activation, the commit, the rollback"
+    )
     for _, end in effects:
         later = (index for index, step in entered if index > end and step != journal.ROLLING_BACK)
-        is_synced(found, end, next(later))  # a rollback waits for no disk: it does not count on what was done
-    realised = [call.words for call in found if call.name == "execve" and '"--max-jobs", "32"' in call.words]
-    assert any('"--option", "fsync-store-paths", "true"' in words for words in realised if "--add-root" in words)
+        is_synced(
+            found, end, next(later)
+        )  # a rollback waits for no disk: it does not count on what was done
+    realised = [
+        call.words for call in found if call.name == "execve" and '"--max-jobs", "32"' in call.words
+    ]
+    assert any(
+        '"--option", "fsync-store-paths", "true"' in words
+        for words in realised
+        if "--add-root" in words
+    )
 
 
 @pytest.mark.promise(1, 11)
@@ -135,7 +171,11 @@ def test_no_program_holds_a_lock_or_knows_the_token(world, finish, how):
     def look(world, visit):
         place = Path(f"/proc/{visit.pid}")
         held = [os.readlink(fd) for fd in (place / "fd").iterdir() if LOCKS.search(os.readlink(fd))]
-        told = [name for name in ("environ", "cmdline") if world.token.encode() in (place / name).read_bytes()]
+        told = [
+            name
+            for name in ("environ", "cmdline")
+            if world.token.encode() in (place / name).read_bytes()
+        ]
         seen.append((visit.point, held, told))
         return "go"
 

@@ -50,7 +50,9 @@ def test_an_orderly_end_in_a_step(make_world, finish, case):
     pattern, how = POINTS[kind][point]
     order = world.order(pattern, scenes.ENDINGS[ending], times)
     deployment = scenes.deploy(world, "second", how)
-    assert world.ended(deployment) == STEPS[expected(kind, point, ending)], world.workspace.deployment(deployment)
+    assert world.ended(deployment) == STEPS[expected(kind, point, ending)], (
+        world.workspace.deployment(deployment)
+    )
     assert order.times < times, "the fault has not happened"
     finish(world)
 
@@ -73,7 +75,11 @@ def test_nobody_enters_a_step_while_the_system_stops(make_world, finish, point):
     """The agent and its switch process go on for a while when systemd ends the machine."""
     world = make_world()
     pattern, how = POINTS["nixos"][point]
-    before = {"activating": r"^nix-store .*--add-root \S+/previous", "committing": "^script", "rolling-back": "^test"}
+    before = {
+        "activating": r"^nix-store .*--add-root \S+/previous",
+        "committing": "^script",
+        "rolling-back": "^test",
+    }
 
     def stopping(world, visit: Visit) -> str:
         (world.faults / "system").write_text("stopping\n")

@@ -120,7 +120,9 @@ def test_a_fault_in_a_step(make_world, finish, case):
     assert ended in [STEPS[letter] for letter in end], world.workspace.deployment(deployment)
     assert order.times < times, "the fault has not happened"
     if (*case[:3], 1) not in ONCE:
-        assert times - order.times == 1, "the point was passed again: the table has to say how once and always end"
+        assert times - order.times == 1, (
+            "the point was passed again: the table has to say how once and always end"
+        )
     finish(world)
 
 
@@ -128,4 +130,6 @@ ONCE = {case[:4] for case in cases()}
 
 
 def test_the_matrix_is_whole():
-    assert {case[:2] for case in cases()} == {(kind, point) for kind in POINTS for point in POINTS[kind]}
+    assert {case[:2] for case in cases()} == {
+        (kind, point) for kind in POINTS for point in POINTS[kind]
+    }

@@ -10,7 +10,7 @@ from invariants import assert_invariants
 from proxy import FAULTS, Proxy
 from world import ALWAYS, WAITS
 
-from cachix_deploy import SUCCESS_LINE
+from cachix_protocol import SUCCESS_LINE
 
 pytestmark = pytest.mark.promise(2, 3, 6, 7, 10)
 BRIEF = {**WAITS, "ping": 0.3, "silence": 0.8, "connect": 0.7, "call": 0.7}
@@ -24,7 +24,10 @@ def connecting(world, proxy, order):
     order.times = 1
     proxy.refuse()
     proxy.listen()
-    wait_until(lambda: world.agent.text().count("is connected to") > before, what=f"a connection in spite of {order}")
+    wait_until(
+        lambda: world.agent.text().count("is connected to") > before,
+        what=f"a connection in spite of {order}",
+    )
 
 
 def at_once(world, proxy, order):
@@ -98,7 +101,10 @@ def test_a_fault_at_a_message(make_world, proxy, finish, message):
         order = proxy.order(pattern, fault, times=0)
         ready(world, proxy, order)
         deployment = scenes.deploy(world, fault)
-        assert world.ended(deployment) == "succeeded", (order, world.workspace.deployment(deployment))
+        assert world.ended(deployment) == "succeeded", (
+            order,
+            world.workspace.deployment(deployment),
+        )
         happened(order)
         done = [visit.argument for visit in world.visits if visit.point == "test"]
         assert done == [asked.path for asked in world.asked], order
@@ -117,8 +123,12 @@ def test_a_fault_at_a_message(make_world, proxy, finish, message):
         ("reach-pong", "cut"),
     ],
 )
-def test_a_system_from_which_the_workspace_is_never_reached(make_world, proxy, finish, message, fault):
-    world = make_world(url=proxy.url, args=("--activation-timeout=5", "--confirm-timeout=2"), waits=BRIEF)
+def test_a_system_from_which_the_workspace_is_never_reached(
+    make_world, proxy, finish, message, fault
+):
+    world = make_world(
+        url=proxy.url, args=("--activation-timeout=5", "--confirm-timeout=2"), waits=BRIEF
+    )
     order = proxy.order(MESSAGES[message][1], fault, ALWAYS)
     deployment = scenes.deploy(world, "second")
     assert world.ended(deployment) == "rolled-back", world.workspace.deployment(deployment)
@@ -137,7 +147,9 @@ def test_a_fault_with_the_hosted_protocol(host, cache, peer, message):
     script = closures.script(cache, "talks", closures.lines(300))
     with Proxy(peer.url) as proxy:
         proxy.delay = 0.9
-        host.agent("web", proxy.url, "t0ken", *QUICK, env={"CACHIX_DEPLOY_WAITS": json.dumps(BRIEF)})
+        host.agent(
+            "web", proxy.url, "t0ken", *QUICK, env={"CACHIX_DEPLOY_WAITS": json.dumps(BRIEF)}
+        )
         peer.agent()
         for fault in FAULTS:
             path = closures.plain(cache, fault)

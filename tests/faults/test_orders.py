@@ -2,7 +2,18 @@
 
 import pytest
 import scenes
-from chains import COMMITTED, DOWNLOAD, GOOD, MACHINE_LOCK, WAITING, another_holds, deployed, go_on, log_of, system
+from chains import (
+    COMMITTED,
+    DOWNLOAD,
+    GOOD,
+    MACHINE_LOCK,
+    WAITING,
+    another_holds,
+    deployed,
+    go_on,
+    log_of,
+    system,
+)
 from hosts import wait_until
 from world import Asked
 
@@ -66,7 +77,10 @@ RESUMED = {
     DOWNLOAD: (scenes.GOOD, f"downloading: download second -> hang\n{GOOD}"),
     PREVIOUS: (scenes.GOOD, GOOD),
     r"^test \S+-second": (scenes.GOOD, "activating: test second -> hang\nrolling-back: test first"),
-    r"^script": (scenes.GOOD, "activating: test second\nchecking: script good -> hang\nrolling-back: test first"),
+    r"^script": (
+        scenes.GOOD,
+        "activating: test second\nchecking: script good -> hang\nrolling-back: test first",
+    ),
     r"^boot \S+-second": (scenes.GOOD, f"{GOOD} -> hang\n{COMMITTED}"),
     r"^test \S+-first": (scenes.BAD, "rolling-back: test first -> hang\nrolling-back: test first"),
 }
@@ -131,7 +145,11 @@ def test_a_successor_comes_at_the_last_look(make_world, scripted, finish):
         scripted.arrived()
 
     def begun(*_):
-        wait_until(lambda: scripted.peer.statuses, 10, "the report that it was begun, which is no last look")
+        wait_until(
+            lambda: scripted.peer.statuses,
+            10,
+            "the report that it was begun, which is no last look",
+        )
         return "go"
 
     scripted.at_last_look(send)
@@ -144,7 +162,9 @@ def test_a_successor_comes_at_the_last_look(make_world, scripted, finish):
 
 
 def cancel(world, deployment):
-    assert world.workspace.request("POST", f"/api/v1/deploy/deployment/{deployment}/cancel")[0] == 200
+    assert (
+        world.workspace.request("POST", f"/api/v1/deploy/deployment/{deployment}/cancel")[0] == 200
+    )
 
 
 @pytest.mark.promise(14)

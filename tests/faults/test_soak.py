@@ -18,15 +18,36 @@ from world import Reply, Visit, World
 
 pytestmark = [pytest.mark.promise(*range(1, 16)), pytest.mark.soak]
 DEPLOYMENTS = 5
-COMMANDS = ["^systemd-run", r"^nix-store .*--indirect --max-jobs 32", r"^nix-store .*/previous", "^script"]
+COMMANDS = [
+    "^systemd-run",
+    r"^nix-store .*--indirect --max-jobs 32",
+    r"^nix-store .*/previous",
+    "^script",
+]
 POINTS = {
-    "nixos": [*COMMANDS, r"^test ", r"^test\.end", r"^nix-env ", r"^nix-env\.end", r"^boot ", r"^boot\.end"],
+    "nixos": [
+        *COMMANDS,
+        r"^test ",
+        r"^test\.end",
+        r"^nix-env ",
+        r"^nix-env\.end",
+        r"^boot ",
+        r"^boot\.end",
+    ],
     "darwin": [*COMMANDS, r"^activate ", r"^activate\.end", r"^nix-env ", r"^nix-env\.end"],
     "home_manager": [*COMMANDS, r"^activate ", r"^activate\.middle", r"^activate\.end"],
     "plain": [*COMMANDS, r"^nix-env ", r"^nix-env\.end"],
 }
 REPLIES: dict[str, Reply] = {**scenes.FAULTS, **scenes.ENDINGS}
-AT_ANY_MOMENT = ["kill-switch", "kill-agent", "kill-both", "power", "stop-agent", "stop-switch", "shutdown"]
+AT_ANY_MOMENT = [
+    "kill-switch",
+    "kill-agent",
+    "kill-both",
+    "power",
+    "stop-agent",
+    "stop-switch",
+    "shutdown",
+]
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,12 @@ class Schedule:
         if draw.random() < 0.3:
             return Fault(draw.choice(AT_ANY_MOMENT), after=round(draw.uniform(0.0, 1.5), 3))
         point = draw.choice(POINTS[self.kind])
-        return Fault(draw.choice(list(REPLIES)), point, draw.choice([0, 0, 0, 1, 2]), draw.choice([1, 1, 2, 4]))
+        return Fault(
+            draw.choice(list(REPLIES)),
+            point,
+            draw.choice([0, 0, 0, 1, 2]),
+            draw.choice([1, 1, 2, 4]),
+        )
 
 
 def reply(fault: Fault, busy: threading.Lock) -> Reply:
@@ -103,7 +129,9 @@ def run(world: World, schedule: Schedule) -> None:
         ordered = [scenes.deploy(world, f"v{number}", turn.how)]
         if turn.hurried:
             ordered.append(scenes.deploy(world, f"w{number}"))
-        for fault in sorted((one for one in turn.faults if not one.point), key=lambda one: one.after):
+        for fault in sorted(
+            (one for one in turn.faults if not one.point), key=lambda one: one.after
+        ):
             time.sleep(fault.after)
             with busy:
                 given = REPLIES[fault.name]
@@ -120,7 +148,9 @@ def run(world: World, schedule: Schedule) -> None:
 
 
 @pytest.mark.parametrize("lane", range(2))
-def test_random_schedules(make_world: Any, pytestconfig: pytest.Config, record_property: Any, lane: int) -> None:
+def test_random_schedules(
+    make_world: Any, pytestconfig: pytest.Config, record_property: Any, lane: int
+) -> None:
     seconds, given = pytestconfig.getoption("--seconds"), pytestconfig.getoption("--seed")
     first: int = random.randrange(1 << 30) if given is None else given + lane * 1_000_000
     until, seed = time.monotonic() + seconds, first

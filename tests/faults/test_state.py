@@ -12,7 +12,7 @@ from invariants import assert_invariants
 from test_matrix import POINTS
 
 from activate import journal
-from cachix_deploy import FAILURE_LINE, SUCCESS_LINE
+from cachix_protocol import FAILURE_LINE, SUCCESS_LINE
 
 pytestmark = pytest.mark.promise(1, 2, 6, 7, 11, 12, 15)
 SIZE = "192k"  # of a disk that is to be full
@@ -28,7 +28,10 @@ def files(world, *names):
 
 def full(world):
     """The disk takes nothing more."""
-    with pytest.raises(OSError, match="No space"), open(world.host.state / "filler", "wb", buffering=0) as file:
+    with (
+        pytest.raises(OSError, match="No space"),
+        open(world.host.state / "filler", "wb", buffering=0) as file,
+    ):
         while True:
             file.write(b"\xff" * 512)
 
@@ -42,7 +45,11 @@ def read_only(world):
     state = str(world.host.state.resolve())
     world.host.output("mount", "--bind", state, state)
     argv = ["mount", "-o", "remount,bind,ro", state]
-    wait_until(lambda: world.host.run(argv).returncode == 0, 10, "a moment in which the agent does not write")
+    wait_until(
+        lambda: world.host.run(argv).returncode == 0,
+        10,
+        "a moment in which the agent does not write",
+    )
 
 
 def writable(world):
@@ -77,7 +84,9 @@ def wiped(world):
     """Nothing is left, as after a reboot where the root directory is in memory."""
     while found := list(world.host.state.iterdir()):  # the agent may write meanwhile
         for path in found:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
+                missing_ok=True
+            )
 
 
 def nothing(world):
@@ -138,7 +147,9 @@ def outcome(world, deployment):
     world.workspace.wait(deployment)
     known = world.workspace.deployment(deployment)
     reason = known["reason"] or ""
-    letter = "S" if known["status"] == "Succeeded" else "L" if reason.startswith("state lost") else "F"
+    letter = (
+        "S" if known["status"] == "Succeeded" else "L" if reason.startswith("state lost") else "F"
+    )
     return "B" if "; rolled back to /nix/store/" in reason else letter
 
 
@@ -149,14 +160,22 @@ def is_closed(world, deployment):
 
 def machine(world):
     """What runs, its profile, and what boots where that is something else."""
-    found = [world.running(), world.profile(), *([world.host.boot_default()] if world.kind == "nixos" else [])]
+    found = [
+        world.running(),
+        world.profile(),
+        *([world.host.boot_default()] if world.kind == "nixos" else []),
+    ]
     return " ".join(str(path).rpartition("-")[2] for path in found)
 
 
 def machine_of(world, point, end):
     """What must be there after a deployment that ended so."""
     paths = {"S": "second", "F": "first", "B": "first"}
-    return LEFT[world.kind][point] if end == "L" else " ".join([paths[end]] * (3 if world.kind == "nixos" else 2))
+    return (
+        LEFT[world.kind][point]
+        if end == "L"
+        else " ".join([paths[end]] * (3 if world.kind == "nixos" else 2))
+    )
 
 
 def registered(world):

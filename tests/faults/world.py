@@ -29,7 +29,14 @@ from hosts import CURRENT_SYSTEM, Host, Program, wait_until
 from live import Workspace
 from machines import FINAL
 
-WAITS = {"unit_recheck": 0.2, "backoff": 0.05, "slowest": 0.3, "ready": 1.5, "download": 5.0, "tail": 0.05}
+WAITS = {
+    "unit_recheck": 0.2,
+    "backoff": 0.05,
+    "slowest": 0.3,
+    "ready": 1.5,
+    "download": 5.0,
+    "tail": 0.05,
+}
 OPTIONS = ("--activation-timeout=5", "--confirm-timeout=10")
 ALWAYS = 1 << 30
 UNKNOWN = "?"  # instead of a step
@@ -126,7 +133,9 @@ class World:
         self.cuts = 0
         self.faults = self.directory / "faults"
         self.faults.mkdir(parents=True)
-        self.disk = Disk(self.directory / "disk.img", self.directory / "disk") if self.power else None
+        self.disk = (
+            Disk(self.directory / "disk.img", self.directory / "disk") if self.power else None
+        )
         place = self.directory / "host"
         place.mkdir()
         for name in ("nix", "state", "home"):  # what a power loss may take
@@ -140,7 +149,8 @@ class World:
         self._closing = False
         self._coming: queue.SimpleQueue[Optional[tuple[int, Visit]]] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=one, name="driver", daemon=True) for one in (self._listen, self._drive)
+            threading.Thread(target=one, name="driver", daemon=True)
+            for one in (self._listen, self._drive)
         ]
         for thread in self._threads:
             thread.start()
@@ -187,7 +197,9 @@ class World:
         self.host.path("/run/systemd/system").mkdir(parents=True, exist_ok=True)
         (self.faults / "system").write_text("running\n")
         if self.kind == "darwin" and self.host.running() is None and self.host.profile():
-            os.symlink(str(self.host.profile()), self.host.path(CURRENT_SYSTEM))  # as launchd does at boot
+            os.symlink(
+                str(self.host.profile()), self.host.path(CURRENT_SYSTEM)
+            )  # as launchd does at boot
 
     def start(self) -> Program:
         """Start an agent, as the machine's init would."""
@@ -197,17 +209,27 @@ class World:
 
     def connected(self) -> None:
         """Wait until the agent that was started last is connected."""
-        wait_until(lambda: self.agent.text().count("is connected to") > 0, 30, f"a connection: {self.agent.output}")
+        wait_until(
+            lambda: self.agent.text().count("is connected to") > 0,
+            30,
+            f"a connection: {self.agent.output}",
+        )
 
     def switches(self) -> list[int]:
         """The switch processes."""
-        return [pid for pid, line in self.host.processes().items() if re.search(r" switch [0-9a-f-]{36}\s*$", line)]
+        return [
+            pid
+            for pid, line in self.host.processes().items()
+            if re.search(r" switch [0-9a-f-]{36}\s*$", line)
+        ]
 
     def descendants(self, pids: list[int]) -> list[int]:
         """These processes, and what they have started, as far as it runs."""
         known = list(pids)
         while True:
-            more = [pid for pid in self.host.processes() if pid not in known and _parent(pid) in known]
+            more = [
+                pid for pid in self.host.processes() if pid not in known and _parent(pid) in known
+            ]
             if not more:
                 return known
             known += more
@@ -215,7 +237,10 @@ class World:
     def kill(self, switch: bool = False, agent: bool = False) -> None:
         """SIGKILL at once; another agent is started where one was killed."""
         switches = self.switches() if switch else []
-        pids = [*([self.agent.pid] if agent else []), *switches]  # else the agent would see the other one's end
+        pids = [
+            *([self.agent.pid] if agent else []),
+            *switches,
+        ]  # else the agent would see the other one's end
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -255,7 +280,8 @@ class World:
         """Give the state a small disk of its own, before the agent starts. Needs root."""
         self.host.close()
         subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(self.host.state.resolve())], check=True
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(self.host.state.resolve())],
+            check=True,
         )
         self.host.reboot()
         self.came_up()
@@ -282,7 +308,9 @@ class World:
                 helper, pid, rest = line.decode().split(" ", 2)
                 point, _, argument = rest.partition(" ")
                 step = self.step(_switch_of(int(pid)))
-                self._coming.put((int(helper), Visit(point, argument, int(pid), _session(int(helper)), step)))
+                self._coming.put(
+                    (int(helper), Visit(point, argument, int(pid), _session(int(helper)), step))
+                )
         self._coming.put(None)
 
     def _drive(self) -> None:
@@ -297,11 +325,15 @@ class World:
         text = f"{visit.point} {visit.argument}"
         found = next((o for o in self.orders if o.times > 0 and re.search(o.pattern, text)), None)
         reply = "go"
-        if found is not None and _runs(helper):  # who was ended while it waited for its turn meets no fault
+        if found is not None and _runs(
+            helper
+        ):  # who was ended while it waited for its turn meets no fault
             found.times -= 1
             reply = found.reply if isinstance(found.reply, str) else found.reply(self, visit)
         named = found.reply if found is not None and isinstance(found.reply, str) else reply
-        self.visits.append(Visit(visit.point, visit.argument, visit.pid, visit.session, visit.step, named))
+        self.visits.append(
+            Visit(visit.point, visit.argument, visit.pid, visit.session, visit.step, named)
+        )
         self._answer(helper, reply)
 
     def _answer(self, helper: int, reply: str) -> None:
@@ -342,7 +374,11 @@ class World:
             for path in self.host.state.glob(f"deployments/{deployment}/journal.json"):
                 with contextlib.suppress(OSError, ValueError):
                     record = json.loads(path.read_bytes())
-                    newest = max(newest, (record["step"], max(record["times"].values())), key=lambda one: one[1])
+                    newest = max(
+                        newest,
+                        (record["step"], max(record["times"].values())),
+                        key=lambda one: one[1],
+                    )
         return newest[0]
 
     # --- deployments ---
@@ -368,19 +404,33 @@ class World:
         return self.host.profile() if self.kind == "plain" else self.host.running()
 
     def profile(self) -> Optional[str]:
-        return self.host.profile(self.host.home_profile()) if self.kind == "home_manager" else self.host.profile()
+        return (
+            self.host.profile(self.host.home_profile())
+            if self.kind == "home_manager"
+            else self.host.profile()
+        )
 
     def ended(self, deployment: str, timeout: float = 60.0) -> str:
         """Wait for the end of a deployment, on the machine and at the workspace; its last step."""
-        if deployment not in self.lost:  # files first: to ask the workspace all the time would slow all other tests
-            wait_until(lambda: self.host.step(deployment) in FINAL, timeout, f"the end of {deployment} in its journal")
-            wait_until(lambda: self.is_reported(deployment), 30, f"the whole report of {deployment}")
+        if (
+            deployment not in self.lost
+        ):  # files first: to ask the workspace all the time would slow all other tests
+            wait_until(
+                lambda: self.host.step(deployment) in FINAL,
+                timeout,
+                f"the end of {deployment} in its journal",
+            )
+            wait_until(
+                lambda: self.is_reported(deployment), 30, f"the whole report of {deployment}"
+            )
         self.workspace.wait(deployment, timeout)
         return self.host.step(deployment)
 
     def is_reported(self, deployment: str) -> bool:
         with contextlib.suppress(OSError, ValueError):
-            told = json.loads((self.host.state / "deployments" / deployment / "reported.json").read_bytes())
+            told = json.loads(
+                (self.host.state / "deployments" / deployment / "reported.json").read_bytes()
+            )
             return bool(told["logged"] and told["ended"])
         return False
 
@@ -420,7 +470,9 @@ class World:
         for pid, line in lines.items():
             with contextlib.suppress(OSError):
                 environment = secret in Path(f"/proc/{pid}/environ").read_bytes()
-                forked = _parent(pid) == self.agent.pid and line == lines.get(self.agent.pid)  # runs nothing else yet
+                forked = _parent(pid) == self.agent.pid and line == lines.get(
+                    self.agent.pid
+                )  # runs nothing else yet
                 if self.token in line or (environment and pid != self.agent.pid and not forked):
                     places.append(f"process {pid}: {line}")
         places += [str(one.output) for one in self.agents if self.token in one.text()]
@@ -450,7 +502,9 @@ def _switch_of(pid: int) -> str:
     """The deployment whose switch process has started a process; `*` where none has."""
     while pid > 1:
         with contextlib.suppress(OSError):
-            found = re.search(rb"\0switch\0([0-9a-f-]{36})\0", Path(f"/proc/{pid}/cmdline").read_bytes())
+            found = re.search(
+                rb"\0switch\0([0-9a-f-]{36})\0", Path(f"/proc/{pid}/cmdline").read_bytes()
+            )
             if found:
                 return found[1].decode()
         pid = _parent(pid)

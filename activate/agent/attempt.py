@@ -1,0 +1,124 @@
+"""One attempt at a deployment: download, hand over to a switch process, follow it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from dataclasses import replace
+from typing import Optional, Union
+
+from activate import journal, kinds, lock, logfile, machine, nix, pipe, recovery
+from activate.agent import download, launch
+from activate.agent.hooks import AgentHooks
+from activate.process import Error
+
+SWITCH_TIMEOUT = 48 * 3600.0  # seconds for a step of a switch process; its own are shorter
+SIZE_TIMEOUT = 10.0  # seconds for which an end waits for the closure's size
+
+
+class Attempt:
+    """From recovery's decision to the end of the switch process."""
+
+    def __init__(self, hooks: AgentHooks, entry: journal.Journal, sizes: dict[str, int]) -> None:
+        """`sizes` has the closure's size, in bytes, of the path that was deployed last."""
+        self.hooks, self.entry, self.sizes = hooks, entry, sizes
+        self.switch: Optional[launch.SwitchProcess] = None
+        self.refusal: Optional[Exception] = None  # why the switch process must not begin
+
+    def run(self, action: recovery.Action, taken: lock.Lock) -> None:
+        """Download if need be, let the switch process go, follow it. Raises Error."""
+        record = self.entry.record
+        nix.check_paths(record.store_path, record.rollback_script)
+        switch = self.switch = launch.SwitchProcess(self.hooks, self.entry, taken)
+        try:
+            if action.do == recovery.START:
+                self.download()
+            switch.go(action.do, self.entry.record)
+            measuring = threading.Thread(target=self.measure, name="measure", daemon=True)
+            measuring.start()
+            self.follow(switch, measuring)
+        finally:
+            switch.close()
+        if self.refusal is not None:
+            raise self.refusal
+
+    def download(self) -> None:
+        """Get the closure and the rollback script into the store, with GC roots. Raises Error."""
+        entry, record, boot = self.entry, self.entry.record, machine.boot_id()
+        again = journal.DOWNLOADING in record.times
+        unsafe = again and record.boot_id != boot  # a power loss: Nix may believe in lost contents
+        entry.enter(journal.DOWNLOADING, boot_id=record.boot_id if unsafe else boot)
+        self.hooks.changed()
+        paths = [record.store_path, *([record.rollback_script] if record.rollback_script else [])]
+        previous = paths_in_use(record.profile_name)
+        log, timeout = logfile.open_log(entry), self.hooks.download_timeout
+        try:
+            with self.hooks.source() as source:
+                link = entry.path("new")
+                rooted = download.download(paths, previous, link, source, log, timeout)
+                if unsafe:
+                    download.repair(paths, source, log, timeout)
+        finally:
+            os.close(log)
+        entry.enter(journal.READY, rooted=tuple(previous) if rooted else (), boot_id=boot)
+
+    def measure(self) -> None:
+        """Ask for the closure's size while the switch process works."""
+        path = self.entry.record.store_path
+        with contextlib.suppress(Error):
+            if path not in self.sizes:
+                size = nix.path_info_size(path)
+                self.sizes.clear()
+                self.sizes[path] = size
+            self.hooks.measured(self.entry, self.sizes[path])
+
+    def follow(self, switch: launch.SwitchProcess, measuring: threading.Thread) -> None:
+        """Follow the steps until the process ends. The final report has the closure's size."""
+        message: Union[pipe.Question, pipe.Entered, None] = pipe.Entered("", "")
+        while message is not None:
+            message = switch.pipe.listen(SWITCH_TIMEOUT)
+            if isinstance(message, pipe.Question):
+                self.answer(switch, message)
+                continue
+            if message is None or message.step in journal.FINAL:
+                measuring.join(SIZE_TIMEOUT)
+            self.entry.reload()
+            if message is not None:
+                switch.step = message.step
+                if message.step in journal.FINAL:
+                    self.note_end(message)
+
+    def note_end(self, end: pipe.Entered) -> None:
+        """Take note of the end, whether the switch process could write it or not."""
+        entry, record = self.entry, self.entry.record
+        if record.step != end.step:  # the journal on disk is older, and must not come back
+            revision = record.revision + 1
+            reason = end.reason or None
+            entry.record = replace(record, step=end.step, reason=reason, revision=revision)
+        self.hooks.changed()
+        detail = f": {end.reason}" if end.reason else ""
+        self.hooks.tell(f"deployment {record.index}: {end.step}{detail}")
+
+    def answer(self, switch: launch.SwitchProcess, question: pipe.Question) -> None:
+        """Tell the switch process if the workspace can be reached, or if it may begin."""
+        problem = ""
+        try:
+            if question.word == pipe.LOOK:
+                self.hooks.reach(question.timeout)
+            else:
+                self.hooks.still_wanted(self.entry)
+                switch.step = journal.ACTIVATING
+        except Exception as error:
+            problem = " ".join(str(error).split()) or type(error).__name__
+            if question.word == pipe.BEGIN:
+                self.refusal = error
+        switch.pipe.answer(question, problem)
+
+
+def paths_in_use(profile_name: Optional[str]) -> list[str]:
+    """What runs, and what the profiles point at, by any kind: the download roots it as well."""
+    profiles = [kind.profile_path(profile_name) for kind in kinds.KINDS]
+    running = [kind.running_path(profile) for kind, profile in zip(kinds.KINDS, profiles)]
+    targets = {nix.target(link) for link in (*profiles, *running) if link}
+    return sorted(path for path in targets if path and os.path.lexists(path))

@@ -1,0 +1,186 @@
+"""A deployment from the agent's side: attempts, as recovery decides, until it has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import Any, Optional
+
+from activate import journal, kinds, leftovers, lock, logfile, machine, nix, recovery
+from activate.agent import launch, unwritten
+from activate.agent.attempt import Attempt
+from activate.agent.hooks import AgentHooks, Ended
+from activate.process import Error
+
+PAUSE = 5.0  # seconds between attempts to undo something
+LAST_WORD = 0.5  # seconds: a service's commands may end a little before its agent hears of it
+ADOPTED_PAUSE = 0.5  # seconds between two looks at a deployment that another process leads
+
+
+class Conductor:
+    """Leads one deployment at a time to its end."""
+
+    def __init__(self, hooks: AgentHooks) -> None:
+        self.hooks = hooks
+        self.attempt: Optional[Attempt] = None
+        self.sizes: dict[str, int] = {}
+        self.ends = unwritten.Ends(hooks)
+
+    @property
+    def switch(self) -> Optional[launch.SwitchProcess]:
+        """The switch process of the present deployment, if this agent has started it."""
+        attempt = self.attempt
+        return None if attempt is None else attempt.switch
+
+    def settle(self, entry: journal.Journal) -> None:
+        """Act as recovery decides until the deployment has ended. A new one is just the first case.
+
+        All decisions on how a deployment goes on are made here; `Ends` writes every end.
+        """
+        give_up = time.monotonic() + lock.DEPLOYMENT_TIMEOUT
+        first = True
+        while entry.record.step not in journal.FINAL and not self.hooks.stop.is_set():
+            if not first and machine.is_stopping():  # the next boot goes on
+                self.hooks.stop.wait(ADOPTED_PAUSE)
+                continue
+            first = False
+            with contextlib.ExitStack() as stack:
+                try:
+                    taken = self.lock_deployment(entry)
+                    if taken is not None:
+                        stack.enter_context(contextlib.closing(taken))
+                    self.take_action(entry, taken, give_up)
+                except Ended as end:
+                    self.ends.write(entry, end)
+                except launch.Lost as error:  # the next attempt is counted
+                    self.hooks.tell(f"deployment {entry.record.index}: {error}")
+                except Exception as error:  # even a bug of ours must not leave it without an end
+                    self.fail_or_retry(entry, error)
+        if entry.record.step in journal.FINAL:
+            self.ends.keep(entry)
+        self.hooks.changed()
+
+    def end(self, entry: journal.Journal, end: Ended) -> None:
+        """End a deployment that is not even started."""
+        self.ends.write(entry, end)
+        self.ends.keep(entry)
+        self.hooks.changed()
+
+    def lock_deployment(self, entry: journal.Journal) -> Optional[lock.Lock]:
+        """The deployment lock; None while another process holds it. Raises Error."""
+        path = lock.shared_path("deployment", entry.record.agent)
+        try:
+            return lock.take(path, text=entry.record.id)
+        except OSError as error:
+            raise Error(f"{path} can't be locked: {error.strerror}") from None
+
+    def take_action(
+        self, entry: journal.Journal, taken: Optional[lock.Lock], give_up: float
+    ) -> None:
+        """Take one action under the deployment lock, or wait for its holder. Raises Ended, Error."""
+        entry.reload()
+        action = recovery.next_action(entry.record, self.facts(entry, taken))
+        if taken is None:
+            if action.do != recovery.ADOPT and time.monotonic() > give_up:
+                other = f"another deployment of agent {entry.record.agent} did not end"
+                raise Ended(journal.FAILED, other)
+            self.hooks.stop.wait(ADOPTED_PAUSE)
+            return
+        if action.do == recovery.REPORT:
+            return
+        if entry.record.attempts:
+            self.end_leftovers(entry)
+        if action.reason:
+            self.hooks.tell(f"deployment {entry.record.index}: {action.reason}")
+        if action.do == recovery.END:
+            raise Ended(action.step, action.reason)
+        self.count_attempt(entry, action)
+        self.attempt = Attempt(self.hooks, entry, self.sizes)
+        try:
+            self.attempt.run(action, taken)
+        finally:
+            self.attempt = None
+
+    def facts(self, entry: journal.Journal, taken: Optional[lock.Lock]) -> recovery.Facts:
+        """What recovery needs to know besides the journal."""
+        record = entry.record
+        kind, profile = kinds.find(record.kind), str(record.profile)
+        path = lock.shared_path("deployment", record.agent)
+        return recovery.Facts(
+            holder=None if taken else lock.read(path),
+            boot_id=machine.boot_id(),
+            running=None if kind is None else kind.running_path(profile),
+            target=nix.target(profile),
+        )
+
+    def count_attempt(self, entry: journal.Journal, action: recovery.Action) -> None:
+        """Count an attempt before it is made.
+
+        Raises OSError if that can't be written, and nothing was changed.
+        """
+        facts: dict[str, Any] = {"attempts": entry.record.attempts + 1}
+        step = entry.record.step
+        if action.do == recovery.ROLL_BACK and step != journal.ROLLING_BACK:
+            step, facts = journal.ROLLING_BACK, {"attempts": 1, "reason": action.reason}
+        try:
+            entry.enter(step, **facts)
+            self.ends.write_pending(entry.record.agent)
+        except OSError as error:
+            if step in journal.HARMLESS:
+                raise
+            index = entry.record.index
+            self.hooks.tell(
+                f"the journal of deployment {index} can't be written ({error}), going on"
+            )
+
+    def end_leftovers(self, entry: journal.Journal) -> None:
+        """End what an interrupted attempt has left running, unless another process goes on."""
+        leftovers.end_commands(entry.directory)
+        if entry.record.profile is None:
+            return
+        taken = lock.take(lock.machine_path(entry.record.profile))
+        if taken is not None:
+            with contextlib.closing(taken):
+                log = logfile.open_log(entry)
+                leftovers.end_marked(taken.fd, log, lock.DEPLOYMENT_TIMEOUT)
+                os.close(log)
+
+    def fail_or_retry(self, entry: journal.Journal, error: Exception) -> None:
+        """End a deployment that has changed nothing; try again with any other.
+
+        An attempt that the agent's own end has cut short does not count.
+        """
+        if entry.record.step not in journal.HARMLESS:
+            self.hooks.tell(f"error: {error}")
+            self.hooks.stop.wait(PAUSE)
+        elif self.hooks.stop.wait(LAST_WORD) or machine.is_stopping():
+            with contextlib.suppress(OSError):
+                entry.enter(entry.record.step, attempts=max(0, entry.record.attempts - 1))
+        else:
+            expected = isinstance(error, (Error, OSError))
+            reason = str(error) if expected else f"{type(error).__name__}: {error}"
+            end = Ended(journal.FAILED, reason, getattr(error, "detail", None))
+            self.ends.write(entry, end)
+
+
+def is_busy(agent: str) -> bool:
+    """Whether a deployment of this agent is in progress, whichever process leads it."""
+    return lock.held(lock.shared_path("deployment", agent))
+
+
+def has_ended(state: str, deployment_id: str) -> bool:
+    """Whether a deployment is known here, and has ended."""
+    with contextlib.suppress(Error):
+        entry = journal.load(os.path.join(state, "deployments", deployment_id))
+        return entry is not None and entry.record.step in journal.FINAL
+    return False
+
+
+def wait_for_holder(hooks: AgentHooks, agent: str, deployment_id: str) -> None:
+    """Wait while another process leads this deployment. It may keep its state elsewhere."""
+    path = lock.shared_path("deployment", agent)
+    give_up = time.monotonic() + lock.DEPLOYMENT_TIMEOUT
+    while lock.held(path) and lock.read(path) == deployment_id and time.monotonic() < give_up:
+        if hooks.stop.wait(ADOPTED_PAUSE):
+            return

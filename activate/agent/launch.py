@@ -1,0 +1,114 @@
+"""The switch process as its agent sees it: started early, waiting for "go", then on its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+from activate import journal, lock, pipe, process, recovery
+from activate.agent.hooks import AgentHooks
+from activate.process import Error
+
+END_TIMEOUT = 5.0  # seconds
+READY_TIMEOUT = 30.0  # seconds; less within a scope, see `AgentHooks.scope_timeout`
+# What would hand over a token, or tie the process to the service that started it.
+WITHHELD = frozenset(
+    ("CACHIX_AGENT_TOKEN", "CACHIX_ACTIVATE_TOKEN", "CREDENTIALS_DIRECTORY")
+    + ("NOTIFY_SOCKET", "JOURNAL_STREAM", "INVOCATION_ID")
+)
+
+
+class Lost(Error):
+    """Somebody has ended the switch process while it waited for "go"."""
+
+
+def in_scope(argv: list[str]) -> list[str]:
+    """`argv` in a scope of its own where systemd runs, so that it outlives the agent's service."""
+    program = shutil.which("systemd-run", path=process.environment()["PATH"])
+    if not os.path.isdir("/run/systemd/system") or program is None:
+        return argv
+    user = [] if os.geteuid() == 0 else ["--user"]
+    name = f"--description=Deployment {argv[-1]}"  # instead of the whole command line
+    options = ["--scope", "--collect", "--quiet", "--no-ask-password", name, *user]
+    return [program, *options, "--", *argv]
+
+
+class SwitchProcess:
+    """A switch process and the agent's end of its pipe. `step` is the last that it has entered."""
+
+    pipe: pipe.AgentEnd
+
+    def __init__(self, hooks: AgentHooks, entry: journal.Journal, taken: lock.Lock) -> None:
+        """Start it with the deployment lock. It boots while the agent goes on. Raises Error."""
+        self.step = ""
+        self.begun = False
+        self.argv = [*hooks.switch_command, "switch", entry.record.id]
+        self.config = {**hooks.config, "directory": entry.directory, "lock": taken.fd}
+        self.scope_until = time.monotonic() + hooks.scope_timeout
+        self.spawn(in_scope(self.argv))
+
+    def spawn(self, argv: list[str]) -> None:
+        """Start the program, and hand over the token and the rest by its stdin. Raises Error."""
+        self.scoped = argv != self.argv
+        env = {name: value for name, value in os.environ.items() if name not in WITHHELD}
+        try:
+            self.process = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                pass_fds=[self.config["lock"]],
+                start_new_session=True,
+                env=env,
+                bufsize=0,
+            )
+        except OSError as error:
+            raise Error(f"the switch process could not be started: {error}") from None
+        if self.process.stdin is None or self.process.stdout is None:
+            raise Error("the switch process has no pipes")
+        self.pipe = pipe.AgentEnd(self.process.stdout, self.process.stdin)
+        with contextlib.suppress(OSError):
+            self.pipe.configure(self.config)
+
+    def go(self, action: str, record: journal.Record) -> None:
+        """Wait until it is ready, and let it begin with what the journal says. Raises Error.
+
+        Without a bus a scope can't be had, which shows by silence or an early end. A plain new
+        session has to do then.
+        """
+        left = self.scope_until - time.monotonic() if self.scoped else READY_TIMEOUT
+        if not self.pipe.is_ready(max(0.1, left)):
+            self.kill()
+            if not self.scoped:
+                raise Error("the switch process did not get ready")
+            self.close()
+            self.spawn(self.argv)
+            self.go(action, record)
+            return
+        if action != recovery.START:
+            self.step = journal.ACTIVATING if action == recovery.ACTIVATE else record.step
+        self.begun = True
+        try:
+            self.pipe.go(action, record)
+        except OSError:
+            raise Lost("the switch process ended before it began") from None
+
+    def kill(self) -> None:
+        """End it, only ever before "go". A systemd-run that hangs has a child with the lock too."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        process.wait(self.process, END_TIMEOUT)
+
+    def close(self) -> None:
+        """Let go of it. Before "go" it then ends without a trace, which is waited for."""
+        for file in (self.process.stdin, self.process.stdout):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+        if not process.wait(self.process, END_TIMEOUT) and not self.begun:
+            self.kill()

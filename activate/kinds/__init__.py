@@ -1,0 +1,42 @@
+"""The kinds of store paths, in order of detection.
+
+A kind is a module with the names of `Kind`. What does and what undoes stand side by side in it.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Protocol
+
+from activate.kinds import darwin, home_manager, nixos, plain
+from activate.kinds.change import Change
+from activate.kinds.verdict import Policy, Verdict
+from activate.process import Run
+
+
+class Kind(Protocol):
+    """The names that a module of a kind has."""
+
+    NAME: str
+    NEEDS_PREVIOUS: bool  # without a previous path there is no way back
+    MAY_REMOVE_FILES: bool  # an activation may take away the agent, or files that it needs
+
+    def detect(self, path: str) -> bool: ...
+    def profile_path(self, name: Optional[str]) -> str: ...
+    def running_path(self, profile: str) -> Optional[str]: ...
+    def activate(self, change: Change, run: Run) -> int: ...
+    def judge(self, status: int, new_runs: bool, output: str, policy: Policy) -> Verdict: ...
+    def commit(self, change: Change, run: Run) -> None: ...
+    def rollback(self, change: Change, run: Run) -> list[str]: ...
+
+
+KINDS: tuple[Kind, ...] = (nixos, darwin, home_manager, plain)
+
+
+def detect(path: str) -> Kind:
+    """The kind of a store path, by the markers in it."""
+    return next(kind for kind in KINDS if kind.detect(path))
+
+
+def find(name: Optional[str]) -> Optional[Kind]:
+    """The kind of this name. None if this version does not have it."""
+    return next((kind for kind in KINDS if name == kind.NAME), None)

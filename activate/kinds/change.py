@@ -1,0 +1,44 @@
+"""A change of the machine, with all that is needed to undo it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Optional
+
+from activate import nix
+from activate.process import CommandFailed, Run
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a deployment changes, and all that is needed to undo it. `committed`: the commit may have begun."""
+
+    new: str
+    profile: str
+    previous_running: Optional[str] = None
+    previous_profile: Optional[str] = None
+    previous_generation: Optional[int] = None
+    committed: bool = False
+
+
+def restore_profile(change: Change, run: Run) -> bool:
+    """The undo of `set_profile`: back to the recorded generation. Whether anything had to be done.
+
+    A profile that did not exist is removed again with the generation that was made. Raises CommandFailed or OSError.
+    """
+    if nix.target(change.profile) == change.previous_profile:
+        return False
+    if change.previous_profile is None:
+        link = os.path.join(os.path.dirname(change.profile), os.readlink(change.profile))
+        os.unlink(change.profile)
+        if link.endswith("-link") and os.path.islink(link):
+            os.unlink(link)
+        return True
+    if change.previous_generation is not None:
+        with contextlib.suppress(CommandFailed):
+            nix.switch_generation(change.profile, change.previous_generation, run)
+    if nix.target(change.profile) != change.previous_profile:
+        nix.set_profile(change.profile, change.previous_profile, run)
+    return True

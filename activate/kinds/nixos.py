@@ -1,0 +1,91 @@
+"""NixOS: `test` first, the profile and the boot loader only after the checks, so that a lost machine boots what ran."""
+
+from __future__ import annotations
+
+import os
+from typing import Optional
+
+from activate import nix
+from activate.kinds import verdict
+from activate.kinds.change import Change, restore_profile
+from activate.kinds.verdict import Policy, Verdict
+from activate.process import CommandFailed, Run, checked
+
+NAME = "NixOS"
+NEEDS_PREVIOUS = True
+MAY_REMOVE_FILES = True
+BOOTLOADER_FAILED = "Failed to install bootloader"
+
+
+def detect(path: str) -> bool:
+    """Whether `path` is a NixOS system."""
+    return os.path.lexists(f"{path}/nixos-version")
+
+
+def profile_path(name: Optional[str]) -> str:
+    """The system profile, or one of the named ones that the boot loader lists too."""
+    return (
+        f"{nix.PROFILES}/system"
+        if name in (None, "system")
+        else f"{nix.PROFILES}/system-profiles/{name}"
+    )
+
+
+def running_path(profile: str) -> Optional[str]:
+    """The system that runs, whatever the profile says."""
+    return nix.target("/run/current-system")
+
+
+def activate(change: Change, run: Run) -> int:
+    """Run the new system, without making it the one that boots."""
+    return nix.switch_to_configuration(change.new, "test", run)
+
+
+def judge(status: int, new_runs: bool, output: str, policy: Policy) -> Verdict:
+    """Judge `switch-to-configuration test`.
+
+    It ends with 2 if the activation script failed and with 4 if units failed, both with the new
+    system running, and with 100 before doing anything if only a reboot can bring the system up.
+    """
+    if BOOTLOADER_FAILED in output:
+        return Verdict(verdict.UNDO, "the boot loader could not be installed")
+    if status == 100:
+        reason = "the new system can only be booted, not switched to (status 100)"
+        if policy.on_reboot_needed == "boot":
+            note = f"{reason}: it runs after the next reboot and was not checked"
+            return Verdict(verdict.BOOT, note)
+        hint = "nothing was changed; reboot, or run the agent with --on-reboot-needed=boot"
+        return Verdict(verdict.UNTOUCHED, f"{reason}: {hint}")
+    if status == 4 and new_runs:
+        move = verdict.GO if policy.on_unit_failure == "tolerate" else verdict.RECHECK
+        return Verdict(move, "some units failed (status 4)")
+    if status == 2 and new_runs:
+        return Verdict(verdict.UNDO, "the activation script of the new system failed (status 2)")
+    return verdict.judge(status, new_runs, output, policy)
+
+
+def commit(change: Change, run: Run) -> None:
+    """Make the new system the profile's and the one that boots. Raises CommandFailed."""
+    nix.set_profile(change.profile, change.new, run)
+    checked(run, [f"{change.new}/bin/switch-to-configuration", "boot"])
+
+
+def rollback(change: Change, run: Run) -> list[str]:
+    """Undo `commit` where it began, then `activate`; what could not be restored, a sentence each."""
+    problems = []
+    try:
+        restored = restore_profile(change, run)
+        boots = change.previous_profile or change.previous_running
+        if boots is not None and (restored or change.committed):
+            checked(run, [f"{boots}/bin/switch-to-configuration", "boot"])
+    except (CommandFailed, OSError) as error:
+        problems.append(f"the profile or the boot loader could not be restored ({error})")
+    try:
+        status = nix.switch_to_configuration(str(change.previous_running), "test", run)
+        if status not in (0, 4):  # 4: the previous system runs, some of its units do not
+            problems.append(
+                f"the activation of {change.previous_running} ended with status {status}"
+            )
+    except CommandFailed as error:
+        problems.append(str(error))
+    return problems

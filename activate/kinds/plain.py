@@ -1,0 +1,49 @@
+"""A plain store path: setting the profile is all there is to activate."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from activate import nix
+from activate.kinds import verdict
+from activate.kinds.change import Change, restore_profile
+from activate.process import CommandFailed, Run
+
+NAME = "plain path"
+NEEDS_PREVIOUS = False
+MAY_REMOVE_FILES = False  # setting a link takes nothing away
+judge = verdict.judge
+
+
+def detect(path: str) -> bool:
+    """Whatever is no other kind."""
+    return True
+
+
+def profile_path(name: Optional[str]) -> str:
+    """The named profile; `system` where none is named."""
+    return f"{nix.PROFILES}/{name or 'system'}"
+
+
+def running_path(profile: str) -> Optional[str]:
+    """What the profile points at is what runs."""
+    return nix.target(profile)
+
+
+def activate(change: Change, run: Run) -> int:
+    """Set the profile. Raises CommandFailed."""
+    nix.set_profile(change.profile, change.new, run)
+    return 0
+
+
+def commit(change: Change, run: Run) -> None:
+    """Nothing: `activate` has done it all."""
+
+
+def rollback(change: Change, run: Run) -> list[str]:
+    """Undo `activate`; what could not be restored, a sentence each."""
+    try:
+        restore_profile(change, run)
+    except (CommandFailed, OSError) as error:
+        return [f"the profile could not be restored ({error})"]
+    return []

@@ -1,0 +1,51 @@
+"""The meaning of an activation's end: pure functions of exit status, output and running path."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+GO, RECHECK, BOOT, UNTOUCHED, UNDO = "go", "recheck", "boot", "untouched", "undo"
+FAILED_UNITS = re.compile(r"the following units failed: (.*)")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """An operator's decisions for an agent. Times are in seconds."""
+
+    confirm_timeout: float = 120.0
+    activation_timeout: float = 3600.0
+    on_unit_failure: str = "rollback"
+    on_reboot_needed: str = "fail"
+    unit_recheck: float = 10.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The next move after an activation, with a reason, or a note for the report."""
+
+    move: str
+    reason: str = ""
+
+
+def judge(status: int, new_runs: bool, output: str, policy: Policy) -> Verdict:
+    """Judge an activation by its exit status, and by whether the new path is the running one."""
+    if status:
+        return Verdict(UNDO, f"the activation ended with status {status}")
+    if not new_runs:
+        return Verdict(UNDO, "the activation ended with status 0, but the new system does not run")
+    return Verdict(GO)
+
+
+def failed_units(output: str) -> list[str]:
+    """The units that `switch-to-configuration` names as failed."""
+    lines = FAILED_UNITS.findall(output)
+    return [name for line in lines for name in re.split(r"[,\s]+", line) if name]
+
+
+def recovered(names: list[str], states: list[str]) -> bool:
+    """Whether each unit is fine by now, given its state from `systemctl is-active`.
+
+    A unit that restarts again and again is not.
+    """
+    return len(states) == len(names) > 0 and set(states) <= {"active", "inactive"}

@@ -1,0 +1,175 @@
+"""The talk between an agent and its switch process: both ends of the pipe, and every word on it.
+
+to the switch process   CONFIG (JSON), "go ACTION JOURNAL" (JSON), "NUMBER PROBLEM", "bye"
+to the agent            "ready", "ask NUMBER look SECONDS", "ask NUMBER begin", "STEP REASON"
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import select
+import time
+from dataclasses import dataclass
+from typing import IO, Any, Optional, Union
+
+from activate import journal
+from activate.process import Error
+
+START_TIMEOUT = 12 * 3600.0  # seconds until "go": more than the longest download
+LINE_BYTES = 4000  # a pipe takes this much in one piece
+READY, GO, BYE, ASK = "ready", "go", "bye", "ask"
+LOOK, BEGIN = "look", "begin"  # questions: can you reach the workspace; is it still wanted
+
+
+File = Union[IO[bytes], io.FileIO]
+
+
+@dataclass(frozen=True)
+class Question:
+    """The switch process asks its agent. An answer is the problem, empty for yes."""
+
+    number: str
+    word: str
+    timeout: float
+
+
+@dataclass(frozen=True)
+class Entered:
+    """The switch process has entered a step."""
+
+    step: str
+    reason: str
+
+
+class Pipe:
+    """Whole lines over two files, with a deadline for each."""
+
+    def __init__(self, source: File, sink: File) -> None:
+        self.source, self.sink = source, sink
+        self.buffer = b""
+        self.ended = False  # the other side has closed its end
+
+    def send(self, line: str) -> None:
+        """Write a line. Raises OSError if the other side has ended, or this one has let go."""
+        try:
+            os.write(self.sink.fileno(), line.encode("utf-8", "replace") + b"\n")
+        except ValueError:  # closed by another thread
+            raise BrokenPipeError("closed") from None
+
+    def receive(self, timeout: float) -> Optional[str]:
+        """The next line. None if the other side has ended, or is silent for `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while b"\n" not in self.buffer and not self.ended:
+            left = max(0.0, deadline - time.monotonic())
+            if not select.select([self.source], [], [], left)[0]:
+                return None
+            data = os.read(self.source.fileno(), 1 << 16)
+            self.buffer += data
+            self.ended = not data
+        line, newline, rest = self.buffer.partition(b"\n")
+        if not newline:
+            return None
+        self.buffer = rest
+        return line.decode()
+
+
+class AgentEnd(Pipe):
+    """The end that the agent holds."""
+
+    def is_ready(self, timeout: float) -> bool:
+        """Wait until the switch process has booted."""
+        return self.receive(timeout) == READY
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Hand over the token and the settings. Raises OSError."""
+        self.send(json.dumps(config))
+
+    def go(self, action: str, record: journal.Record) -> None:
+        """Let it begin with what the journal says. Raises OSError."""
+        self.send(f"{GO} {action} {record.to_json().decode().replace(chr(10), '')}")
+
+    def answer(self, question: Question, problem: str) -> None:
+        """Answer a question; the switch process may have ended meanwhile."""
+        with contextlib.suppress(OSError):
+            self.send(f"{question.number} {problem}")
+
+    def say_goodbye(self) -> None:
+        """Announce that the agent ends on purpose, so that nobody waits for it to come back."""
+        with contextlib.suppress(OSError):
+            self.send(BYE)
+
+    def listen(self, timeout: float) -> Union[Question, Entered, None]:
+        """The next message. None if the process has ended or is silent for `timeout` seconds."""
+        line = self.receive(timeout)
+        if line is None:
+            return None
+        word, _, rest = line.partition(" ")
+        if word != ASK:
+            return Entered(word, rest)
+        number, asked, *seconds = rest.split()
+        return Question(number, asked, float(seconds[0]) if seconds else 0.0)
+
+
+class SwitchEnd(Pipe):
+    """The end that the switch process holds. `pid` is the agent's."""
+
+    def __init__(self, source: File, sink: File) -> None:
+        super().__init__(source, sink)
+        self.pid = os.getppid()
+        self.has_left = False  # the agent has said goodbye
+        self.asked = 0
+        self.answers: dict[str, str] = {}
+
+    def wait_for_config(self) -> Optional[dict[str, Any]]:
+        """The token and the settings; None if the agent has ended."""
+        line = self.receive(START_TIMEOUT)
+        return None if line is None else dict(json.loads(line))
+
+    def wait_for_go(self) -> Optional[tuple[str, journal.Record]]:
+        """The action and the journal to begin with; None if the agent does not want it any more."""
+        line = self.receive(START_TIMEOUT)
+        if line is None or not line.startswith(f"{GO} "):
+            return None
+        _, action, record = line.split(" ", 2)
+        return action, journal.Record.from_json(record.encode())
+
+    def report(self, word: str, reason: str = "") -> None:
+        """Say that this process is ready, or which step it has entered. Nobody has to listen."""
+        line = " ".join([word, *reason.split()]).encode("utf-8", "replace")[:LINE_BYTES]
+        with contextlib.suppress(OSError):
+            self.send(line.decode("utf-8", "ignore"))
+
+    def ask(self, question: str, timeout: float) -> Optional[str]:
+        """The agent's answer. None if the agent ends. Raises Error if it is silent for too long."""
+        self.asked += 1
+        number, deadline = str(self.asked), time.monotonic() + timeout
+        self.report(f"{ASK} {number} {question}")
+        while number not in self.answers and not self.has_left:
+            if not self._hear(max(0.0, deadline - time.monotonic())):
+                if self.ended:
+                    return None
+                raise Error(f"the agent did not answer within {timeout:.0f} s")
+        return self.answers.get(number)
+
+    def _hear(self, timeout: float) -> bool:
+        """Take in one line, an answer or a goodbye. False if none comes in `timeout` seconds."""
+        line = self.receive(timeout)
+        if line == BYE:
+            self.has_left = True
+        elif line is not None:
+            number, _, problem = line.partition(" ")
+            self.answers[number] = problem
+        return line is not None
+
+    def is_alive(self) -> bool:
+        """Whether the agent has not ended."""
+        while self._hear(0):
+            pass
+        return not self.ended
+
+    def was_lost(self) -> bool:
+        """Whether the agent has ended without a goodbye."""
+        return not self.is_alive() and not self.has_left

@@ -1,0 +1,1 @@
+"""The switch process' side of a deployment: whatever changes the machine."""

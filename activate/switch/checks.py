@@ -1,0 +1,108 @@
+"""Checks of a new system: the rollback script, its units, the workspace, an agent."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import os
+import threading
+import time
+from typing import Callable, Optional
+
+from activate import lock, machine
+from activate.kinds import verdict
+from activate.process import CommandFailed, Error, Run, ask, say
+from activate.switch.progress import Progress
+
+ATTEMPT = 20.0  # seconds for one look at the workspace
+PAUSE = 1.0  # seconds between two looks
+Reach = Callable[[float], None]  # raises if the workspace can't be reached in so many seconds
+
+
+def run_script(script: Optional[str], run: Run) -> None:
+    """Run the rollback script, which checks the machine's health. Raises Error if it fails."""
+    if script is not None and (status := run([script])):
+        raise Error(f"the rollback script {script} ended with status {status}")
+
+
+def units_recovered(names: list[str], pause: float, stop: threading.Event, log: int) -> bool:
+    """Look at failed units once more after a pause: a restart may have brought them up."""
+    say(log, f"some units failed, looking again in {pause:.0f} s: {' '.join(names)}")
+    stop.wait(pause)
+    with contextlib.suppress(CommandFailed):
+        states = ask(["systemctl", "is-active", *names], 30)[1].split() if names else []
+        say(log, f"they are now: {' '.join(states)}")
+        return verdict.recovered(names, states)
+    return False
+
+
+def confirm(progress: Progress, reach: Reach, since: float) -> None:
+    """Check that the workspace can be reached, and that a lost agent has come back. Raises Error.
+
+    `since` is the start of the activation, in seconds since 1970.
+    """
+    deadline = time.monotonic() + progress.policy.confirm_timeout
+    _wait_for_workspace(progress, reach, deadline)
+    if not progress.stop.is_set() and progress.agent.was_lost():
+        _wait_for_agent(progress, since, deadline)
+
+
+def _wait_for_workspace(progress: Progress, reach: Reach, deadline: float) -> None:
+    timeout, problem = progress.policy.confirm_timeout, ""
+    while not progress.stop.is_set():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            duration = f"{timeout:.0f} s after the activation"
+            raise Error(f"the workspace could not be reached for {duration}: {problem}")
+        last = problem
+        problem = _look(reach, min(ATTEMPT, timeout / 4, left))  # one lost look must not cost all
+        if not problem:
+            return
+        if problem != last:
+            say(progress.log, f"the workspace can't be reached: {problem}")
+        progress.stop.wait(min(PAUSE, max(0.0, deadline - time.monotonic())))
+
+
+def _look(reach: Reach, timeout: float) -> str:
+    """Look once; the problem, if any. In a thread, because nothing can hurry a name look-up."""
+    problems: list[str] = []
+
+    def look() -> None:
+        try:
+            reach(timeout)
+            problems.append("")
+        except Exception as error:  # whatever is wrong with the network, the next look may succeed
+            problems.append(str(error) or type(error).__name__)
+
+    thread = threading.Thread(target=look, name="reach", daemon=True)
+    thread.start()
+    thread.join(timeout + 1)
+    return problems[0] if problems else f"no answer within {timeout:.0f} s"
+
+
+def _wait_for_agent(progress: Progress, since: float, deadline: float) -> None:
+    entry, boot, lost = progress.journal, machine.boot_id(), progress.agent.pid
+    state = os.path.dirname(os.path.dirname(entry.directory))
+    say(progress.log, "the agent ended during the activation, waiting for one to register")
+    while not registered_since(state, since, boot, lost) and not progress.stop.is_set():
+        if time.monotonic() > deadline:
+            if lock.held(lock.shared_path("agent", entry.record.agent)):
+                return  # by another program: Cachix's own agent leaves no other trace
+            timeout = f"{progress.policy.confirm_timeout:.0f} s"
+            raise Error(f"no agent came back within {timeout} after the activation")
+        progress.stop.wait(0.2)
+
+
+def registered_since(state: str, moment: float, boot: str, lost: int) -> bool:
+    """Whether an agent other than the lost one has registered after `moment`, in this boot.
+
+    It must be one of this state directory.
+    """
+    for path in glob.glob(os.path.join(glob.escape(state), "registered-*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            with open(path, encoding="utf-8") as file:
+                mark = json.load(file)
+            if mark["time"] >= moment and mark["boot_id"] == boot and mark["pid"] != lost:
+                return True
+    return False

@@ -1,0 +1,119 @@
+"""The system that ran before: recorded and rooted before anything changes, restored by a rollback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, Optional
+
+from activate import journal, kinds, nix
+from activate.kinds.change import Change
+from activate.process import CommandFailed, Error, Run, ask, say
+
+ROOT_TIMEOUT = 600.0  # seconds
+
+
+def change(record: journal.Record) -> Change:
+    """The change that a deployment makes, and what ran before."""
+    return Change(
+        new=record.store_path,
+        profile=str(record.profile),
+        previous_running=record.previous_running,
+        previous_profile=record.previous_profile,
+        previous_generation=record.previous_generation,
+        committed=journal.COMMITTING in record.times,
+    )
+
+
+def facts(
+    entry: journal.Journal, kind: kinds.Kind, profile: str, log: int, timeout: float
+) -> dict[str, Any]:
+    """The journal's facts about what ran before, rooted. Raises Error if the kinds differ.
+
+    The machine lock is held.
+    """
+    target = nix.target(profile)
+    if target is not None and os.path.isdir(target) and kinds.detect(target) is not kind:
+        raise Error(
+            f"{profile} holds a {kinds.detect(target).NAME} and {entry.record.store_path} is a "
+            f"{kind.NAME}: it was not deployed"
+        )
+    previous: dict[str, Any] = {
+        "previous_running": kind.running_path(profile),
+        "previous_profile": target,
+        "previous_generation": nix.generation(profile),
+    }
+    unrestored = failed_rollback(entry, profile)
+    if unrestored is not None:
+        previous = {name: getattr(unrestored, name) for name in previous}
+    paths = (previous["previous_running"], previous["previous_profile"])
+    add_roots([path for path in paths if path], entry, log, timeout)
+    return {"kind": kind.NAME, "profile": profile, **previous}
+
+
+def failed_rollback(entry: journal.Journal, profile: str) -> Optional[journal.Record]:
+    """The last deployment of this profile if its rollback failed.
+
+    What ran before that one is still what to go back to.
+    """
+    for other in journal.newest_first(os.path.dirname(os.path.dirname(entry.directory))):
+        if other.record.profile == profile and other.record.id != entry.record.id:
+            return other.record if other.record.step == journal.ROLLBACK_FAILED else None
+    return None
+
+
+def add_roots(paths: list[str], entry: journal.Journal, log: int, timeout: float) -> None:
+    """Add GC roots for the previous paths that the download did not already root."""
+    missing = [path for path in dict.fromkeys(paths) if path not in entry.record.rooted]
+    if not missing:
+        return
+    with contextlib.suppress(CommandFailed):
+        link = entry.path("previous")
+        argv = ["nix-store", "--realise", *missing, "--add-root", link, "--indirect"]
+        if ask(argv, min(ROOT_TIMEOUT, timeout))[0] == 0:
+            return
+    paths_text = " ".join(missing)
+    say(log, f"warning: no GC root for {paths_text}: once collected, there is no way back")
+
+
+def foreign_deployment(change: Change, kind: kinds.Kind) -> str:
+    """A sentence if somebody else has deployed: what runs is neither new nor previous."""
+    runs = kind.running_path(change.profile) or nix.target(change.profile)
+    if runs in (change.new, change.previous_running, change.previous_profile):
+        return ""
+    return f"{runs} runs now, so somebody else has deployed: it is left alone"
+
+
+def nothing_to_undo(change: Change, kind: kinds.Kind) -> str:
+    """A sentence if the machine must be left as it is; empty if it must be rolled back."""
+    now = (kind.running_path(change.profile), nix.target(change.profile))
+    same = now == (change.previous_running, change.previous_profile) == (change.new, change.new)
+    if same:
+        return "it ran before already: nothing to roll back"
+    return foreign_deployment(change, kind)
+
+
+def can_restore(change: Change, kind: kinds.Kind) -> bool:
+    """Whether there is something to go back to; for a plain path that may be no profile at all."""
+    return change.previous_running is not None or not kind.NEEDS_PREVIOUS
+
+
+def restore(change: Change, kind: kinds.Kind, run: Run) -> list[str]:
+    """Roll back, and look at the result; a sentence for each thing that was not restored."""
+    if not can_restore(change, kind):
+        return ["there is no previous system to go back to"]
+    try:
+        return kind.rollback(change, run) or differences(change, kind)
+    except Exception as error:  # a bug of ours must not hide the machine's state
+        return [f"{type(error).__name__}: {error}", *differences(change, kind)]
+
+
+def differences(change: Change, kind: kinds.Kind) -> list[str]:
+    """A sentence for each thing that is not as it was before."""
+    running, profile = kind.running_path(change.profile), nix.target(change.profile)
+    problems = []
+    if running != change.previous_running:
+        problems.append(f"{running} runs instead of {change.previous_running}")
+    if profile != change.previous_profile:
+        problems.append(f"{change.profile} is {profile} instead of {change.previous_profile}")
+    return problems

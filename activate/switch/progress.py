@@ -1,0 +1,101 @@
+"""The journal, the locks and the reasons to stop, as the steps of a deployment use them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from typing import Any, Callable, Optional
+
+from activate import files, journal, leftovers, lock, machine, nix
+from activate.kinds.verdict import Policy
+from activate.pipe import SwitchEnd
+from activate.process import Error, run, say
+
+EFFECTS = (journal.ACTIVATING, journal.COMMITTING, journal.ROLLING_BACK)
+
+
+class Stopping(BaseException):
+    """The system stops, or this process is asked to: no further step. An event, not a mistake."""
+
+
+class Withdrawn(Exception):
+    """Nothing was changed, and nothing is to be: the agent has ended, or says so."""
+
+
+class Progress:
+    """One deployment's way through the journal, by the holder of the machine lock."""
+
+    machine_lock: lock.Lock
+
+    def __init__(self, entry: journal.Journal, log: int, policy: Policy, agent: SwitchEnd) -> None:
+        self.journal, self.log, self.policy, self.agent = entry, log, policy, agent
+        self.stop = threading.Event()
+
+    def lock_machine(self, profile: str, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Take the lock of the machine's profile, and end what its last holder left running.
+
+        It is held as long as this process lives. Raises Error or OSError; Withdrawn on SIGTERM, or
+        once the deployment is not `wanted` any more.
+        """
+        os.makedirs(os.path.dirname(profile), mode=0o755, exist_ok=True)
+        path, timeout = lock.machine_path(profile), lock.DEPLOYMENT_TIMEOUT
+        if lock.held(path):
+            say(self.log, f"waiting for another deployment of {profile} to end")
+        taken = lock.take(path, timeout, wanted=lambda: wanted() and not self.stop.is_set())
+        if taken is None and (self.stop.is_set() or not wanted()):
+            raise Withdrawn
+        if taken is None:
+            hours = f"{timeout / 3600:.0f} hours"
+            raise Error(f"another deployment of {profile} did not end within {hours}")
+        leftovers.end_marked(taken.fd, self.log, self.policy.activation_timeout)
+        leftovers.clear(taken.fd)
+        self.machine_lock = taken
+
+    def run(self, argv: list[str]) -> int:
+        """Run a command that changes the machine, and return its exit status.
+
+        Its PID is noted in the lock file, so that a successor can stop it if we die. Raises Stopping
+        before it; recovery repeats the step.
+        """
+        self.check_stopping()
+        fd, timeout = self.machine_lock.fd, self.policy.activation_timeout
+        try:
+            return run(argv, self.log, timeout, before=leftovers.marker(fd))
+        finally:
+            leftovers.clear(fd)
+
+    def enter_rollback(self, **facts: Any) -> None:
+        """Enter `rolling-back`. A full disk must not leave the machine as it is."""
+        self.check_stopping(journal.ROLLING_BACK)
+        with contextlib.suppress(OSError):
+            self.journal.enter(journal.ROLLING_BACK, **facts)
+
+    def enter(self, step: str, **facts: Any) -> None:
+        """Go on to `step`: effects so far become durable, then the step, then it may have effects."""
+        self.check_stopping(step)
+        self.sync()
+        self.journal.enter(step, **facts)
+        self.agent.report(step)
+
+    def finish(self, step: str, reason: Optional[str] = None) -> None:
+        """Write the end. The log ends here too, whatever a service may still write into it."""
+        try:
+            with contextlib.suppress(*([] if step == journal.SUCCEEDED else [Error])):
+                self.sync()
+            self.journal.enter(step, reason=reason, log_size=os.fstat(self.log).st_size)
+        except (Error, OSError) as error:
+            if step == journal.SUCCEEDED:
+                raise
+            say(self.log, f"the end of the deployment could not be written: {error}")
+        self.agent.report(step, reason or "")
+
+    def check_stopping(self, step: str = "") -> None:
+        """Raise Stopping if there must be no further step."""
+        if self.stop.is_set() or (step in EFFECTS and machine.is_stopping()):
+            raise Stopping
+
+    def sync(self) -> None:
+        """Make effects durable. Raises Error past the deadline."""
+        profile = os.path.dirname(str(self.journal.record.profile))
+        files.sync([nix.STORE, profile, self.journal.directory])

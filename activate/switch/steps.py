@@ -1,0 +1,177 @@
+"""The steps of a deployment, from `activating` on: activate, check, commit or roll back.
+
+This process does not depend on the agent that started it. It ends early only by SIGTERM, or when
+the system stops; the step on disk then stands.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from typing import Callable
+
+from activate import journal, kinds, logfile, machine, recovery
+from activate.kinds import verdict
+from activate.kinds.change import Change
+from activate.pipe import BEGIN
+from activate.process import Error, say
+from activate.switch import checks, previous
+from activate.switch.progress import Progress, Withdrawn
+
+BEGIN_TIMEOUT = 30.0  # seconds for the agent's last look, which takes much less
+
+
+class Untouched(Error):
+    """The deployment ends as failed, and there is nothing to undo."""
+
+
+class Switch:
+    """One deployment on its way through the steps."""
+
+    kind: kinds.Kind
+
+    def __init__(self, progress: Progress, reach: checks.Reach, load: Callable[[], None]) -> None:
+        """`reach` looks at the workspace; `load` reads the files that this needs."""
+        self.progress, self.reach, self.load = progress, reach, load
+        self.log, self.policy, self.run = progress.log, progress.policy, progress.run
+        self.began = time.time()
+
+    @property
+    def record(self) -> journal.Record:
+        """The journal's facts."""
+        return self.progress.journal.record
+
+    @property
+    def change(self) -> Change:
+        """The change of the machine, and what ran before."""
+        return previous.change(self.record)
+
+    def perform(self, action: str = recovery.START) -> None:
+        """Take the deployment to its end, from the start or as recovery decided. Raises Stopping."""
+        try:
+            if action == recovery.START:
+                self.begin()
+            else:
+                self.resume()
+        except Withdrawn:
+            self.progress.check_stopping()
+            return
+        except (Error, OSError) as error:
+            say(self.log, str(error))
+            if action == recovery.START:  # otherwise the machine has been changed: try again later
+                self.progress.finish(journal.FAILED, str(error))
+            return
+        try:
+            if action == recovery.ROLL_BACK:
+                raise Error(str(self.record.reason))
+            self.forward(activate_first=action != recovery.COMMIT)
+        except Untouched as error:
+            self.progress.finish(journal.FAILED, str(error))
+        except Exception as error:  # a bug of ours must not leave the machine unconfirmed
+            if not isinstance(error, (Error, OSError)):
+                import traceback
+
+                say(self.log, traceback.format_exc())
+            self.roll_back(str(error))
+
+    def begin(self) -> None:
+        """Lock the machine, record what runs, and enter `activating`.
+
+        Raises Error if nothing was changed, Withdrawn if the agent does not want it any more.
+        """
+        record, timeout = self.record, self.policy.activation_timeout
+        self.kind = kinds.detect(record.store_path)
+        profile = self.kind.profile_path(record.profile_name)
+        self.progress.lock_machine(profile, wanted=self.progress.agent.is_alive)
+        entry = self.progress.journal
+        facts = previous.facts(entry, self.kind, profile, self.log, timeout)
+        entry.record = replace(record, **facts)
+        if self.progress.agent.ask(BEGIN, BEGIN_TIMEOUT) != "":
+            raise Withdrawn
+        self.progress.enter(journal.ACTIVATING, boot_id=machine.boot_id())
+
+    def resume(self) -> None:
+        """Lock the machine to go on with an interrupted deployment. Raises Error."""
+        kind = kinds.find(self.record.kind)
+        if kind is None:
+            raise Error(f"this version does not know the kind {self.record.kind!r}")
+        self.kind = kind
+        self.progress.lock_machine(str(self.record.profile))
+
+    def forward(self, activate_first: bool) -> None:
+        """Activate, check, commit. Raises whatever goes wrong."""
+        note = ""
+        if activate_first:
+            decision = self.activate()
+            note = decision.reason
+            if decision.move != verdict.BOOT:
+                self.check()
+        self.progress.enter(journal.COMMITTING)
+        self.kind.commit(self.change, self.run)
+        self.progress.finish(journal.SUCCEEDED, note or None)
+
+    def activate(self) -> verdict.Verdict:
+        """Activate, and judge the result. Raises Error unless the deployment may go on."""
+        if self.kind.MAY_REMOVE_FILES:
+            self.load()
+        self.began = time.time()
+        start = os.fstat(self.log).st_size
+        status = self.kind.activate(self.change, self.run)
+        output = logfile.tail(self.log, start)
+        new_runs = self.kind.running_path(self.change.profile) == self.change.new
+        decision = self.kind.judge(status, new_runs, output, self.policy)
+        if decision.move == verdict.RECHECK:
+            units, pause = verdict.failed_units(output), self.policy.unit_recheck
+            if checks.units_recovered(units, pause, self.progress.stop, self.log):
+                return verdict.Verdict(verdict.GO)
+        if decision.move in (verdict.RECHECK, verdict.UNDO):
+            raise Error(decision.reason)
+        if decision.move == verdict.UNTOUCHED:
+            raise Untouched(decision.reason)
+        return decision
+
+    def check(self) -> None:
+        """Check the new system. Raises Error unless it is fine."""
+        self.progress.enter(journal.CHECKING)
+        checks.run_script(self.record.rollback_script, self.run)
+        checks.confirm(self.progress, self.reach, self.began)
+        if foreign := previous.foreign_deployment(self.change, self.kind):
+            raise Untouched(foreign)
+
+    def roll_back(self, reason: str) -> None:
+        """Restore what ran before, with no more than what is on this machine."""
+        change = self.change
+        self.progress.check_stopping(journal.ROLLING_BACK)
+        untouched = previous.nothing_to_undo(change, self.kind)
+        if untouched:
+            self.progress.finish(journal.FAILED, f"{reason}; {untouched}")
+            return
+        if self.record.step != journal.ROLLING_BACK:
+            self.progress.enter_rollback(attempts=1, reason=reason)
+        self.progress.agent.report(journal.ROLLING_BACK)
+        say(self.log, f"rolling back: {reason}")
+        problems = self.restore()
+        if problems:
+            self.progress.check_stopping(
+                journal.ROLLING_BACK
+            )  # a stopping system ends commands: no verdict
+            why = f"{reason}; the rollback failed: {'; '.join(problems)}"
+            self.progress.finish(journal.ROLLBACK_FAILED, why)
+        else:
+            restored = change.previous_running or "no profile, as before"
+            self.progress.finish(journal.ROLLED_BACK, f"{reason}; rolled back to {restored}")
+
+    def restore(self) -> list[str]:
+        """Try to roll back, a few times; a sentence for each thing that could not be restored."""
+        change = self.change
+        problems = previous.restore(change, self.kind, self.run)
+        while (
+            problems
+            and previous.can_restore(change, self.kind)
+            and self.record.attempts < recovery.ATTEMPTS
+        ):
+            say(self.log, f"the rollback failed, trying again: {'; '.join(problems)}")
+            self.progress.enter_rollback(attempts=self.record.attempts + 1)
+            problems = previous.restore(change, self.kind, self.run)
+        return problems

@@ -1,0 +1,116 @@
+"""Two ways to report a deployment: plain requests to our workspace, websockets to Cachix's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+from cachix_connection import CALL_TIMEOUT, Answer, Waits, close, connect, http, round_trip, within
+from cachix_protocol import (
+    IN_PROGRESS,
+    SUCCEEDED,
+    DeploymentFinished,
+    DeploymentStarted,
+    Error,
+    FromAgent,
+    Gone,
+    LogLine,
+    Refused,
+    Undecodable,
+    Unreachable,
+    checked_field,
+    dumps,
+    encode_from_agent,
+    loads,
+    utc_now,
+)
+
+if TYPE_CHECKING:
+    import websocket
+
+    from cachix_connection import Peer
+
+
+class HttpChannel:
+    """Reports to our workspace. Every call is acknowledged, and may be repeated."""
+
+    def __init__(self, peer: Peer, deployment_id: str, timeout: float = CALL_TIMEOUT) -> None:
+        self.peer, self.id, self.timeout = peer, deployment_id, timeout
+
+    def call(self, method: str, path: str, **kwargs: Any) -> Answer:
+        """An answer that the protocol knows. Raises Refused, Unreachable or Gone."""
+        answer = http(self.peer, method, path, self.timeout, **kwargs)
+        host = self.peer.host
+        if answer.status in (401, 403):
+            raise Refused(f"{host} refused the token (HTTP {answer.status})")
+        if answer.status == 404 and answer.is_json:
+            raise Gone(f"{host} does not know deployment {self.id}")
+        if answer.status not in (200, 409, 416) or not answer.is_json:
+            raise Unreachable(f"{host} answered HTTP {answer.status}", answer.retry_after)
+        return answer
+
+    def status(self, status: str, size: Optional[int], reason: Optional[str] = None) -> bool:
+        """Put a status. False if the deployment was cancelled, so that it does not count."""
+        body = {"status": status, "time": utc_now(), "closureSize": size, "reason": reason}
+        path = f"/api/v1/deploy/deployment/{self.id}/status"
+        return self.call("PUT", path, json=body).status != 409
+
+    def lines(self, index: int, lines: list[str]) -> int:
+        """Append lines, the first of which has this index; the index that comes next."""
+        now = utc_now()
+        body = "".join(dumps(LogLine(line, now).to_json()) + "\n" for line in lines)
+        path = f"/api/v1/deploy/log/{self.id}?offset={index}"
+        answer = self.call("PUT", path, data=body.encode())
+        try:
+            return int(checked_field(loads(answer.body), "next", int))
+        except Undecodable:
+            raise Unreachable(f"{self.peer.host} answered a log without `next`") from None
+
+    def close(self) -> None:
+        """Do nothing: no connection is held open."""
+
+
+class SocketChannel:
+    """Reports to Cachix: frames on two sockets.
+
+    A frame counts as delivered when a ping that was sent after it is answered.
+    """
+
+    def __init__(self, peer: Peer, deployment_id: str, agent_id: str, waits: Waits) -> None:
+        self.peer, self.id, self.agent_id, self.waits = peer, deployment_id, agent_id, waits
+        self.sockets: dict[str, websocket.WebSocket] = {}
+
+    def send(self, path: str, frames: list[str]) -> None:
+        """Deliver text frames on the socket of `path`. Raises Unreachable or Refused."""
+        timeout = self.waits.call
+        try:
+            if path not in self.sockets:
+                self.sockets[path] = connect(self.peer, path, self.waits.connect)
+            within(timeout, lambda: round_trip(self.sockets[path], timeout, tuple(frames)))
+        except Error:
+            if path in self.sockets:
+                self.sockets.pop(path).shutdown()  # type: ignore[no-untyped-call]
+            raise
+
+    def status(self, status: str, size: Optional[int], reason: Optional[str] = None) -> bool:
+        """Send the start, the size or the end. Cachix has no room for a reason but the log."""
+        command: FromAgent = DeploymentStarted(self.id, utc_now(), size)
+        if status != IN_PROGRESS:
+            command = DeploymentFinished(self.id, utc_now(), status == SUCCEEDED)
+        self.send("/ws-deployment", [encode_from_agent(self.agent_id, command)])
+        return True
+
+    def lines(self, index: int, lines: list[str]) -> int:
+        """Append lines; the index after them."""
+        now = utc_now()
+        if lines:
+            frames = [dumps(LogLine(line, now).to_json()) for line in lines]
+            self.send(f"/api/v1/deploy/log/{self.id}", frames)
+        return index + len(lines)
+
+    def close(self) -> None:
+        """Close both sockets in order."""
+        for path in sorted(self.sockets):
+            close(self.sockets.pop(path))
+
+
+Channel = Union[HttpChannel, SocketChannel]

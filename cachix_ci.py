@@ -1,0 +1,206 @@
+"""`activate deploy.json`: orders deployments, shows their logs, waits for their ends."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from activate.text import clean, format_size
+from cachix_connection import Answer, Peer, http
+from cachix_console import Screen, align, tell
+from cachix_follow import PATIENCE, Follower, decode_answer, follow, no_workspace, rejection
+from cachix_protocol import (
+    CANCELLED,
+    FAILED,
+    SUCCEEDED,
+    Error,
+    Spec,
+    Undecodable,
+    Unreachable,
+    UsageError,
+    checked_field,
+    dumps,
+    uuid_field,
+)
+
+ORDER_PATIENCE = 10.0  # seconds without any answer to the order: --host may be wrong
+NAME_COLOURS = ("36", "33", "35", "34", "96", "93", "95", "94")
+STATUS_COLOURS = {SUCCEEDED: "32", FAILED: "31", CANCELLED: "33"}
+
+
+@dataclass(frozen=True)
+class ActivateOptions:
+    """The command line of `activate`, checked. `timeout` is in seconds."""
+
+    host: str
+    token: Optional[str]
+    spec_path: str
+    agents: tuple[str, ...] = ()
+    asynchronous: bool = False
+    timeout: Optional[float] = None
+
+
+# --- deploy.json ----------------------------------------------------------------------------------
+
+
+def decode_spec(raw: bytes, name: str) -> Spec:
+    """The deploy.json `raw`, which the user knows as `name`. Raises Error that shows the place."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = sorted(key for key, _ in pairs)
+        for key, following in zip(keys, keys[1:]):
+            if key == following:
+                twice = f"{name} has the key {json.dumps(key)} twice in one object"
+                raise Error(f"{twice}, and only one would count")
+        return dict(pairs)
+
+    try:
+        record = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
+        spec = Spec.from_json(record)
+    except Undecodable as error:
+        raise Error(f"{name} is no deploy.json: {error}") from None
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.start} is 0x{raw[error.start]:02x}"
+        raise Error(f"{name} is not UTF-8 text: {byte}") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise Error(f"{name} is not JSON: {place}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise Error(f"{name} is not JSON that can be read: {error}") from None
+    for key in sorted(record.keys() - {"agents", "rollbackScript"}):
+        tell(f"warning: {name} has an unknown key, which is ignored: {json.dumps(key)}")
+    return spec
+
+
+def read_spec(options: ActivateOptions) -> Spec:
+    """The deploy.json, reduced to the chosen agents. Raises Error."""
+    path = options.spec_path
+    name = "the specification on stdin" if path == "-" else path
+    try:
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            spec = decode_spec(file.read(), name)
+    except OSError as error:
+        raise Error(f"{name} can't be read: {error.strerror or error}") from None
+    unknown = [agent for agent in options.agents if agent not in spec.agents]
+    if unknown:
+        present = ", ".join(sorted(spec.agents))
+        raise UsageError(f"no agent {', '.join(unknown)} in {name}, which has {present}")
+    chosen = options.agents or tuple(spec.agents)
+    agents = {agent: path for agent, path in spec.agents.items() if agent in chosen}
+    return Spec(agents, spec.rollback_scripts)
+
+
+# --- the order ------------------------------------------------------------------------------------
+
+
+def post_order(peer: Peer, path: str, spec: Spec, deadline: float) -> Answer:
+    """Send the order until it is answered. Sending it twice does no harm: it names a state."""
+    body = dumps(spec.to_json()).encode()
+    headers = {"Content-Type": "application/json;charset=utf-8"}
+    begin, pause = time.monotonic(), 1.0
+    while True:
+        try:
+            answer = http(peer, "POST", path, data=body, headers=headers)
+            refusal = rejection(peer, answer)
+            if not isinstance(refusal, Unreachable):
+                return answer
+            problem = refusal
+        except Unreachable as error:
+            problem = error
+        pause = max(pause, problem.retry_after)
+        patience = PATIENCE if problem.overloaded else ORDER_PATIENCE
+        if time.monotonic() + pause > min(begin + patience, deadline):
+            raise problem
+        tell(f"{problem}; trying again in {pause:.0f} s")
+        time.sleep(pause)
+        pause = min(2 * pause, 10.0)
+
+
+def order(peer: Peer, spec: Spec, deadline: float) -> dict[str, tuple[str, str]]:
+    """Order the deployments: an id and a URL for each agent.
+
+    The ids are empty if the workspace only knows v1 of the API. Raises Error.
+    """
+    answer = post_order(peer, "/api/v2/deploy/activate", spec, deadline)
+    if answer.status == 404:
+        answer = post_order(peer, "/api/v1/deploy/activate", spec, deadline)
+    if answer.status == 404:
+        raise Unreachable(f"{peer.host} is not a workspace: it has no deploy API (HTTP 404)")
+    try:
+        records = checked_field(decode_answer(peer, answer), "agents", dict)
+        return {agent: _id_and_url(records, agent) for agent in spec.agents}
+    except Undecodable as problem:
+        raise no_workspace(peer, problem) from None
+
+
+def _id_and_url(records: dict[str, Any], agent: str) -> tuple[str, str]:
+    record = checked_field(records, agent, (dict, str))
+    if isinstance(record, str):
+        return "", record
+    return uuid_field(record, "id"), checked_field(record, "url", str)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def summarize(screen: Screen, followers: list[Follower]) -> None:
+    """Print a line for each agent: the end, how long it took, the closure's size, the URL."""
+    rows = []
+    for follower in followers:
+        size, took = follower.state.closure_size, f"{follower.took:.1f} s"
+        if follower.took >= 60:
+            took = str(datetime.timedelta(seconds=round(follower.took)))
+        status, size_text = clean(follower.state.status), "-" if size is None else format_size(size)
+        rows.append(
+            [follower.agent, status, took if follower.took else "-", size_text, follower.url]
+        )
+    screen.print("")
+    for row, follower in zip(align(rows), followers):
+        row[1] = screen.paint(row[1], STATUS_COLOURS.get(follower.state.status))
+        screen.print("  ".join(row).rstrip())
+
+
+def announce(screen: Screen, peer: Peer, spec: Spec, followers: list[Follower]) -> None:
+    """Print a line for each deployment that was started: its agent, URL and store path."""
+    screen.print(f"Deploying by {peer.host}:")
+    rows = [[follower.agent, follower.url, spec.agents[follower.agent]] for follower in followers]
+    for index, row in enumerate(align(rows)):
+        row[0] = screen.paint(row[0], NAME_COLOURS[index % len(NAME_COLOURS)])
+        followers[index].label = row[0]
+        screen.print("  ".join(row))
+
+
+def activate_command(options: ActivateOptions) -> int:
+    """Deploy a deploy.json, and follow it to its end; the exit status. Raises Error.
+
+    If the workspace only knows v1 of the API there is nothing to wait for: an error, but for --async.
+    """
+    if not options.token:
+        raise UsageError("no token: set CACHIX_ACTIVATE_TOKEN, or give --token-file=FILE")
+    timeout = float("inf") if options.timeout is None else options.timeout
+    deadline = time.monotonic() + timeout
+    peer, spec = Peer.create(options.host, options.token), read_spec(options)
+    screen, wake = Screen(), threading.Event()
+    try:
+        ordered = order(peer, spec, deadline).items()
+        followers = [
+            Follower(peer, agent, id, clean(url), screen, wake) for agent, (id, url) in ordered
+        ]
+        announce(screen, peer, spec, followers)
+        if options.asynchronous:
+            return 0
+        if not all(follower.id for follower in followers):
+            hint = "started them, but tells no ids to wait for (v1 of its API): follow the URLs"
+            raise Error(f"{peer.host} {hint}")
+        try:
+            follow(followers, screen, wake, deadline)
+        finally:
+            summarize(screen, followers)
+        return 0 if all(one.state.status == SUCCEEDED for one in followers) else 1
+    except KeyboardInterrupt:
+        tell("interrupted: the deployments that were started go on")
+        return 130

@@ -1,0 +1,202 @@
+"""One way to a person: messages on stderr, results on stdout, the docopt front, tokens, tables.
+
+The agent, the CI command and the workspace's own command share it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import threading
+from typing import Any, Callable, Optional
+
+from cachix_protocol import Error, UsageError
+
+verbose = False  # set once by `main`
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def tell(message: str) -> None:
+    """Print a message for the operator, one line on stderr. Never raises."""
+    with contextlib.suppress(OSError, ValueError):
+        print(" ".join(message.split("\n")), file=sys.stderr, flush=True)
+
+
+def debug(message: str) -> None:
+    """Print a message for --verbose."""
+    if verbose:
+        tell(message)
+
+
+def complain(error: Exception) -> None:
+    """Print an error. A bug of this program comes with its traceback, with --verbose any error."""
+    tell(f"error: {error or type(error).__name__}")
+    if verbose or not isinstance(error, (Error, OSError)):
+        with contextlib.suppress(OSError, ValueError):
+            import traceback
+
+            traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
+
+
+class Screen:
+    """stdout, shared by threads: whole lines, never an exception.
+
+    `broken` says that nobody reads it any more.
+    """
+
+    def __init__(self) -> None:
+        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        self.colour = sys.stdout is not None and sys.stdout.isatty() and not plain
+        self.broken = False
+        self.lock = threading.Lock()
+
+    def paint(self, text: str, colour: Optional[str]) -> str:
+        """`text` in an SGR colour, where stdout is a terminal."""
+        return f"\x1b[{colour}m{text}\x1b[0m" if self.colour and colour else text
+
+    def print(self, line: str) -> None:
+        """Print a line. Characters that stdout can't encode are escaped."""
+        stream = sys.stdout
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        with self.lock:
+            if self.broken or stream is None:
+                return
+            try:
+                text = line.encode(encoding, "backslashreplace").decode(encoding, "replace")
+                stream.write(text + "\n")
+                stream.flush()
+            except (OSError, ValueError) as error:
+                self.broken = True
+                if not isinstance(error, BrokenPipeError):
+                    tell(f"warning: stdout can't be written: {error}")
+                with contextlib.suppress(OSError, ValueError):  # or Python complains when it exits
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def align(rows: list[list[str]]) -> list[list[str]]:
+    """Pad the cells of `rows`, so that they print as columns."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def long_options(usage: str) -> tuple[str, ...]:
+    """The long options that a usage text lists, a line each."""
+    return tuple(re.findall(r"^  (?:-\w )?(--[a-z-]+)", usage, re.MULTILINE))
+
+
+def normalize(argv: list[str], usage: str) -> list[str]:
+    """The command line in the form that docopt takes. Raises UsageError.
+
+    docopt takes unambiguous prefixes, so that a mistyped `--token SECRET` would be a
+    `--token-file`. It refuses `"--host URL"` as one argument, which home-manager's module passes.
+    It takes a value that begins with `--` for an option. Empty arguments are dropped.
+    """
+    options = long_options(usage)
+    with_value = {option for option in options if f"{option}=" in usage}
+    words: list[str] = []
+    for argument in filter(None, argv):
+        head, blank, rest = argument.partition(" ")
+        words += [head, rest] if blank and head in options else [argument]
+    return _check_options([word for word in words if word], options, with_value)
+
+
+def _check_options(words: list[str], options: tuple[str, ...], with_value: set[str]) -> list[str]:
+    """Refuse unknown options, and tie values to theirs: `--name VALUE` becomes `--name=VALUE`."""
+    checked: list[str] = []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if word == "--":
+            return checked + words[position:]
+        name = word.partition("=")[0]
+        if word.startswith("--") and name not in options:
+            hint = "; tokens come from the environment or --token-file" * name.startswith("--tok")
+            raise UsageError(f"there is no option {name[:40]}{hint}: see --help")
+        following = words[position + 1 : position + 2]
+        if word in with_value and following and following != ["--"]:
+            word = f"{word}={following[0]}"
+            position += 1
+        checked.append(word)
+        position += 1
+    return checked
+
+
+def parse(
+    argv: list[str], usage: str, version: str, explain: Callable[[list[str]], str]
+) -> dict[str, Any]:
+    """The command line as a dictionary. Raises UsageError, or SystemExit for --help and --version.
+
+    `explain` says which argument is wrong where none of the usage's forms fits: docopt does not.
+    """
+    import docopt
+
+    words = normalize(argv, usage)
+    try:
+        return dict(docopt.docopt(usage, argv=words, version=version))
+    except docopt.DocoptExit as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"{explain(words) if reason.startswith('Usage:') else reason}: see --help"
+        ) from None
+
+
+def number(options: dict[str, Any], name: str, low: float, high: float) -> float:
+    """The value of an option that is a number from `low` to `high`. Raises UsageError."""
+    value = _float(options[name])
+    if not low <= value <= high:
+        raise UsageError(f"{name} must be a number from {low:g} to {high:g}, not {options[name]!r}")
+    return value
+
+
+def positive(options: dict[str, Any], name: str, unit: str, high: float = 1e7) -> float:
+    """The value of an option that is a number of `unit` above 0. Raises UsageError."""
+    value = _float(options[name])
+    if not 0 < value <= high:
+        raise UsageError(f"{name} must be a number of {unit} above 0, not {options[name]!r}")
+    return value
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def choice(options: dict[str, Any], name: str, allowed: tuple[str, ...]) -> str:
+    """The value of an option that is one of a few words. Raises UsageError."""
+    if options[name] not in allowed:
+        raise UsageError(f"{name} must be {' or '.join(allowed)}, not {options[name]!r}")
+    return str(options[name])
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+def read_token(variable: str, file_option: Optional[str]) -> str:
+    """The token from --token-file, the environment, or the systemd credential of that name.
+
+    Raises UsageError.
+    """
+    credential = os.path.join(os.environ.get("CREDENTIALS_DIRECTORY", "/nonexistent"), variable)
+    token = os.environ.get(variable, "")
+    path = file_option or (credential if not token and os.path.exists(credential) else None)
+    if path is not None:
+        try:
+            with open(path, encoding="utf-8") as file:
+                token = file.read(1 << 16)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"the token file {path} can't be read: {error}") from None
+        token = token.strip().removeprefix(f"{variable}=")
+    token = token.strip().strip("\"'")
+    if not token:
+        raise UsageError(f"there is no token: set {variable}, or give --token-file=FILE")
+    if not re.fullmatch(r"[\x21-\x7e]+", token):
+        raise UsageError("the token contains whitespace or non-ASCII characters")
+    return token

@@ -1,0 +1,306 @@
+"""Following deployments: their status by polling, their logs by websocket, until all have ended."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import random
+import re
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import websocket
+
+from activate.text import clean
+from cachix_connection import Answer, Peer, connect, hang_up, http
+from cachix_console import Screen, debug, tell
+from cachix_protocol import (
+    CANCELLED,
+    IN_PROGRESS,
+    TERMINAL,
+    Error,
+    Refused,
+    Undecodable,
+    Unreachable,
+    UsageError,
+    checked_field,
+    loads,
+)
+
+POLL_SECONDS = 2.0  # between two looks at a deployment, as Cachix's client does
+PATIENCE = 60.0  # without a usable answer until the workspace counts as out of reach
+QUIET_SECONDS = 3.0  # without a new line after the end until a log counts as complete
+DRAIN_SECONDS = 120.0  # the longest time that logs are shown after all have ended
+VIEWER_SILENCE = 30.0  # until a ping, and once more until the connection counts as dead
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def rejection(peer: Peer, answer: Answer) -> Error:
+    """The error for an answer that is no success, with its text: our JSON, Cachix's, or plain."""
+    status, text = answer.status, answer.body.decode("utf-8", "replace")
+    with contextlib.suppress(Undecodable):
+        record = loads(answer.body)
+        values = (
+            [record.get("error"), record.get("message")] if isinstance(record, dict) else [record]
+        )
+        text = next((value for value in values if isinstance(value, str)), text)
+    text = "" if text.lstrip().startswith("<") else clean(" ".join(text.split()))[:500]
+    text = f": {text}" if text else ""
+    if status in (401, 403):
+        hint = text or ": check it, or create a new one"
+        return Refused(f"{peer.host} refused the token (HTTP {status}){hint}")
+    if status in (408, 425, 429) or status >= 500:
+        pause = min(answer.retry_after, PATIENCE / 2)
+        return Unreachable(f"{peer.host} answered HTTP {status}{text}", pause, overloaded=True)
+    if 300 <= status < 400:
+        target = clean(answer.headers.get("Location", "another address"))
+        hint = f"points to {target}, which is not followed: give it as --host (HTTP {status})"
+        return UsageError(f"{peer.host} {hint}")
+    return Error(f"{peer.host} refused the request (HTTP {status}){text}")
+
+
+def decode_answer(peer: Peer, answer: Answer) -> Any:
+    """The JSON of a successful answer. Raises Undecodable, or Error for any other answer."""
+    if not 200 <= answer.status < 300:
+        raise rejection(peer, answer)
+    return loads(answer.body)
+
+
+def no_workspace(peer: Peer, problem: Undecodable) -> Unreachable:
+    """The error for an answer outside the protocol, such as the page of a proxy."""
+    hint = f"unexpected response: is this a Cachix Deploy workspace? ({problem})"
+    return Unreachable(f"{peer.host}: {hint}")
+
+
+# --- deployments ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DeploymentState:
+    """A deployment as the workspace reports it. Times are RFC 3339, the size is in bytes."""
+
+    status: str = "Unknown"
+    started: Optional[str] = None
+    finished: Optional[str] = None
+    closure_size: Optional[int] = None
+
+    @classmethod
+    def from_json(cls, record: Any) -> DeploymentState:
+        return cls(
+            status=checked_field(record, "status", str),
+            started=checked_field(record, "startedOn", str, optional=True),
+            finished=checked_field(record, "finishedOn", str, optional=True),
+            closure_size=checked_field(record, "closureSize", int, optional=True),
+        )
+
+    def seconds(self) -> Optional[float]:
+        """How long it ran, by the workspace's clock; None if it does not say."""
+        start, finish = _timestamp(self.started), _timestamp(self.finished)
+        return None if start is None or finish is None else max(0.0, finish - start)
+
+
+def _timestamp(text: Optional[str]) -> Optional[float]:
+    """Seconds since 1970 of an RFC 3339 time; its fraction may have any number of digits."""
+    match = re.match(r"(\S{19})(\.\d+)?", text or "")
+    if match is None:
+        return None
+    try:
+        moment = datetime.datetime.fromisoformat(match[1]).replace(tzinfo=datetime.timezone.utc)
+    except ValueError:
+        return None
+    return moment.timestamp() + float(match[2] or 0)
+
+
+class Follower:
+    """A deployment in progress: its last known state, and the thread that shows its log."""
+
+    def __init__(
+        self, peer: Peer, agent: str, id: str, url: str, screen: Screen, wake: threading.Event
+    ) -> None:
+        """`wake` tells the main thread that `due` was brought forward."""
+        self.peer, self.agent, self.id, self.url, self.screen = peer, agent, id, url, screen
+        self.label = agent
+        self.wake = wake
+        self.nudge = threading.Event()  # tells the viewer that the deployment has ended
+        self.state = DeploymentState()
+        self.began = self.heard = time.monotonic()
+        self.due = self.took = 0.0
+        self.shown = 0
+        self.stopped = False
+        self.socket: Optional[websocket.WebSocket] = None
+        self.thread: Optional[threading.Thread] = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the deployment has ended."""
+        return self.state.status in TERMINAL
+
+    def poll(self, timeout: float) -> None:
+        """Ask for the status once, and start to show the log. Raises Error.
+
+        A deployment that is cancelled already has no log.
+        """
+        self.due = time.monotonic() + POLL_SECONDS
+        answer = http(self.peer, "GET", f"/api/v1/deploy/deployment/{self.id}", timeout)
+        before = self.state.status
+        try:
+            self.state = DeploymentState.from_json(decode_answer(self.peer, answer))
+        except Undecodable as problem:
+            raise no_workspace(self.peer, problem) from None
+        if self.state.status == IN_PROGRESS != before:
+            self.began = time.monotonic()
+        if self.thread is None and self.state.status != CANCELLED:
+            name = f"view-{self.id}"
+            self.thread = threading.Thread(target=self.view, name=name, daemon=True)
+            self.thread.start()
+        if self.ended:
+            self.heard, seconds = time.monotonic(), self.state.seconds()
+            if self.thread is not None:
+                self.took = self.heard - self.began if seconds is None else seconds
+            self.nudge.set()
+
+    def view(self) -> None:
+        """Show the log until it is complete, over as many connections as that takes (a thread)."""
+        delay, complained = 1.0, False
+        while not self.stopped:
+            late, before, complete = self.ended, self.shown, False
+            try:
+                complete = self.stream() or (late and self.shown == before)
+                self.due = 0.0  # a log most likely ends when its deployment does
+                self.wake.set()
+            except (Refused, Unreachable) as error:
+                warn = debug if complained else tell
+                warn(f"warning: no log of {self.agent} at present: {error}")
+                complained = True
+            delay = 1.0 if self.shown > before else min(30.0, 2 * delay)
+            complete = complete and self.ended
+            if not complete and self.nudge.wait(delay * random.uniform(0.5, 1.0)):
+                self.nudge.clear()
+            if complete:
+                return
+
+    def stream(self) -> bool:
+        """Show the new lines of one connection. True if the workspace closed it in order."""
+        path = f"/api/v1/deploy/log/{self.id}?view=true"
+        self.socket = sock = connect(self.peer, path)
+        count, pinged = 0, False
+        try:
+            sock.settimeout(VIEWER_SILENCE)
+            while not self.stopped:
+                try:
+                    opcode, frame = sock.recv_data_frame(control_frame=True)
+                except websocket.WebSocketTimeoutException:
+                    if pinged:
+                        break
+                    sock.ping()
+                    pinged = True
+                    continue
+                pinged = False
+                if opcode == websocket.ABNF.OPCODE_CLOSE:
+                    return frame.data[:2] in (b"", b"\x03\xe8")  # no code, or 1000
+                if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
+                    count += 1
+                    self.take(count, frame.data)
+        except (OSError, ValueError, websocket.WebSocketException) as error:
+            if not self.stopped:
+                reason = error or type(error).__name__
+                debug(f"the connection for the log of {self.agent} broke: {reason}")
+        finally:
+            sock.shutdown()  # type: ignore[no-untyped-call]
+        return False
+
+    def take(self, count: int, data: bytes) -> None:
+        """Show line number `count` of the log, unless an earlier connection brought it."""
+        self.heard = time.monotonic()
+        if count > self.shown:
+            self.shown = count
+            self.show(data)
+
+    def show(self, data: bytes) -> None:
+        """Print a line of the log; one with carriage returns (a progress bar) as several."""
+        try:
+            text = checked_field(loads(data), "line", str)
+        except Undecodable as error:
+            tell(f"warning: a line of the log of {self.agent} is skipped: {error}")
+            return
+        for part in [part for part in re.split(r"[\r\n]+", text) if part] or [""]:
+            if not self.stopped:
+                line = f"{self.label} | {clean(part, self.screen.colour)}"
+                self.screen.print(line.rstrip(" "))
+        if self.screen.broken:
+            self.wake.set()
+
+    def stop(self) -> None:
+        """Stop showing the log, from another thread."""
+        self.stopped = True
+        self.nudge.set()
+        if self.socket is not None:
+            hang_up(self.socket)
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+
+def wait_for(
+    followers: list[Follower], screen: Screen, wake: threading.Event, deadline: float
+) -> None:
+    """Poll the deployments until they end, or to the deadline.
+
+    Raises Unreachable if no usable answer comes for PATIENCE seconds, any other Error at once.
+    """
+    answered, failures, now = time.monotonic(), 0, time.monotonic()
+    pending = followers
+    while pending and not screen.broken and now < deadline:
+        try:
+            for follower in sorted(pending, key=lambda follower: follower.due):
+                if follower.due <= (now := time.monotonic()) < deadline:
+                    follower.poll(min(20.0, max(1.0, deadline - now)))
+                    answered, failures = time.monotonic(), 0
+        except Unreachable as problem:
+            if time.monotonic() - answered >= PATIENCE:
+                silence = f"no answer for {PATIENCE:.0f} s, the deployments go on unseen"
+                raise Unreachable(f"{silence}: {problem}") from None
+            failures += 1
+            if failures == 1:
+                tell(f"{problem}; trying again")
+            pause = problem.retry_after or min(2.0**failures, 15.0)
+            time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+        now = time.monotonic()
+        pending = [follower for follower in pending if not follower.ended]
+        if pending and not failures:
+            wake.wait(max(0.0, min(deadline, *(follower.due for follower in pending)) - now))
+            wake.clear()
+
+
+def show_rest(followers: list[Follower], screen: Screen, deadline: float) -> None:
+    """Wait until each log is complete: its viewer is done, or no line came for QUIET_SECONDS."""
+    limit = min(deadline, time.monotonic() + DRAIN_SECONDS)
+    for follower in followers:
+        while follower.thread is not None and follower.thread.is_alive() and not screen.broken:
+            left = min(limit, follower.heard + QUIET_SECONDS) - time.monotonic()
+            if left <= 0:
+                break
+            follower.thread.join(left)
+
+
+def follow(
+    followers: list[Follower], screen: Screen, wake: threading.Event, deadline: float
+) -> None:
+    """Show the logs until all deployments have ended. Raises Error if one has not."""
+    try:
+        wait_for(followers, screen, wake, deadline)
+        show_rest([follower for follower in followers if follower.ended], screen, deadline)
+    finally:
+        for follower in followers:
+            follower.stop()
+        limit = time.monotonic() + 1.0
+        for follower in followers:
+            if follower.thread is not None:  # none may be writing when Python exits
+                follower.thread.join(max(0.0, limit - time.monotonic()))
+    missing = [f"{one.agent} is {one.state.status}" for one in followers if not one.ended]
+    if missing and not screen.broken:
+        listed = ", ".join(missing)
+        raise Error(f"gave up waiting at the --timeout: {listed}; the deployments go on")

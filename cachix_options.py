@@ -1,0 +1,107 @@
+"""The command line of the agent and of `activate`: its usage, and its values, checked."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import cachix_console
+from activate.kinds.verdict import Policy
+from cachix_connection import Peer, Waits
+from cachix_console import choice, positive, read_token
+from cachix_protocol import UsageError, __version__, is_agent_name
+
+USAGE = """\
+Cachix Deploy, open and self-hostable: the agent of a machine, and the command that CI deploys with.
+
+Usage:
+  cachix-deploy [options] [deploy] agent [NAME] [PROFILE] [--bootstrap] [--if-stopped]
+  cachix-deploy [options] [deploy] activate SPEC [--agent=NAME]... [--async] [--timeout=SECONDS]
+  cachix-deploy --help
+  cachix-deploy --version
+
+Commands:
+  agent     Stay connected to the workspace, and run what it deploys to this machine.
+            NAME defaults to the host name, PROFILE to the profile of the deployed kind.
+  activate  Deploy the store paths of SPEC (a deploy.json) to their agents, show their logs, and
+            wait until all have ended.
+
+Options:
+  --host=URL                    The workspace [default: https://cachix.org].
+  --token-file=FILE             Read the token from FILE instead of the environment
+                                (CACHIX_AGENT_TOKEN; CACHIX_ACTIVATE_TOKEN for activate).
+  --confirm-timeout=SECONDS     Time for a new system to reach the workspace [default: 120].
+  --activation-timeout=SECONDS  Time for an activation, or a rollback script [default: 3600].
+  --on-unit-failure=POLICY      rollback or tolerate: if units failed [default: rollback].
+  --on-reboot-needed=POLICY     fail or boot: if only a reboot can help [default: fail].
+  --bootstrap                   Deploy once to a machine whose own agent takes over, then exit.
+  --if-stopped                  Exit with 0 if an agent of this name is running (for cron).
+  --agent=NAME                  Deploy to this agent of SPEC only; may be repeated.
+  --async                       Start the deployments, and do not wait for them.
+  --timeout=SECONDS             Give up waiting after this time; the deployments go on.
+  -v --verbose                  Print debugging messages, and tracebacks of errors.
+  -h --help                     Show this text.
+  --version                     Show the version.
+
+Exit status: 0 done; 1 failed (any rollback is a failure); 64 wrong usage;
+69 workspace out of reach; 75 already running; 77 token refused.
+"""
+
+
+@dataclass(frozen=True)
+class AgentOptions:
+    """An agent's command line, checked."""
+
+    peer: Peer
+    profile: Optional[str]
+    bootstrap: bool
+    if_stopped: bool
+    policy: Policy
+    waits: Waits
+
+    @property
+    def name(self) -> str:
+        """The agent's name."""
+        return str(self.peer.name)
+
+
+def explain(words: list[str]) -> str:
+    """Why a command line fits none of the forms. Arguments are not shown: they may be a token."""
+    command = next((word for word in words if word in ("agent", "activate")), None)
+    if command is None:
+        return "missing command: agent or activate"
+    if command == "activate" and words[-1] == command:
+        return "activate needs a deploy.json"
+    return f"unexpected arguments for {command}"
+
+
+def parse(argv: list[str]) -> dict[str, Any]:
+    """The command line as a dictionary. Raises UsageError, or SystemExit for --help."""
+    return cachix_console.parse(argv, USAGE, f"cachix-deploy {__version__}", explain)
+
+
+def agent_options(options: dict[str, Any]) -> AgentOptions:
+    """An agent's command line. Raises UsageError."""
+    name = options["NAME"] or socket.gethostname().partition(".")[0]
+    for argument, value in (("NAME", name), ("PROFILE", options["PROFILE"] or name)):
+        if not is_agent_name(value):
+            allowed = "letters, digits, `-`, `_` and `.`, at most 128 of them"
+            raise UsageError(f"{argument} {value!r} is not usable: {allowed}")
+    token = read_token("CACHIX_AGENT_TOKEN", options["--token-file"])
+    waits = Waits.from_environment()
+    policy = Policy(
+        confirm_timeout=positive(options, "--confirm-timeout", "seconds"),
+        activation_timeout=positive(options, "--activation-timeout", "seconds"),
+        on_unit_failure=choice(options, "--on-unit-failure", ("rollback", "tolerate")),
+        on_reboot_needed=choice(options, "--on-reboot-needed", ("fail", "boot")),
+        unit_recheck=waits.unit_recheck,
+    )
+    return AgentOptions(
+        peer=Peer.create(options["--host"], token, name),
+        profile=options["PROFILE"],
+        bootstrap=options["--bootstrap"],
+        if_stopped=options["--if-stopped"],
+        policy=policy,
+        waits=waits,
+    )

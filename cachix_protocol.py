@@ -1,0 +1,364 @@
+"""The wire protocol of Cachix Deploy: messages, their names in JSON, and the errors of talking.
+
+Nothing here does I/O. protocol.md decides every name below; what is our own addition says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+from activate.process import Error as Error
+from activate.text import is_store_path as is_store_path
+
+__version__ = "0.1.0"
+
+PROTOCOL_VERSION = "1.11.1"  # the Cachix release whose protocol we speak
+USER_AGENT = f"cachix-deploy/{__version__}"
+
+# --- errors and their exit statuses ---------------------------------------------------------------
+
+
+class UsageError(Error):
+    """The command line, or a value on it, is wrong."""
+
+    status = 64
+
+
+class Unreachable(Error):
+    """The workspace gives no usable answer.
+
+    `retry_after` is how many seconds it asks to be left alone, `overloaded` whether it says that it
+    can't answer at present.
+    """
+
+    status = 69
+
+    def __init__(self, message: str, retry_after: float = 0.0, overloaded: bool = False) -> None:
+        super().__init__(message)
+        self.retry_after, self.overloaded = retry_after, overloaded
+
+
+class Refused(Error):
+    """The workspace refuses the token."""
+
+    status = 77
+
+
+class AlreadyRunning(Error):
+    """An agent of this name is running on this machine."""
+
+    status = 75
+
+
+class Gone(Error):
+    """The workspace does not know a deployment, so there is nobody to report it to."""
+
+
+class Undecodable(ValueError):
+    """A message that is not part of the protocol. It is logged and skipped."""
+
+
+# --- names and values -----------------------------------------------------------------------------
+
+AGENT_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
+UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+PENDING, IN_PROGRESS = "Pending", "InProgress"
+SUCCEEDED, FAILED, CANCELLED = "Succeeded", "Failed", "Cancelled"
+TERMINAL = frozenset({SUCCEEDED, FAILED, CANCELLED})
+SUCCESS_LINE = "Successfully activated the deployment."
+FAILURE_LINE = "Failed to activate the deployment."
+EXAMPLE_SPEC = '{"agents": {"NAME": "/nix/store/..."}}'
+EXAMPLE_SCRIPTS = '{"x86_64-linux": "/nix/store/..."}'
+
+
+def is_agent_name(text: object) -> bool:
+    """Whether `text` may be an agent's name: it becomes part of file names and of a header."""
+    return isinstance(text, str) and AGENT_NAME.fullmatch(text) is not None
+
+
+def utc_now() -> str:
+    """The present time as the protocol writes it: RFC 3339, UTC, microseconds."""
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{nanoseconds // 1000:06}Z"
+
+
+def nix_system() -> str:
+    """This machine as Nix names it, such as x86_64-linux or aarch64-darwin."""
+    renamed = {"arm64": "aarch64", "amd64": "x86_64", "i386": "i686"}
+    machine = os.uname().machine
+    return f"{renamed.get(machine, machine)}-{sys.platform}"
+
+
+def fresh_id() -> str:
+    """A random UUID."""
+    import uuid
+
+    return str(uuid.uuid4())
+
+
+# --- JSON -----------------------------------------------------------------------------------------
+
+
+def dumps(record: Any) -> str:
+    """JSON as the protocol writes it: compact, UTF-8 unescaped."""
+    return json.dumps(record, separators=(",", ":"), ensure_ascii=False)
+
+
+def loads(text: Union[str, bytes]) -> Any:
+    """JSON, read as tolerantly as Cachix's client does. Raises Undecodable for any other bytes."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Undecodable(f"not JSON ({error})") from None
+
+
+def checked_field(
+    record: Any, name: str, kinds: Union[type, tuple[type, ...]], optional: bool = False
+) -> Any:
+    """Value `name` of a JSON object if it has the right type. Raises Undecodable.
+
+    An optional value may be null, or missing.
+    """
+    if not isinstance(record, dict):
+        raise Undecodable("an object was expected")
+    value = record.get(name)
+    if value is None and optional:
+        return None
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is int):
+        raise Undecodable(f"`{name}` is missing or of the wrong type")
+    return value
+
+
+def uuid_field(record: Any, name: str) -> str:
+    """Value `name` of a JSON object, which must be a UUID; in lower case. Raises Undecodable."""
+    value = checked_field(record, name, str)
+    if not UUID.fullmatch(value):
+        raise Undecodable(f"`{name}` is not a UUID")
+    return str(value).lower()
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The binary cache of a workspace.
+
+    `uri` is our own addition. Without it the cache is a subdomain of the workspace.
+    """
+
+    name: str
+    public_key: str
+    is_public: bool
+    uri: Optional[str] = None
+
+    @classmethod
+    def from_json(cls, record: Any) -> Cache:
+        return cls(
+            name=checked_field(record, "cacheName", str),
+            public_key=checked_field(record, "publicKey", str),
+            is_public=checked_field(record, "isPublic", bool),
+            uri=checked_field(record, "uri", str, optional=True),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        extra = {} if self.uri is None else {"uri": self.uri}
+        fixed = {"cacheName": self.name, "publicKey": self.public_key, "isPublic": self.is_public}
+        return {**fixed, **extra}
+
+
+@dataclass(frozen=True)
+class AgentRegistered:
+    """The first message to an agent: its id, its binary cache, and how it reports.
+
+    `reports` is our own addition: "http" for plain requests, null for the sockets of Cachix.
+    """
+
+    id: str
+    cache: Optional[Cache] = None
+    reports: Optional[str] = None
+
+    @classmethod
+    def from_json(cls, record: Any) -> AgentRegistered:
+        cache = checked_field(record, "cache", dict, optional=True)
+        return cls(
+            id=uuid_field(record, "id"),
+            cache=None if cache is None else Cache.from_json(cache),
+            reports=checked_field(record, "reports", str, optional=True),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        extra = {} if self.reports is None else {"reports": self.reports}
+        cache = None if self.cache is None else self.cache.to_json()
+        return {"cache": cache, "id": self.id, **extra}
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The order to run `store_path`.
+
+    `resumed`, our own addition, says that the workspace believes that the agent had it already.
+    The paths are checked where they are used, so that a bad one is reported instead of dropped.
+    """
+
+    store_path: str
+    id: str
+    index: int
+    rollback_script: Optional[str] = None
+    resumed: bool = False
+
+    @classmethod
+    def from_json(cls, record: Any) -> Deployment:
+        return cls(
+            store_path=checked_field(record, "storePath", str),
+            id=uuid_field(record, "id"),
+            index=checked_field(record, "index", int),
+            rollback_script=checked_field(record, "rollbackScript", str, optional=True),
+            resumed=bool(checked_field(record, "resumed", bool, optional=True)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        extra = {"resumed": True} if self.resumed else {}
+        fixed = {"storePath": self.store_path, "id": self.id, "index": self.index}
+        return {**fixed, "rollbackScript": self.rollback_script, **extra}
+
+
+@dataclass(frozen=True)
+class DeploymentStarted:
+    """An agent began a deployment. Sent again with the closure's size in bytes once it is known."""
+
+    id: str
+    time: str
+    closure_size: Optional[int] = None
+
+    @classmethod
+    def from_json(cls, record: Any) -> DeploymentStarted:
+        return cls(
+            id=uuid_field(record, "id"),
+            time=checked_field(record, "time", str),
+            closure_size=checked_field(record, "closureSize", int, optional=True),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        tag = {"id": self.id, "tag": "DeploymentStarted", "time": self.time}
+        return {"closureSize": self.closure_size, **tag}
+
+
+@dataclass(frozen=True)
+class DeploymentFinished:
+    """A deployment ended on the machine."""
+
+    id: str
+    time: str
+    has_succeeded: bool
+
+    @classmethod
+    def from_json(cls, record: Any) -> DeploymentFinished:
+        return cls(
+            has_succeeded=checked_field(record, "hasSucceeded", bool),
+            id=uuid_field(record, "id"),
+            time=checked_field(record, "time", str),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        tag = {"id": self.id, "tag": "DeploymentFinished", "time": self.time}
+        return {"hasSucceeded": self.has_succeeded, **tag}
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """A line of a deployment's log, without its newline."""
+
+    line: str
+    time: str
+
+    @classmethod
+    def from_json(cls, record: Any) -> LogLine:
+        return cls(checked_field(record, "line", str), checked_field(record, "time", str))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"line": self.line, "time": self.time}
+
+
+ToAgent = Union[AgentRegistered, Deployment]
+FromAgent = Union[DeploymentStarted, DeploymentFinished]
+
+
+def encode_to_agent(command: ToAgent) -> str:
+    """The frame that carries `command` on /ws."""
+    tag = type(command).__name__
+    inner = {"tag": tag, "contents": command.to_json()}
+    return dumps({"method": tag, "command": inner, "agent": None, "id": fresh_id()})
+
+
+def decode_to_agent(text: Union[str, bytes]) -> ToAgent:
+    """The message of a frame on /ws. Raises Undecodable.
+
+    The tag decides; `method` is ignored, as Cachix's client does.
+    """
+    command = checked_field(loads(text), "command", dict)
+    tag, contents = checked_field(command, "tag", str), checked_field(command, "contents", dict)
+    if tag == "AgentRegistered":
+        return AgentRegistered.from_json(contents)
+    if tag == "Deployment":
+        return Deployment.from_json(contents)
+    raise Undecodable(f"unknown tag `{tag}`")
+
+
+def encode_from_agent(agent_id: str, command: FromAgent) -> str:
+    """The frame that carries `command` on /ws-deployment."""
+    message = {"agent": agent_id, "command": command.to_json(), "id": fresh_id()}
+    return dumps({**message, "method": type(command).__name__})
+
+
+def decode_from_agent(text: Union[str, bytes]) -> FromAgent:
+    """The message of a frame on /ws-deployment. Raises Undecodable."""
+    command = checked_field(loads(text), "command", dict)
+    tag = checked_field(command, "tag", str)
+    if tag == "DeploymentStarted":
+        return DeploymentStarted.from_json(command)
+    if tag == "DeploymentFinished":
+        return DeploymentFinished.from_json(command)
+    raise Undecodable(f"unknown tag `{tag}`")
+
+
+# --- deploy.json ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A deploy.json: the store path for each agent, and a rollback script for each system."""
+
+    agents: dict[str, str]
+    rollback_scripts: dict[str, str]
+
+    @classmethod
+    def from_json(cls, record: Any) -> Spec:
+        """Raises Undecodable, with a sentence that lists all values that are wrong."""
+        if not isinstance(record, dict):
+            raise Undecodable(f"it must hold an object such as {EXAMPLE_SPEC}")
+        agents, scripts = record.get("agents"), record.get("rollbackScript")
+        if not isinstance(agents, dict) or not agents:
+            raise Undecodable(f"`agents` must be an object such as the one in {EXAMPLE_SPEC}")
+        if scripts is not None and not isinstance(scripts, dict):
+            raise Undecodable(f"`rollbackScript` must be an object such as {EXAMPLE_SCRIPTS}")
+        names = (*agents, *(scripts or {}))
+        bad = [json.dumps(name) for name in names if not name.strip() or not name.isprintable()]
+        if bad:
+            raise Undecodable(f"these names are empty or can't be printed: {', '.join(bad)}")
+        values = [(f"agents.{name}", path) for name, path in agents.items()]
+        values += [(f"rollbackScript.{name}", path) for name, path in (scripts or {}).items()]
+        bad = [f"{at} is {json.dumps(v)[:200]}" for at, v in values if not is_store_path(v)]
+        if bad:
+            raise Undecodable(f"not a store path (/nix/store/HASH-NAME): {', '.join(bad)}")
+        return cls(agents, scripts or {})
+
+    def to_json(self) -> dict[str, Any]:
+        extra = {"rollbackScript": self.rollback_scripts} if self.rollback_scripts else {}
+        return {"agents": self.agents, **extra}

@@ -1,0 +1,323 @@
+"""Reports of deployments: their logs, sizes and ends, delivered whatever happens on the way.
+
+The files of the deployments are the queue: memory stays bounded, and any restart goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import threading
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Optional
+
+from activate import journal, lock, logfile
+from activate.text import printable
+from cachix_channels import Channel, HttpChannel, SocketChannel
+from cachix_connection import Peer, Waits, backoff
+from cachix_console import complain, tell
+from cachix_protocol import (
+    FAILED,
+    FAILURE_LINE,
+    IN_PROGRESS,
+    SUCCEEDED,
+    SUCCESS_LINE,
+    AgentRegistered,
+    Error,
+    Gone,
+    Unreachable,
+    utc_now,
+)
+
+BATCH_LINES = 2000
+KEPT_JOURNALS = 20
+
+
+@dataclass(frozen=True)
+class Reported:
+    """How far a deployment is reported, kept in reported.json.
+
+    `line` and `offset` (bytes) are where the log goes on. `started`, `sized`, `logged` and `ended`
+    say which reports were acknowledged.
+    """
+
+    started: bool = False
+    sized: bool = False
+    line: int = 0
+    offset: int = 0
+    logged: bool = False
+    ended: bool = False
+    size: Optional[int] = None
+    time: str = ""
+
+    @classmethod
+    def load(cls, path: str) -> Reported:
+        """Read the file. If it can't be read, start from the beginning: reports may be repeated."""
+        try:
+            with open(path, "rb") as file:
+                record = json.loads(file.read(1 << 16))
+            known = {
+                name: record[name]
+                for name in ("started", "sized", "line", "offset", "logged", "ended", "size")
+            }
+            numbers = [
+                known["line"],
+                known["offset"],
+                0 if known["size"] is None else known["size"],
+            ]
+            flags = [known[name] for name in ("started", "sized", "logged", "ended")]
+            valid = all(type(n) is int and n >= 0 for n in numbers) and all(
+                type(flag) is bool for flag in flags
+            )
+            return cls(**known) if valid else cls()
+        except IsADirectoryError:  # it would block every later write
+            with contextlib.suppress(OSError):
+                os.rename(path, f"{path}{journal.SET_ASIDE}{time.time_ns()}")
+            return cls()
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return cls()
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left to report."""
+        return self.logged and self.ended
+
+
+class Delivery:
+    """One deployment on its way to the workspace: its start, its log, its size, its end."""
+
+    def __init__(self, entry: journal.Journal, lock_: lock.Lock, sizes: dict[str, int]) -> None:
+        self.entry, self.lock, self.sizes = entry, lock_, sizes
+        self.reported = Reported.load(entry.path("reported.json"))
+        self.channel: Optional[Channel] = None
+        self.failures, self.not_before = 0, 0.0
+        self.log_failed, self.hurried, self.batch = False, False, BATCH_LINES
+        self.counted = False  # whether the workspace was asked how much it has of a lost log
+        self.final = False  # as of the last `ship`: a later end waits for the rest of its log
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the deployment is over, as far as this process knows."""
+        return self.entry.record.step in journal.FINAL
+
+    def note(self, **facts: Any) -> None:
+        """Remember how far the report is, in memory alone if the disk refuses."""
+        self.reported = replace(self.reported, time=utc_now(), **facts)
+        path = self.entry.path("reported.json")
+        with contextlib.suppress(OSError):
+            with open(path + ".new", "w", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(self.reported)))
+            os.rename(path + ".new", path)
+
+    def ship(self, channel: Channel) -> None:
+        """Send whatever is new. A failing log holds back nothing else. Raises the first Error."""
+        self.channel, self.final = channel, self.has_ended
+        steps = [self.ship_start, self.ship_log, self.ship_size, self.ship_end]
+        if self.log_failed:
+            steps = [self.ship_start, self.ship_size, self.ship_end, self.ship_log]
+        problems = []
+        for step in steps:
+            try:
+                step(channel)
+            except Error as error:
+                problems.append(error)
+                if getattr(error, "retry_after", 0.0) and step != self.ship_log:
+                    break  # the workspace asked to be left alone
+        if problems:
+            raise problems[0]
+
+    def ship_start(self, channel: Channel) -> None:
+        if not (self.reported.started or self.reported.ended):
+            channel.status(IN_PROGRESS, None)
+            self.note(started=True)
+
+    def ship_size(self, channel: Channel) -> None:
+        if self.reported.size is None and self.entry.record.id in self.sizes:
+            self.note(size=self.sizes[self.entry.record.id])
+        if self.final and isinstance(channel, HttpChannel):
+            return  # the final status has it
+        if self.reported.size is not None and not (self.reported.sized or self.reported.ended):
+            channel.status(IN_PROGRESS, self.reported.size)
+            self.note(sized=True)
+
+    def ship_end(self, channel: Channel) -> None:
+        if self.final and not self.reported.ended:
+            record = self.entry.record
+            reason = "\n".join(text for text in (record.reason, record.detail) if text) or None
+            channel.status(
+                SUCCEEDED if record.step == journal.SUCCEEDED else FAILED,
+                self.reported.size,
+                reason,
+            )
+            self.note(ended=True)
+
+    def ship_log(self, channel: Channel) -> None:
+        """Send the log as far as it has grown, for at most 5 s: the end waits behind it."""
+        if self.log_failed:  # the link may be too slow for so many
+            self.batch = max(1, self.batch // 8)
+        until, self.log_failed = time.monotonic() + 5.0, True
+        while not self.reported.logged and time.monotonic() < until:
+            lines, offset = logfile.lines_from(self.entry, self.reported.offset, self.batch)
+            closing = self.final and offset >= logfile.end(self.entry) and len(lines) < self.batch
+            if closing and not self.counted and logfile.is_lost(self.entry, self.reported.offset):
+                # the closing line goes behind all lines that the workspace has
+                self.note(line=channel.lines(self.reported.line, []))
+                self.counted = True
+            if closing:
+                lines.append(closing_line(self.entry.record))
+            if not lines:
+                break
+            self.acknowledge(channel.lines(self.reported.line, lines), len(lines), offset, closing)
+            self.batch = min(BATCH_LINES, 2 * self.batch)
+        self.log_failed = False
+
+    def acknowledge(self, expected: int, sent: int, offset: int, closing: bool) -> None:
+        """Continue after the lines that arrived, or return to those that the workspace lost."""
+        following = self.reported.line + sent
+        lost = closing and expected > following  # the workspace has lines that are lost here
+        if expected >= following:
+            line = expected if lost else following
+            self.note(line=line, offset=offset, logged=closing and not lost)
+        elif expected == self.reported.line:
+            raise Unreachable(f"{sent} lines were sent, and none was taken")
+        else:
+            line, offset, lines = 0, 0, [""]
+            while lines and line < expected:
+                lines, offset = logfile.lines_from(self.entry, offset, expected - line)
+                line += len(lines)
+            self.note(line=line, offset=offset)
+
+
+def closing_line(record: journal.Record) -> str:
+    """The last line of a log, from which Cachix's `activate` knows that the log is complete."""
+    if record.step == journal.SUCCEEDED:
+        return SUCCESS_LINE
+    text = " ".join(f"{FAILURE_LINE} {record.reason or ''}".split("\n")).rstrip()
+    return printable(text.encode("utf-8", "replace"))
+
+
+class Reporter(threading.Thread):
+    """The thread that ships logs and results. It sleeps while no deployment is under way."""
+
+    def __init__(self, peer: Peer, waits: Waits) -> None:
+        super().__init__(name="reporter", daemon=True)
+        self.peer, self.waits = peer, waits
+        self.wake = threading.Event()
+        self.idle = threading.Event()
+        self.registered: Optional[AgentRegistered] = None
+        self.added: queue.SimpleQueue[journal.Journal] = queue.SimpleQueue()
+        self.deliveries: list[Delivery] = []
+        self.sizes: dict[str, int] = {}
+        self.idle.set()
+
+    def add(self, entry: journal.Journal) -> None:
+        """Report this deployment from now on."""
+        self.idle.clear()
+        self.added.put(entry)
+        self.wake.set()
+
+    def register(self, registered: AgentRegistered) -> None:
+        """Take note of how the workspace wants its reports."""
+        self.registered = registered
+        self.wake.set()
+
+    def measured(self, entry: journal.Journal, size: int) -> None:
+        """Send the closure's size, in bytes, with the next report."""
+        self.sizes[entry.record.id] = size
+
+    def channel(self, delivery: Delivery, registered: AgentRegistered) -> Channel:
+        """The channel that the workspace asked for."""
+        if registered.reports == "http":
+            return HttpChannel(self.peer, delivery.entry.record.id, self.waits.call)
+        if (
+            isinstance(delivery.channel, SocketChannel)
+            and delivery.channel.agent_id == registered.id
+        ):
+            return delivery.channel
+        return SocketChannel(self.peer, delivery.entry.record.id, registered.id, self.waits)
+
+    def run(self) -> None:
+        waiting: list[journal.Journal] = []
+        while True:
+            self.wake.wait(self.pause(bool(waiting)))
+            self.wake.clear()
+            while not self.added.empty():
+                waiting.append(self.added.get())
+            waiting = [entry for entry in waiting if not self.take(entry)]
+            if self.registered is not None:
+                for delivery in list(self.deliveries):
+                    self.attend(delivery, self.registered)
+            if not (self.deliveries or waiting) and self.added.empty():
+                self.idle.set()
+
+    def pause(self, waiting: bool) -> Optional[float]:
+        """Seconds until there may be something to do; None if only an event can bring that."""
+        now, deliveries = time.monotonic(), self.deliveries if self.registered is not None else []
+        due = [max(delivery.not_before - now, self.waits.tail) for delivery in deliveries]
+        return min([*due, *([5.0] if waiting else [])], default=None)
+
+    def take(self, entry: journal.Journal) -> bool:
+        """Start with a deployment. False while another agent is reporting it."""
+        try:
+            taken = lock.take(entry.path("reported.lock"))
+        except OSError:  # report all the same if the state can't be written
+            taken = lock.Lock("", os.open(os.devnull, os.O_RDONLY))
+        if taken is not None:
+            self.deliveries.append(Delivery(entry, taken, self.sizes))
+        return taken is not None
+
+    def attend(self, delivery: Delivery, registered: AgentRegistered) -> None:
+        """Ship whatever is new, and retry a failure later."""
+        # the end does not wait for a log that fails
+        if delivery.has_ended and delivery.log_failed and not delivery.hurried:
+            delivery.hurried, delivery.not_before = True, 0.0
+        if time.monotonic() < delivery.not_before:
+            return
+        try:
+            delivery.ship(self.channel(delivery, registered))
+            delivery.failures = 0
+        except Gone as error:
+            tell(f"{error}: its report was dropped")
+            delivery.note(logged=True, ended=True)
+        except Exception as error:  # a fault in one report must not end the others
+            self.postpone(delivery, error)
+        if delivery.final and delivery.reported.whole:
+            self.conclude(delivery)
+
+    def postpone(self, delivery: Delivery, error: Exception) -> None:
+        """Retry a report later."""
+        pause = max(backoff(delivery.failures, self.waits), getattr(error, "retry_after", 0.0))
+        delivery.failures += 1
+        delivery.not_before = time.monotonic() + pause
+        if not isinstance(error, Error):
+            complain(error)
+        tell(
+            f"deployment {delivery.entry.record.id}: not reported yet, "
+            f"next attempt in {pause:.0f} s: {error}"
+        )
+
+    def conclude(self, delivery: Delivery) -> None:
+        """Let go of a deployment that is reported whole."""
+        self.deliveries.remove(delivery)
+        self.sizes.pop(delivery.entry.record.id, None)
+        if delivery.channel is not None:
+            delivery.channel.close()
+        delivery.lock.close()
+        prune(os.path.dirname(os.path.dirname(delivery.entry.directory)))
+
+
+def prune(state: str) -> None:
+    """Remove all but the newest KEPT_JOURNALS of the deployments that ended and are reported."""
+    import shutil
+
+    journals, _ = journal.load_all(state)
+    done = [
+        j
+        for j in journals
+        if j.record.step in journal.FINAL and Reported.load(j.path("reported.json")).whole
+    ]
+    for finished in done[: max(0, len(done) - KEPT_JOURNALS)]:
+        shutil.rmtree(finished.directory, ignore_errors=True)

@@ -1,0 +1,93 @@
+"""The entry of the switch process, which boots while its agent downloads.
+
+Python takes longer to start than Nix for a small download, so that only the bare minimum comes
+before the first step. An agent starts it; there is no command for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import os
+import signal
+from typing import Any, Callable, Optional
+
+from activate import journal, logfile, pipe
+from activate.kinds.verdict import Policy
+from activate.process import Error
+
+Reach = Callable[[float], None]
+
+
+def load_reach(config: dict[str, Any]) -> Reach:
+    """Read whatever a look at the workspace needs: the files may be gone after an activation."""
+    import websocket
+
+    from cachix_connection import Peer, ca_bundle, reach
+
+    websocket.WebSocket(sslopt={"ca_certs": ca_bundle()})
+    peer = Peer(config["host"], config["token"], config["name"])
+    return lambda timeout: reach(peer, timeout)
+
+
+class Network:
+    """The look at the workspace over a fresh connection.
+
+    The agent looks as long as it is alive, since it has loaded everything for that already. Before
+    a step that may take away the agent, or files, `load` makes this process independent of both.
+    """
+
+    def __init__(self, config: dict[str, Any], agent: pipe.SwitchEnd) -> None:
+        self.config, self.agent = config, agent
+        self.own: Optional[Reach] = None
+
+    def load(self) -> None:
+        """Become independent of the agent and of files."""
+        self.own = load_reach(self.config)
+
+    def reach(self, timeout: float) -> None:
+        """Look once. Raises Error with the reason if the workspace can't be reached."""
+        if self.own is None:
+            problem = self.agent.ask(f"{pipe.LOOK} {timeout}", timeout)
+            if problem:
+                raise Error(problem)
+            if problem is None:
+                self.load()
+        if self.own is not None:
+            self.own(timeout)
+
+
+def main() -> int:
+    """Run one deployment as the agent at the other end of stdin and stdout asks; exit status."""
+    agent = pipe.SwitchEnd(io.FileIO(0, closefd=False), io.FileIO(1, "w", closefd=False))
+    config = agent.wait_for_config()
+    if config is None:
+        return 0
+    os.set_inheritable(config["lock"], False)
+    agent.report(pipe.READY)
+    import ctypes  # noqa: F401  # for `files.sync`; loaded while the agent downloads
+
+    from activate.switch import steps
+    from activate.switch.progress import Progress, Stopping
+
+    network = Network(config, agent)
+    gc.enable()  # held back by the command line of this process: modules leave no garbage
+    order = agent.wait_for_go()
+    if order is None:
+        return 0
+    action, record = order  # the journal on disk may be lost, or older: the agent's word counts
+    entry = journal.Journal(config["directory"], record)
+    log = logfile.open_log(entry)
+    os.dup2(log, 2)
+    os.set_blocking(1, False)
+    progress = Progress(entry, log, Policy(**config["policy"]), agent)
+    signal.signal(signal.SIGTERM, lambda *_: progress.stop.set())
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        steps.Switch(progress, network.reach, network.load).perform(action)
+    except Stopping:
+        with contextlib.suppress(OSError):  # an interruption by the system's end is no attempt
+            entry.enter(entry.record.step, attempts=max(0, entry.record.attempts - 1))
+    return 0
