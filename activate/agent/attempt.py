@@ -83,11 +83,11 @@ class Attempt:
                 continue
             if message is None or message.step in journal.FINAL:
                 measuring.join(SIZE_TIMEOUT)
-            self.entry.reload()
             if message is not None:
                 switch.step = message.step
-                if message.step in journal.FINAL:
-                    self.note_end(message)
+            self.entry.reload()
+            if message is not None and message.step in journal.FINAL:
+                self.note_end(message)
 
     def note_end(self, end: pipe.Entered) -> None:
         """Take note of the end, whether the switch process could write it or not."""

@@ -57,6 +57,8 @@ class Conductor:
                     self.hooks.tell(f"deployment {entry.record.index}: {error}")
                 except Exception as error:  # even a bug of ours must not leave it without an end
                     self.fail_or_retry(entry, error)
+                finally:
+                    self.attempt = None  # only now: an agent that exits waits for the end
         if entry.record.step in journal.FINAL:
             self.ends.keep(entry)
         self.hooks.changed()
@@ -97,10 +99,7 @@ class Conductor:
             raise Ended(action.step, action.reason)
         self.count_attempt(entry, action)
         self.attempt = Attempt(self.hooks, entry, self.sizes)
-        try:
-            self.attempt.run(action, taken)
-        finally:
-            self.attempt = None
+        self.attempt.run(action, taken)
 
     def facts(self, entry: journal.Journal, taken: Optional[lock.Lock]) -> recovery.Facts:
         """What recovery needs to know besides the journal."""
