@@ -64,6 +64,7 @@ def main() -> int:
     config = agent.wait_for_config()
     if config is None:
         return 0
+    policy = Policy(**config["policy"])
     os.set_inheritable(config["lock"], False)
     agent.report(pipe.READY)
     import ctypes  # noqa: F401  # for `files.sync`; loaded while the agent downloads
@@ -81,7 +82,7 @@ def main() -> int:
     log = logfile.open_log(entry)
     os.dup2(log, 2)
     os.set_blocking(1, False)
-    progress = Progress(entry, log, Policy(**config["policy"]), agent)
+    progress = Progress(entry, log, policy, agent)
     signal.signal(signal.SIGTERM, lambda *_: progress.stop.set())
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
