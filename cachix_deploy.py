@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import cachix_console
-from activate import files, journal, lock, machine, nix, process
+from activate import files, history, journal, lock, machine, nix, process
 from activate.agent import conductor, netrc
 from activate.agent.hooks import AgentHooks, Ended
 from cachix_channels import HttpChannel
@@ -196,7 +196,7 @@ class Worker(threading.Thread):
         entry = self.begin(deployment)
         if entry is None:
             return
-        if deployment.resumed or journal.was_set_aside(entry.directory):
+        if deployment.resumed or history.was_set_aside(entry.directory):
             reason = "state lost: without its journal nothing is executed"
             self.conductor.end(entry, Ended(journal.FAILED, reason))
             return
@@ -211,7 +211,7 @@ class Worker(threading.Thread):
         workspace, began it.
         """
         netrc.remove_stale(self.state)
-        journals, problems = journal.load_all(self.state)
+        journals, problems = history.load_all(self.state)
         for problem in problems:
             tell(problem)
         # first those that need no download: the workspace's cache is not known yet

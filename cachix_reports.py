@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Optional
 
-from activate import journal, lock, logfile
+from activate import history, journal, lock, logfile
 from activate.text import printable
 from cachix_channels import Channel, HttpChannel, SocketChannel
 from cachix_connection import Peer, Waits, backoff
@@ -313,7 +313,7 @@ def prune(state: str) -> None:
     """Remove all but the newest KEPT_JOURNALS of the deployments that ended and are reported."""
     import shutil
 
-    journals, _ = journal.load_all(state)
+    journals, _ = history.load_all(state)
     done = [
         j
         for j in journals

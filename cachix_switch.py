@@ -1,7 +1,7 @@
-"""The entry of the switch process, which boots while its agent downloads.
+"""The entry of the switch process, which starts while its agent downloads.
 
-Python takes longer to start than Nix for a small download, so that only the bare minimum comes
-before the first step. An agent starts it; there is no command for it.
+Python takes longer to start than Nix takes for a small download, so that as little as possible
+comes before the first step. An agent starts this process; there is no command for it.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ import gc
 import io
 import os
 import signal
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 from activate import journal, logfile, pipe
 from activate.kinds.verdict import Policy
 from activate.process import Error
 
-Reach = Callable[[float], None]
 
-
-def load_reach(config: dict[str, Any]) -> Reach:
-    """Read whatever a look at the workspace needs: the files may be gone after an activation."""
+def load_reach(config: dict[str, Any]) -> pipe.Reach:
+    """Load all that a look at the workspace needs: an activation may remove the files."""
     import websocket
 
     from cachix_connection import Peer, ca_bundle, reach
@@ -32,15 +30,16 @@ def load_reach(config: dict[str, Any]) -> Reach:
 
 
 class Network:
-    """The look at the workspace over a fresh connection.
+    """Looks at the workspace, each over a new connection.
 
-    The agent looks as long as it is alive, since it has loaded everything for that already. Before
-    a step that may take away the agent, or files, `load` makes this process independent of both.
+    The agent makes them as long as it is alive, because it has loaded everything for that already.
+    `load` makes this process independent of the agent, and of files, before a step that may end
+    the one or remove the others.
     """
 
     def __init__(self, config: dict[str, Any], agent: pipe.SwitchEnd) -> None:
         self.config, self.agent = config, agent
-        self.own: Optional[Reach] = None
+        self.own: Optional[pipe.Reach] = None
 
     def load(self) -> None:
         """Become independent of the agent and of files."""
@@ -59,7 +58,10 @@ class Network:
 
 
 def main() -> int:
-    """Run one deployment as the agent at the other end of stdin and stdout asks; exit status."""
+    """Lead one deployment, as the agent at the other end of stdin and stdout asks.
+
+    Returns the exit status.
+    """
     agent = pipe.SwitchEnd(io.FileIO(0, closefd=False), io.FileIO(1, "w", closefd=False))
     config = agent.wait_for_config()
     if config is None:
@@ -73,11 +75,11 @@ def main() -> int:
     from activate.switch.progress import Progress, Stopping
 
     network = Network(config, agent)
-    gc.enable()  # held back by the command line of this process: modules leave no garbage
+    gc.enable()  # disabled by the command line of this process, because imports leave no garbage
     order = agent.wait_for_go()
     if order is None:
         return 0
-    action, record = order  # the journal on disk may be lost, or older: the agent's word counts
+    action, record = order  # not from disk: the journal there may be lost, or older
     entry = journal.Journal(config["directory"], record)
     log = logfile.open_log(entry)
     os.dup2(log, 2)
@@ -89,6 +91,6 @@ def main() -> int:
     try:
         steps.Switch(progress, network.reach, network.load).perform(action)
     except Stopping:
-        with contextlib.suppress(OSError):  # an interruption by the system's end is no attempt
+        with contextlib.suppress(OSError):  # a shutdown does not count as an attempt
             entry.enter(entry.record.step, attempts=max(0, entry.record.attempts - 1))
     return 0

@@ -1,1 +1,1 @@
-"""All that touches the machine, with the standard library alone, so that it starts in milliseconds."""
+"""Whatever touches the machine; standard library only, so that it starts in milliseconds."""

@@ -1,4 +1,4 @@
-"""What survives a power loss: files that are replaced whole, and file systems that are flushed."""
+"""Durability: files that are replaced as a whole, and file systems that are flushed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SYNC_TIMEOUT = 300.0  # seconds
 
 
 def write_durably(path: str, content: bytes) -> None:
-    """Replace a file so that after a power loss it has its old content or its new one. Raises OSError."""
+    """Replace a file. After a power loss it has its old content or its new one. Raises OSError."""
     temporary = f"{path}.new"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
@@ -30,25 +30,27 @@ def write_durably(path: str, content: bytes) -> None:
 
 
 def sync(directories: list[str]) -> None:
-    """Flush the file systems that these directories are on, those that exist. Raises Error past the deadline."""
+    """Flush the file systems of these directories; a missing directory is skipped.
+
+    Raises Error after SYNC_TIMEOUT.
+    """
     places = {os.stat(place).st_dev: place for place in directories if os.path.isdir(place)}
-    thread = threading.Thread(
-        target=_syncfs, args=(list(places.values()),), name="sync", daemon=True
-    )
+    arguments = (list(places.values()),)
+    thread = threading.Thread(target=_syncfs, args=arguments, name="sync", daemon=True)
     thread.start()
     thread.join(SYNC_TIMEOUT)
     if thread.is_alive():
-        raise Error(
-            f"the file systems of {' '.join(directories)} could not be synced within {SYNC_TIMEOUT:.0f} s"
-        )
+        names = " ".join(directories)
+        raise Error(f"the file systems of {names} could not be synced in {SYNC_TIMEOUT:.0f} s")
 
 
 def _syncfs(places: list[str]) -> None:
+    """Flush the file system of each place, or all file systems if this system has no syncfs(2)."""
     import ctypes
 
     call = getattr(ctypes.CDLL(None), "syncfs", None)
     if call is None:
-        os.sync()  # all of them, where the system can't flush one
+        os.sync()
         return
     for place in places:
         with contextlib.suppress(OSError):

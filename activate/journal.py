@@ -1,4 +1,7 @@
-"""The durable record of a deployment. `Journal.enter` is the only way on: it writes before the step's effect."""
+"""The durable record of a deployment.
+
+`Journal.enter` is the only way from step to step: it writes before the step has any effect.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +10,36 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from activate.environment import state_home
 from activate.files import write_durably
-from activate.process import Error, xdg
+from activate.process import Error
 
-VERSION = 1  # a key that is added takes a new one
+VERSION = 1  # increase it with every new key
 RECEIVED, DOWNLOADING, READY = "received", "downloading", "ready"
-ACTIVATING, CHECKING, COMMITTING, ROLLING_BACK = (
-    "activating",
-    "checking",
-    "committing",
-    "rolling-back",
-)
-SUCCEEDED, ROLLED_BACK, ROLLBACK_FAILED = "succeeded", "rolled-back", "rollback-failed"
-FAILED, CANCELLED, SUPERSEDED = "failed", "cancelled", "superseded"
+ACTIVATING, CHECKING, COMMITTING = "activating", "checking", "committing"
+ROLLING_BACK, ROLLED_BACK, ROLLBACK_FAILED = "rolling-back", "rolled-back", "rollback-failed"
+SUCCEEDED, FAILED, CANCELLED, SUPERSEDED = "succeeded", "failed", "cancelled", "superseded"
 HARMLESS = frozenset({RECEIVED, DOWNLOADING, READY})  # nothing on the machine was changed
+EFFECTS = frozenset({ACTIVATING, COMMITTING, ROLLING_BACK})  # they change the machine
 FINAL = frozenset({SUCCEEDED, ROLLED_BACK, ROLLBACK_FAILED, FAILED, CANCELLED, SUPERSEDED})
-STEPS = HARMLESS | FINAL | {ACTIVATING, CHECKING, COMMITTING, ROLLING_BACK}
+STEPS = HARMLESS | EFFECTS | FINAL | {CHECKING}
 SET_ASIDE = ".unreadable-"
 
 
 class Unreadable(Error):
-    """A journal that says nothing that can be relied on."""
+    """A journal with nothing in it that can be relied on."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a journal says. Paths are absolute, times seconds since 1970, `log_size` is where the log ends, in bytes.
+    """The content of a journal.
 
-    `attempts` counts those to take the present step, `revision` all that was ever entered.
+    Paths are absolute, `times` has the seconds since 1970 at which each step was entered,
+    `log_size` is the end of the log in bytes. `attempts` counts the attempts at the present step,
+    `revision` all entries ever made.
     """
 
     id: str
@@ -67,68 +68,63 @@ class Record:
 
     @classmethod
     def from_json(cls, text: bytes) -> Record:
-        """Known keys are read, whatever version wrote them, unknown ones are kept. Raises Unreadable."""
+        """Read a journal of any version. Unknown keys are kept. Raises Unreadable."""
         try:
-            read = json.loads(text)
+            values = json.loads(text)
             names = {f.name for f in dataclasses.fields(cls)} - {"unknown"}
-            known = {name: read[name] for name in names if name in read}
+            known = {name: values[name] for name in names if name in values}
             record = cls(**{**known, "rooted": tuple(known.get("rooted", ()))})
-            unknown = {name: value for name, value in read.items() if name not in names}
+            unknown = {name: value for name, value in values.items() if name not in names}
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise Unreadable(f"not a journal ({error})") from None
-        texts = (
-            record.id,
-            record.agent,
-            record.host,
-            record.store_path,
-            record.step,
-            record.boot_id,
-        )
-        optional = (
-            record.rollback_script,
-            record.profile,
-            record.previous_running,
-            record.previous_profile,
-        )
-        valid = all(isinstance(text, str) for text in texts) and all(
-            isinstance(t, (str, type(None))) for t in optional
-        )
-        valid = valid and all(
-            type(number) is int for number in (record.index, record.attempts, record.revision)
-        )
-        lacks = read.get("version") == VERSION and names - set(read)
-        if lacks or not valid or record.step not in STEPS or not _times(record.times):
+        missing = names - set(values) if values.get("version") == VERSION else set()
+        if missing or not record.is_valid():
             raise Unreadable("not a journal (a value is of the wrong type, or a key is missing)")
         return dataclasses.replace(record, unknown=unknown)
 
+    def is_valid(self) -> bool:
+        """Whether the values are of the right types, and the step is known."""
+        texts = (self.id, self.agent, self.host, self.store_path, self.step, self.boot_id)
+        paths = (self.rollback_script, self.profile, self.previous_running, self.previous_profile)
+        return (
+            all(isinstance(text, str) for text in texts)
+            and all(path is None or isinstance(path, str) for path in paths)
+            and all(type(n) is int for n in (self.index, self.attempts, self.revision))
+            and self.step in STEPS
+            and isinstance(self.times, dict)
+            and all(isinstance(moment, (int, float)) for moment in self.times.values())
+        )
+
     def to_json(self) -> bytes:
+        """The content of the file."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return json.dumps({**values.pop("unknown"), **values}, indent=1).encode()
 
 
-def _times(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(moment, (int, float)) for moment in value.values()
-    )
-
-
 class Journal:
-    """A deployment's journal, written only by who holds its deployment lock."""
+    """A deployment's journal. Only the holder of its deployment lock writes it."""
 
     def __init__(self, directory: str, record: Record) -> None:
         self.directory = directory
         self.record = record
 
+    @property
+    def state(self) -> str:
+        """The state directory that this deployment is in."""
+        return os.path.dirname(os.path.dirname(self.directory))
+
     def path(self, name: str) -> str:
-        """A file of this deployment: log, reported.json, a GC root."""
+        """A file of this deployment: its log, reported.json, a GC root."""
         return os.path.join(self.directory, name)
 
     def enter(self, step: str, **facts: Any) -> None:
-        """Write that `step` begins, and what is known by now; only then may its effect be had. Raises OSError."""
-        if step not in self.record.times and step in (ACTIVATING, COMMITTING, ROLLING_BACK):
-            facts.setdefault(
-                "attempts", 0
-            )  # only then: a commit that is checked anew each time is bounded too
+        """Record that `step` is starting. Callers must not act before this returns. Raises OSError.
+
+        The first time in a step with effects starts a new count of attempts. Only the first time:
+        otherwise a commit that is checked again each time would have no limit.
+        """
+        if step not in self.record.times and step in EFFECTS:
+            facts.setdefault("attempts", 0)
         times = {**self.record.times, step: time.time()}
         facts["revision"] = self.record.revision + 1
         self.record = dataclasses.replace(self.record, step=step, times=times, **facts)
@@ -136,34 +132,30 @@ class Journal:
         write_durably(self.path("journal.json"), self.record.to_json())
 
     def reload(self) -> None:
-        """Read what another process has written, unless more is known already than could be written."""
+        """Read the record of another process, unless this one knows more than it could write."""
         with contextlib.suppress(Error):
-            found = load(self.directory)
-            if found is not None and found.record.revision >= self.record.revision:
-                self.record = found.record
+            on_disk = load(self.directory)
+            if on_disk is not None and on_disk.record.revision >= self.record.revision:
+                self.record = on_disk.record
 
     def drop_roots(self) -> None:
-        """Let the garbage collector have what this deployment kept for itself: by now the profile keeps what counts."""
+        """Remove the GC roots of a deployment that has ended.
+
+        After a failed rollback they are still needed; otherwise the profile keeps what is needed.
+        """
+        if self.record.step == ROLLBACK_FAILED:
+            return
         with contextlib.suppress(OSError):
             for name in os.listdir(self.directory):
                 if os.path.islink(self.path(name)):
                     os.unlink(self.path(name))
 
 
-def state_directory() -> str:
-    """Where state lives: $STATE_DIRECTORY (systemd may name several: the first), root's own place, or the user's."""
-    given = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    if given.startswith("/"):
-        return given
-    if os.geteuid() == 0:
-        return "/var/lib/cachix-deploy"
-    return os.path.join(xdg("XDG_STATE_HOME", ".local/state"), "cachix-deploy")
-
-
 def load(directory: str) -> Optional[Journal]:
-    """The journal of a deployment's directory; None where there is none.
+    """The journal in a deployment's directory; None if there is none.
 
-    Raises Unreadable: what is no journal was set aside then, what could not be looked at stays.
+    Raises Unreadable. A file that is not a journal is set aside before; one that can't be opened
+    stays.
     """
     path = os.path.join(directory, "journal.json")
     try:
@@ -179,39 +171,14 @@ def load(directory: str) -> Optional[Journal]:
         raise Unreadable(f"{path} can't be read: {error}") from None
 
 
-def was_set_aside(directory: str) -> bool:
-    """Whether a deployment was begun here whose journal is lost."""
-    with contextlib.suppress(OSError):
-        return any(SET_ASIDE in name for name in os.listdir(directory))
-    return False
+def state_directory() -> str:
+    """The directory for state: $STATE_DIRECTORY, or root's own, or below $XDG_STATE_HOME.
 
-
-def load_all(state: str) -> tuple[list[Journal], list[str]]:
-    """All journals, oldest first, and a sentence for each that can't be read."""
-    journals, problems = [], []
-    root = os.path.join(state, "deployments")
-    with contextlib.suppress(OSError):
-        for name in sorted(os.listdir(root)):
-            try:
-                found = load(os.path.join(root, name))
-            except Error as error:
-                problems.append(str(error))
-                continue
-            if found is not None:
-                journals.append(found)
-    return sorted(journals, key=lambda found: found.record.times.get(RECEIVED, 0.0)), problems
-
-
-def newest_first(state: str) -> Iterator[Journal]:
-    """The journals that can be read, those first that were written last."""
-    root = os.path.join(state, "deployments")
-    written: list[tuple[float, str]] = []
-    with contextlib.suppress(OSError):
-        for name in os.listdir(root):
-            with contextlib.suppress(OSError):
-                written.append((os.stat(os.path.join(root, name, "journal.json")).st_mtime, name))
-    for _, name in sorted(written, reverse=True):
-        with contextlib.suppress(Error):
-            found = load(os.path.join(root, name))
-            if found is not None:
-                yield found
+    systemd may name several directories in $STATE_DIRECTORY: the first one counts.
+    """
+    first = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if first.startswith("/"):
+        return first
+    if os.geteuid() == 0:
+        return "/var/lib/cachix-deploy"
+    return os.path.join(state_home(), "cachix-deploy")

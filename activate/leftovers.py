@@ -1,69 +1,69 @@
-"""Commands that an interrupted process has left running: noted while they run, ended afterwards."""
+"""Commands that an interrupted process left running: marked while they run, ended afterwards.
+
+The mark stands in the file of the machine lock: PID, start time and boot. The lock is free as soon
+as its holder is killed, but the command that the holder was waiting for goes on.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from typing import Callable, Optional
 
 from activate import process
 from activate.machine import boot_id
-from activate.process import say
 
 MARK_BYTES = 96  # always this long, so that a full disk can't refuse a later mark
+POLL = 0.02  # seconds between two looks at a process group
 UNKNOWN = "-"
 
 
 def _stat(pid: int) -> list[str]:
-    """What the kernel tells of a process, from its state on (proc(5), the third of its `stat`); empty: it is gone."""
+    """The fields of /proc/PID/stat from the state on, see proc(5); empty if the process is gone."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
         return file.read().rpartition(b")")[2].decode("ascii").split()
     return []
 
 
-def _processes() -> list[int]:
-    """All processes; none where the system does not tell."""
+def _pids() -> list[int]:
+    """The PIDs of all processes; empty if the system has no /proc."""
     with contextlib.suppress(OSError):
         return [int(name) for name in os.listdir("/proc") if name.isdigit()]
     return []
 
 
-def started(pid: int) -> Optional[str]:
-    """When a process was started, as the kernel counts; None where it is gone, `-` where the system does not tell."""
+def start_time(pid: int) -> Optional[str]:
+    """The start time of a process in clock ticks; None if it is gone, `-` without /proc."""
     if not os.path.isdir("/proc/self"):
         return UNKNOWN
-    found = _stat(pid)
-    return found[19] if found else None
+    fields = _stat(pid)
+    return fields[19] if fields else None
 
 
 def clear(fd: int) -> None:
-    """Note in the file of a lock that its holder runs nothing."""
+    """Remove the mark: the holder of the lock runs no command."""
     with contextlib.suppress(OSError):
         os.pwrite(fd, b" " * MARK_BYTES, 0)
 
 
 def marker(fd: int) -> Callable[[], None]:
-    """For the process that becomes a command: note in the file of a lock what its holder runs, before it runs.
-
-    The lock is free as soon as its holder was killed, but the command that the holder was waiting for goes on.
-    """
+    """A function for the process that becomes a command: it marks itself in a lock's file."""
     boot = boot_id()
 
     def mark() -> None:
-        with contextlib.suppress(Exception):  # a full disk is no reason not to roll back
-            os.pwrite(
-                fd, f"{os.getpid()} {started(os.getpid())} {boot}".ljust(MARK_BYTES).encode(), 0
-            )
+        with contextlib.suppress(Exception):  # a full disk must not prevent a rollback
+            words = f"{os.getpid()} {start_time(os.getpid())} {boot}"
+            os.pwrite(fd, words.ljust(MARK_BYTES).encode(), 0)
 
     return mark
 
 
-def end_marked(fd: int, log: int, patience: float) -> None:
-    """End what the last holder of a lock has left running, with its process group.
+def end_marked(fd: int, log: int, timeout: float) -> None:
+    """End the process group of the command that the last holder of a lock left running.
 
-    Where the system does not say whether that is still the same process it is waited for instead, `patience` seconds.
+    Without /proc it might be a new process of that number, so it is waited for instead, for
+    `timeout` seconds.
     """
     words = os.pread(fd, MARK_BYTES, 0).decode("ascii", "replace").split()
     if len(words) != 3 or words[2] != boot_id() or not words[0].isdigit():
@@ -71,51 +71,49 @@ def end_marked(fd: int, log: int, patience: float) -> None:
     pid, start = int(words[0]), words[1]
     if not _group_runs(pid):
         return
+    leftover = f"what an interrupted deployment has left running (process group {pid})"
     if start == UNKNOWN:
-        say(
-            log,
-            f"waiting for what an interrupted deployment has left running (process group {pid})",
-        )
-        _wait_for_group(pid, patience)
-    elif started(pid) in (None, start):
-        say(log, f"ending what an interrupted deployment has left running (process group {pid})")
-        end_group(pid)
+        process.say(log, f"waiting for {leftover}")
+        _wait_for_group(pid, timeout)
+    elif start_time(pid) in (None, start):
+        process.say(log, f"ending {leftover}")
+        _end_group(pid)
 
 
 def end_commands(directory: str) -> None:
-    """End the commands, with their process groups, that have an argument below this directory: who waited for them was
-    killed."""
-    beginning = os.fsencode(directory) + b"/"
-    for pid in _processes():
+    """End every process group whose leader has an argument below `directory`.
+
+    They are commands of a deployment, and the process that waited for them was killed.
+    """
+    prefix = os.fsencode(directory) + b"/"
+    for pid in _pids():
         with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
             words = file.read(1 << 20).split(b"\0")
-            if any(word.startswith(beginning) for word in words) and os.getpgid(pid) == pid:
-                end_group(pid)
+            if any(word.startswith(prefix) for word in words) and os.getpgid(pid) == pid:
+                _end_group(pid)
 
 
-def end_group(pid: int) -> None:
-    """End a process group that is not of this process' children: SIGTERM, after a while SIGKILL."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(OSError):
-            os.killpg(pid, number)
-        if _wait_for_group(pid, process.KILL_AFTER):
-            return
+def _end_group(pid: int) -> None:
+    """End a process group that does not belong to a child of ours."""
+    process.end_group(pid, lambda timeout: _wait_for_group(pid, timeout))
 
 
 def _group_runs(pid: int) -> bool:
-    """Whether a process group is there; who has ended and waits for its parent to look does not count."""
+    """Whether a process group has a process that is not a zombie."""
     try:
         os.killpg(pid, 0)
     except OSError:
         return False
-    found = [_stat(one) for one in _processes()]
-    return not found or any(stat[2] == str(pid) and stat[0] not in "ZX" for stat in found if stat)
+    processes = [_stat(one) for one in _pids()]
+    alive = (fields for fields in processes if fields and fields[0] not in "ZX")
+    return not processes or any(fields[2] == str(pid) for fields in alive)
 
 
 def _wait_for_group(pid: int, timeout: float) -> bool:
+    """Whether a process group ends within `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while _group_runs(pid):
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.02)
+        time.sleep(POLL)
     return True

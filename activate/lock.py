@@ -1,7 +1,8 @@
-"""One helper for every lock: open-file-description locks on Linux, as in Cachix's client, and flock elsewhere.
+"""Locks: open-file-description locks on Linux, as in Cachix's client, and flock elsewhere.
 
-Such a lock belongs to the open file: a process that inherits the descriptor holds it too, it ends when the last copy
-is closed (so with its holders, however they end), and nobody gives it back by closing another descriptor of that file.
+Such a lock belongs to the open file. A process that inherits the descriptor holds it too. It is
+released when the last copy is closed, thus when all its holders have ended, and never by closing
+another descriptor of that file.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import time
 from dataclasses import dataclass
 from typing import Callable, Optional
 
-from activate.process import xdg
+from activate.environment import cache_home
 
 DEPLOYMENT_TIMEOUT = 4 * 3600.0  # seconds to wait for another deployment
+POLL = 0.05  # seconds between two attempts to take a lock
 OFD = hasattr(fcntl, "F_OFD_SETLK")
-_FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length, pid
+FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length, pid
+WHOLE_FILE = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Lock:
     fd: int
 
     def write(self, text: str) -> None:
-        """Replace what the lock's file says."""
+        """Replace the content of the lock's file. Raises OSError."""
         os.ftruncate(self.fd, 0)
         os.pwrite(self.fd, text.encode(), 0)
 
@@ -45,8 +48,10 @@ def take(
     text: Optional[str] = None,
     wanted: Callable[[], bool] = lambda: True,
 ) -> Optional[Lock]:
-    """The lock of file `path`, with `text` written into it; None if it is still held after `timeout` seconds, or as
-    soon as it is not wanted any more. Raises OSError where the file can't be opened.
+    """Lock file `path`, and write `text` into it.
+
+    None if another process holds it for `timeout` seconds more, or until it is not `wanted` any
+    more. Raises OSError if the file can't be opened.
     """
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     lock = Lock(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
@@ -55,7 +60,7 @@ def take(
         if time.monotonic() >= deadline or not wanted():
             lock.close()
             return None
-        time.sleep(0.05)
+        time.sleep(POLL)
     if text is not None:
         with contextlib.suppress(OSError):
             lock.write(text)
@@ -63,11 +68,10 @@ def take(
 
 
 def _try(fd: int) -> bool:
+    """Whether the lock could be taken at once."""
     try:
         if OFD:
-            fcntl.fcntl(
-                fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            )
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, WHOLE_FILE)
         else:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -76,7 +80,7 @@ def _try(fd: int) -> bool:
 
 
 def held(path: str) -> bool:
-    """Whether somebody holds the lock of file `path`. On Linux the lock is not touched by the question."""
+    """Whether any process holds the lock of file `path`. On Linux, asking never takes the lock."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -84,15 +88,14 @@ def held(path: str) -> bool:
     try:
         if not OFD:
             return not _try(fd)
-        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
-        return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+        answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, WHOLE_FILE)
+        return bool(struct.unpack(FLOCK, answer)[0] != fcntl.F_UNLCK)
     finally:
         os.close(fd)
 
 
 def read(path: str) -> str:
-    """What a lock's file says; empty where it can't be read."""
+    """The content of a lock's file; empty if it can't be read."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read(200).strip()
@@ -101,14 +104,12 @@ def read(path: str) -> str:
 
 
 def shared_path(kind: str, name: str) -> str:
-    """The lock files that Cachix's client takes too: `kind` is agent or deployment, `name` the agent's."""
-    return os.path.join(
-        xdg("XDG_CACHE_HOME", ".cache"), "cachix", "deploy", "locks", f"{kind}-{name}.lock"
-    )
+    """A lock file of Cachix's client too. `kind` is agent or deployment, `name` the agent's."""
+    return os.path.join(cache_home(), "cachix", "deploy", "locks", f"{kind}-{name}.lock")
 
 
 def machine_path(profile: str) -> str:
-    """The lock of what a profile decides; all profiles of NixOS and nix-darwin share the one of `system`."""
+    """The lock file of a profile. All profiles of NixOS and nix-darwin share that of `system`."""
     directory, name = os.path.split(profile)
     if os.path.basename(directory) == "system-profiles":
         directory, name = os.path.dirname(directory), "system"

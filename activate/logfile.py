@@ -1,4 +1,4 @@
-"""The log of a deployment: a file that every command writes to, and that is read in wire lines."""
+"""The log of a deployment: a file that every command writes to, read as wire lines."""
 
 from __future__ import annotations
 
@@ -15,38 +15,36 @@ READ_BYTES = 1 << 17  # below 1 MiB as JSON, however much is escaped: proxies re
 
 
 def open_log(entry: journal.Journal) -> int:
-    """The log file of a deployment, opened for appending; /dev/null where it can't be opened, which is said."""
+    """Open the log file for appending. If that fails: warn, and open /dev/null instead."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     try:
-        return os.open(
-            entry.path("log"), os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-        )
+        return os.open(entry.path("log"), flags, 0o600)
     except OSError as error:
         print(f"the log of deployment {entry.record.id} is lost: {error}", file=sys.stderr)
         return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
 
 
-def tail(log: int, start: int, most: int = 1 << 18) -> str:
-    """What the log says from byte `start` on; its last `most` bytes where that is more."""
-    end = os.fstat(log).st_size
-    start = max(start, end - most)
-    return (
-        os.pread(log, max(0, end - start), start).decode("utf-8", "replace") if end > start else ""
-    )
+def read_since(log: int, start: int, most: int = 1 << 18) -> str:
+    """The log from byte `start` on, or its last `most` bytes if that is more."""
+    size = os.fstat(log).st_size
+    start = max(start, size - most)
+    return os.pread(log, size - start, start).decode("utf-8", "replace") if size > start else ""
 
 
 def cut(data: bytes, most: int, final: bool) -> tuple[list[bytes], int]:
-    """Wire lines of a log from the start of one on, at most `most`, and how many bytes they take.
+    """Cut a log into at most `most` wire lines; the lines, and how many bytes they take.
 
-    What has no newline yet waits for it, until it is longer than a wire line or the log is `final`. Where the cuts are
-    depends on the log alone, so that a line keeps its index whenever it is sent.
+    `data` begins at the start of a line. Bytes without a newline wait for it, until there are more
+    than a wire line has or the log is `final`. The cuts depend on the log alone, so that a line
+    keeps its index whenever it is sent.
     """
     lines: list[bytes] = []
     start = 0
     while start < len(data) and len(lines) < most:
-        end = data.find(b"\n", start, start + LINE_BYTES + 1)
-        if end >= 0:
-            lines.append(data[start:end])
-            start = end + 1
+        newline = data.find(b"\n", start, start + LINE_BYTES + 1)
+        if newline >= 0:
+            lines.append(data[start:newline])
+            start = newline + 1
         elif len(data) - start > LINE_BYTES:
             lines.append(data[start : start + LINE_BYTES])
             start += LINE_BYTES
@@ -59,26 +57,28 @@ def cut(data: bytes, most: int, final: bool) -> tuple[list[bytes], int]:
 
 
 def end(entry: journal.Journal) -> int:
-    """Where the log ends by now, in bytes; what is written after the end of the deployment does not count."""
+    """The end of the log in bytes, without what is written after the deployment has ended."""
     size = 0
     with contextlib.suppress(OSError):
-        found = os.stat(entry.path("log"))
-        size = found.st_size if stat.S_ISREG(found.st_mode) else 0
+        status = os.stat(entry.path("log"))
+        size = status.st_size if stat.S_ISREG(status.st_mode) else 0
     limit = entry.record.log_size
     return size if limit is None else min(size, limit)
 
 
-def is_lost(entry: journal.Journal, told: int) -> bool:
-    """Whether the log of a deployment that has ended is gone: it is shorter than the `told` bytes that were sent of it,
-    or there is none though something was run."""
-    return end(entry) < max(told, 0 if entry.record.step == journal.SUPERSEDED else 1)
+def is_lost(entry: journal.Journal, sent: int) -> bool:
+    """Whether the log of a deployment that has ended is gone.
+
+    It is if it is shorter than the `sent` bytes, or if it is empty although commands were run.
+    """
+    return end(entry) < max(sent, 0 if entry.record.step == journal.SUPERSEDED else 1)
 
 
 def lines_from(entry: journal.Journal, offset: int, most: int) -> tuple[list[str], int]:
-    """Wire lines of the log from `offset` on, and the offset behind them.
+    """At most `most` wire lines of the log from `offset` on, and the offset behind them.
 
-    They are durable: what a power loss could take away must not have been told, the lines after it would be counted
-    wrong. At the end of a deployment the whole log is durable already.
+    They are flushed to disk first: if a power loss took away a line that was sent already, the
+    lines after it would be counted wrong. The log of a deployment that has ended is on disk.
     """
     data, final = b"", entry.record.step in journal.FINAL
     with contextlib.suppress(OSError), open(entry.path("log"), "rb") as file:

@@ -1,4 +1,4 @@
-"""One function for each Nix command, named after it: arguments in, parsed value out. Facts about versions: nix.md."""
+"""Nix: one function for each command, named after it; arguments in, parsed values out."""
 
 from __future__ import annotations
 
@@ -13,15 +13,26 @@ from activate.text import is_store_path
 
 STORE = "/nix/store"
 PROFILES = "/nix/var/nix/profiles"
-EXPERIMENTAL = ["--option", "experimental-features", "nix-command"]
-DOWNLOAD_OPTIONS = (
-    ["--max-jobs", "32", "--option", "max-substitution-jobs", "32", "--option", "http-connections", "128"]
-    + ["--option", "stalled-download-timeout", "30", "--option", "fsync-store-paths", "true"]
-)  # fmt: skip
+MOST_LINKS = 40  # as in the kernel, against loops
+
+
+def option(name: str, value: str) -> list[str]:
+    """The arguments that set an option of Nix."""
+    return ["--option", name, value]
+
+
+EXPERIMENTAL = option("experimental-features", "nix-command")
+DOWNLOAD_OPTIONS = [
+    *["--max-jobs", "32"],
+    *option("max-substitution-jobs", "32"),
+    *option("http-connections", "128"),
+    *option("stalled-download-timeout", "30"),  # seconds
+    *option("fsync-store-paths", "true"),
+]
 
 
 def check_paths(*paths: Optional[str]) -> None:
-    """Nothing but the path of something that was built may become an argument of Nix. Raises Error."""
+    """Raise Error unless every path is one of a build's output, so that Nix can take it safely."""
     for path in paths:
         if path is not None and not is_store_path(path):
             raise Error(f"the workspace sent {path[:300]!r}, which is not a store path")
@@ -31,59 +42,73 @@ def check_paths(*paths: Optional[str]) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """Where closures come from besides the machine's own substituters: URL, all trusted keys, and a netrc file."""
+    """A source of closures besides the machine's own substituters.
+
+    `keys` are all trusted keys, `netrc` is the path of a file with credentials.
+    """
 
     substituter: Optional[str] = None
     keys: tuple[str, ...] = ()
     netrc: Optional[str] = None
 
     def options(self) -> list[str]:
-        """The options that name it; the machine's own configuration counts where there is nothing to say."""
+        """The options for a download. Whatever is not set here is set by the machine's nix.conf."""
         options = list(DOWNLOAD_OPTIONS)
         if self.substituter is not None:
-            options += ["--option", "extra-substituters", self.substituter]
-            options += ["--option", "trusted-public-keys", " ".join(self.keys)]
-        options += ["--option", "narinfo-cache-negative-ttl", "0"]
-        return options if self.netrc is None else [*options, "--option", "netrc-file", self.netrc]
+            options += option("extra-substituters", self.substituter)
+            options += option("trusted-public-keys", " ".join(self.keys))
+        options += option("narinfo-cache-negative-ttl", "0")
+        return options if self.netrc is None else options + option("netrc-file", self.netrc)
+
+
+def _realise(paths: list[str], link: str) -> list[str]:
+    """The command that gives each path a GC root, which are LINK, LINK-2, LINK-3 and so on."""
+    return ["nix-store", "--realise", *paths, "--add-root", link, "--indirect"]
 
 
 def realise(paths: list[str], link: str, source: Source, run: Run) -> int:
-    """Download closures; each path gets a GC root in the same step: LINK, LINK-2, LINK-3 and so on."""
-    return run(
-        ["nix-store", "--realise", *paths, "--add-root", link, "--indirect", *source.options()]
-    )
+    """Download closures, with a GC root for each path; the exit status."""
+    return run([*_realise(paths, link), *source.options()])
 
 
 def realise_present(paths: list[str], link: str, timeout: float) -> bool:
-    """Give paths a GC root as `realise` does if all are valid already; nothing is downloaded."""
-    argv = ["nix-store", "--realise", *paths, "--add-root", link, "--indirect"]
-    return ask([*argv, "--option", "substitute", "false", "--max-jobs", "0"], timeout)[0] == 0
+    """Add a GC root for each path if all are valid already, without any download."""
+    options = [*option("substitute", "false"), "--max-jobs", "0"]
+    return ask([*_realise(paths, link), *options], timeout)[0] == 0
 
 
 def realise_dry_run(paths: list[str], source: Source, timeout: float) -> str:
-    """What a download would fetch, in Nix's words; fills Nix's cache of narinfos, so that it does not ask again."""
+    """The paths and sizes that a download would fetch, in Nix's words.
+
+    The answers of the substituters go into Nix's cache, so that the download does not ask again.
+    """
     return ask(["nix-store", "--realise", "--dry-run", *paths, *source.options()], timeout)[2]
 
 
+def add_roots(paths: list[str], link: str, run: Run) -> None:
+    """Add a GC root for each path. Raises CommandFailed."""
+    checked(run, _realise(paths, link))
+
+
 def damaged_paths(paths: list[str], timeout: float) -> list[str]:
-    """Those in the closures of `paths` whose contents are not what was registered: all of them are read."""
+    """The paths in the closures of `paths` whose contents have changed. Nix reads all of them."""
     closure = output(["nix-store", "--query", "--requisites", *paths], timeout).split()
-    said = ask(["nix-store", "--verify-path", *closure], timeout)[2]
-    return [path for path in closure if f"path '{path}' was modified" in said]
+    messages = ask(["nix-store", "--verify-path", *closure], timeout)[2]
+    return [path for path in closure if f"path '{path}' was modified" in messages]
 
 
 def repair(paths: list[str], source: Source, run: Run) -> int:
-    """Replace the contents of valid paths by those of a substituter."""
+    """Replace the contents of valid paths by those of a substituter; the exit status."""
     return run(["nix-store", "--repair-path", *paths, *source.options()])
 
 
 def may_forbid_substitution() -> bool:
-    """Whether `--option substitute false` counts: a daemon ignores it from users that it does not trust."""
+    """Whether `substitute` may be set to false: a daemon ignores that from untrusted users."""
     return os.geteuid() == 0 or os.access("/nix/var/nix/db", os.W_OK)
 
 
 def path_info_size(path: str) -> int:
-    """The size of the closure of `path` in bytes. Raises CommandFailed."""
+    """The size of the closure of `path` in bytes. Raises Error."""
     text = output(["nix", "path-info", "-S", path, *EXPERIMENTAL], 300)
     with contextlib.suppress(ValueError, IndexError):
         return int(text.split()[1])
@@ -91,7 +116,7 @@ def path_info_size(path: str) -> int:
 
 
 def show_config() -> dict[str, str]:
-    """Nix's settings; empty where neither the old nor the new name of the command works."""
+    """The settings of Nix; empty if neither the old nor the new name of the command works."""
     for words in (["show-config"], ["config", "show"]):
         with contextlib.suppress(CommandFailed):
             lines = output(["nix", *words, *EXPERIMENTAL]).splitlines()
@@ -107,22 +132,22 @@ def set_profile(profile: str, path: str, run: Run) -> None:
 
 
 def switch_generation(profile: str, number: int, run: Run) -> None:
-    """Point a profile at a generation that it has. Raises CommandFailed."""
+    """Point a profile at one of its generations. Raises CommandFailed."""
     checked(run, ["nix-env", "--profile", profile, "--switch-generation", str(number)])
 
 
 def switch_to_configuration(path: str, action: str, run: Run) -> int:
-    """NixOS: `test` runs a system without booting it, `boot` makes the profile's system the one to boot."""
+    """Run a NixOS system now (`test`), or let it boot from now on (`boot`); the exit status."""
     return run([f"{path}/bin/switch-to-configuration", action])
 
 
 def target(link: str) -> Optional[str]:
-    """The store path that a link leads to, whether it is there or not; None where it leads to none.
+    """The store path that a chain of links leads to, even if it is missing; None if there is none.
 
-    It ends at the store path itself, which may be a link too.
+    A store path that is a link itself is not followed.
     """
     with contextlib.suppress(OSError):
-        for _ in range(40):
+        for _ in range(MOST_LINKS):
             if os.path.dirname(link) == STORE:
                 return link
             link = os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link)))
@@ -130,9 +155,9 @@ def target(link: str) -> Optional[str]:
 
 
 def generation(profile: str) -> Optional[int]:
-    """The number of the profile's present generation; None for a link that is no generation."""
+    """The number of the profile's present generation; None if it has no generations."""
     with contextlib.suppress(OSError):
         name = re.escape(os.path.basename(profile))
-        found = re.fullmatch(rf"{name}-(\d+)-link", os.path.basename(os.readlink(profile)))
-        return int(found[1]) if found else None
+        match = re.fullmatch(rf"{name}-(\d+)-link", os.path.basename(os.readlink(profile)))
+        return int(match[1]) if match else None
     return None

@@ -1,4 +1,4 @@
-"""The talk between an agent and its switch process: both ends of the pipe, and every word on it.
+"""The pipe between an agent and its switch process: both ends, and every word on it.
 
 to the switch process   CONFIG (JSON), "go ACTION JOURNAL" (JSON), "NUMBER PROBLEM", "bye"
 to the agent            "ready", "ask NUMBER look SECONDS", "ask NUMBER begin", "STEP REASON"
@@ -13,27 +13,28 @@ import os
 import select
 import time
 from dataclasses import dataclass
-from typing import IO, Any, Optional, Union
+from typing import IO, Any, Callable, Optional, Union
 
 from activate import journal
 from activate.process import Error
+from activate.text import one_line
 
 START_TIMEOUT = 12 * 3600.0  # seconds until "go": more than the longest download
 LINE_BYTES = 4000  # a pipe takes this much in one piece
 READY, GO, BYE, ASK = "ready", "go", "bye", "ask"
-LOOK, BEGIN = "look", "begin"  # questions: can you reach the workspace; is it still wanted
-
+LOOK, BEGIN = "look", "begin"  # questions: can the workspace be reached; is it still wanted
 
 File = Union[IO[bytes], io.FileIO]
+Reach = Callable[[float], None]  # raises if the workspace can't be reached in so many seconds
 
 
 @dataclass(frozen=True)
 class Question:
-    """The switch process asks its agent. An answer is the problem, empty for yes."""
+    """A question of the switch process. The answer is a problem, or empty for yes."""
 
     number: str
     word: str
-    timeout: float
+    timeout: float  # seconds
 
 
 @dataclass(frozen=True)
@@ -45,30 +46,30 @@ class Entered:
 
 
 class Pipe:
-    """Whole lines over two files, with a deadline for each."""
+    """Lines in both directions over two files, with a deadline for each line that is awaited."""
 
     def __init__(self, source: File, sink: File) -> None:
         self.source, self.sink = source, sink
         self.buffer = b""
-        self.ended = False  # the other side has closed its end
+        self.at_end = False  # the other side has closed its end
 
     def send(self, line: str) -> None:
-        """Write a line. Raises OSError if the other side has ended, or this one has let go."""
+        """Write a line. Raises OSError if either side has closed its end."""
         try:
             os.write(self.sink.fileno(), line.encode("utf-8", "replace") + b"\n")
         except ValueError:  # closed by another thread
             raise BrokenPipeError("closed") from None
 
     def receive(self, timeout: float) -> Optional[str]:
-        """The next line. None if the other side has ended, or is silent for `timeout` seconds."""
+        """The next line; None if the other side has ended, or is silent for `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while b"\n" not in self.buffer and not self.ended:
+        while b"\n" not in self.buffer and not self.at_end:
             left = max(0.0, deadline - time.monotonic())
             if not select.select([self.source], [], [], left)[0]:
                 return None
             data = os.read(self.source.fileno(), 1 << 16)
             self.buffer += data
-            self.ended = not data
+            self.at_end = not data
         line, newline, rest = self.buffer.partition(b"\n")
         if not newline:
             return None
@@ -77,10 +78,10 @@ class Pipe:
 
 
 class AgentEnd(Pipe):
-    """The end that the agent holds."""
+    """The agent's end."""
 
     def is_ready(self, timeout: float) -> bool:
-        """Wait until the switch process has booted."""
+        """Whether the switch process is ready within `timeout` seconds."""
         return self.receive(timeout) == READY
 
     def configure(self, config: dict[str, Any]) -> None:
@@ -88,39 +89,39 @@ class AgentEnd(Pipe):
         self.send(json.dumps(config))
 
     def go(self, action: str, record: journal.Record) -> None:
-        """Let it begin with what the journal says. Raises OSError."""
+        """Let the switch process begin, with the content of the journal. Raises OSError."""
         self.send(f"{GO} {action} {record.to_json().decode().replace(chr(10), '')}")
 
     def answer(self, question: Question, problem: str) -> None:
-        """Answer a question; the switch process may have ended meanwhile."""
+        """Answer a question, unless the switch process has ended."""
         with contextlib.suppress(OSError):
             self.send(f"{question.number} {problem}")
 
     def say_goodbye(self) -> None:
-        """Announce that the agent ends on purpose, so that nobody waits for it to come back."""
+        """Announce that the agent exits on purpose, so that nobody waits for it to come back."""
         with contextlib.suppress(OSError):
             self.send(BYE)
 
     def listen(self, timeout: float) -> Union[Question, Entered, None]:
-        """The next message. None if the process has ended or is silent for `timeout` seconds."""
+        """The next message; None if the process has ended, or is silent for `timeout` seconds."""
         line = self.receive(timeout)
         if line is None:
             return None
-        word, _, rest = line.partition(" ")
-        if word != ASK:
-            return Entered(word, rest)
-        number, asked, *seconds = rest.split()
-        return Question(number, asked, float(seconds[0]) if seconds else 0.0)
+        first, _, rest = line.partition(" ")
+        if first != ASK:
+            return Entered(first, rest)
+        number, word, *seconds = rest.split()
+        return Question(number, word, float(seconds[0]) if seconds else 0.0)
 
 
 class SwitchEnd(Pipe):
-    """The end that the switch process holds. `pid` is the agent's."""
+    """The switch process' end. `pid` is that of the agent."""
 
     def __init__(self, source: File, sink: File) -> None:
         super().__init__(source, sink)
         self.pid = os.getppid()
         self.has_left = False  # the agent has said goodbye
-        self.asked = 0
+        self.questions = 0
         self.answers: dict[str, str] = {}
 
     def wait_for_config(self) -> Optional[dict[str, Any]]:
@@ -129,7 +130,7 @@ class SwitchEnd(Pipe):
         return None if line is None else dict(json.loads(line))
 
     def wait_for_go(self) -> Optional[tuple[str, journal.Record]]:
-        """The action and the journal to begin with; None if the agent does not want it any more."""
+        """The action and the journal to begin with; None if the agent has ended."""
         line = self.receive(START_TIMEOUT)
         if line is None or not line.startswith(f"{GO} "):
             return None
@@ -137,25 +138,25 @@ class SwitchEnd(Pipe):
         return action, journal.Record.from_json(record.encode())
 
     def report(self, word: str, reason: str = "") -> None:
-        """Say that this process is ready, or which step it has entered. Nobody has to listen."""
-        line = " ".join([word, *reason.split()]).encode("utf-8", "replace")[:LINE_BYTES]
+        """Report that this process is ready, or has entered a step. Nobody has to listen."""
+        line = f"{word} {one_line(reason)}".rstrip().encode("utf-8", "replace")[:LINE_BYTES]
         with contextlib.suppress(OSError):
             self.send(line.decode("utf-8", "ignore"))
 
     def ask(self, question: str, timeout: float) -> Optional[str]:
-        """The agent's answer. None if the agent ends. Raises Error if it is silent for too long."""
-        self.asked += 1
-        number, deadline = str(self.asked), time.monotonic() + timeout
+        """The agent's answer; None if the agent ends. Raises Error after `timeout` seconds."""
+        self.questions += 1
+        number, deadline = str(self.questions), time.monotonic() + timeout
         self.report(f"{ASK} {number} {question}")
         while number not in self.answers and not self.has_left:
             if not self._hear(max(0.0, deadline - time.monotonic())):
-                if self.ended:
+                if self.at_end:
                     return None
                 raise Error(f"the agent did not answer within {timeout:.0f} s")
         return self.answers.get(number)
 
     def _hear(self, timeout: float) -> bool:
-        """Take in one line, an answer or a goodbye. False if none comes in `timeout` seconds."""
+        """Take in an answer or a goodbye. False if neither comes within `timeout` seconds."""
         line = self.receive(timeout)
         if line == BYE:
             self.has_left = True
@@ -168,7 +169,7 @@ class SwitchEnd(Pipe):
         """Whether the agent has not ended."""
         while self._hear(0):
             pass
-        return not self.ended
+        return not self.at_end
 
     def was_lost(self) -> bool:
         """Whether the agent has ended without a goodbye."""

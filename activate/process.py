@@ -1,125 +1,64 @@
-"""The one door to other programs: lists of arguments only, a built environment, and a deadline for every wait."""
+"""The one door to other programs: argument lists only, and a deadline for every wait."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import select
 import signal
 import subprocess
 from typing import Callable, Optional
 
-KILL_AFTER = 5.0  # seconds between SIGTERM and SIGKILL for a group that ran past its deadline
-FALLBACK_PATH = (
-    "/run/current-system/sw/bin",
-    "/nix/var/nix/profiles/default/bin",
-    "/usr/bin",
-    "/bin",
-)
-# What a command may see. Tokens and what ties a process to a service of systemd are in neither list.
-KEPT = frozenset(
-    (
-        "SHELL",
-        "LANG",
-        "LANGUAGE",
-        "TZ",
-        "TZDIR",
-        "TMPDIR",
-        "TERM",
-        "SSL_CERT_FILE",
-        "DBUS_SESSION_BUS_ADDRESS",
-    )
-    + (
-        "http_proxy",
-        "https_proxy",
-        "all_proxy",
-        "no_proxy",
-        "HTTP_PROXY",
-        "HTTPS_PROXY",
-        "ALL_PROXY",
-        "NO_PROXY",
-    )
-)
-KEPT_PREFIXES = ("LC_", "LOCALE_ARCHIVE", "XDG_", "NIX_")
+from activate import environment
+
+KILL_AFTER = 5.0  # seconds between SIGTERM and SIGKILL for a process group
+
+Run = Callable[[list[str]], int]  # runs a command, its output in the log; returns its exit status
+Before = Callable[[], None]  # called by the process that becomes the command
 
 _running: set[subprocess.Popen[bytes]] = set()
 
-Run = Callable[
-    [list[str]], int
-]  # runs a command with its output in the log, returns its exit status
-
 
 class Error(Exception):
-    """What the user is told: a sentence that says what failed and what to do. `status` is the exit status."""
+    """A message for the user: what failed, and what to do. `status` is the exit status."""
 
     status = 1
 
 
 class CommandFailed(Error):
-    """A command ended with a status other than 0, could not be started, or ran past its deadline."""
+    """A command could not be started, timed out, or ended with a status other than 0."""
 
     def __init__(self, argv: list[str], why: str, output: str = "") -> None:
-        super().__init__(
-            f"`{' '.join(argv)}` {why}" + (f": {output.strip()[-500:]}" if output.strip() else "")
-        )
+        detail = f": {output.strip()[-500:]}" if output.strip() else ""
+        super().__init__(f"`{' '.join(argv)}` {why}{detail}")
 
 
 class DeadlinePassed(CommandFailed):
-    """A command was ended because it ran too long."""
+    """A command timed out, and was ended."""
 
     def __init__(self, argv: list[str], timeout: float) -> None:
         super().__init__(argv, f"was ended because it ran longer than {timeout:.0f} s")
 
 
-def home() -> str:
-    """The home directory; without HOME the passwd entry counts."""
-    return os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
-
-
-def user() -> str:
-    """The name of the effective user."""
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return os.environ.get("USER") or str(os.geteuid())
-
-
-def xdg(name: str, default: str) -> str:
-    """A base directory such as XDG_STATE_HOME; `default` is below the home directory. Relative values don't count."""
-    value = os.environ.get(name, "")
-    return value if value.startswith("/") else os.path.join(home(), default)
-
-
-def environment() -> dict[str, str]:
-    """The environment of whatever is run, built anew."""
-    kept = {k: v for k, v in os.environ.items() if k in KEPT or k.startswith(KEPT_PREFIXES)}
-    present = [part for part in os.environ.get("PATH", "").split(":") if part.startswith("/")]
-    path = [*present, *(part for part in FALLBACK_PATH if part not in present)]
-    return {**kept, "PATH": ":".join(path), "HOME": home(), "USER": user(), "LOGNAME": user()}
-
-
 def say(log: int, line: str) -> None:
-    """Append `line` to the log file as a line of its own; never raises (a full disk is no reason to stop)."""
+    """Append `line` to the log file, as a line of its own. Never raises: the disk may be full."""
     with contextlib.suppress(OSError):
         size = os.fstat(log).st_size
         start = "\n" if size and os.pread(log, 1, size - 1) != b"\n" else ""
         os.write(log, f"{start}{line}\n".encode("utf-8", "replace"))
 
 
-def run(
-    argv: list[str], log: int, timeout: float, before: Optional[Callable[[], None]] = None
-) -> int:
-    """Run `argv` with its output in the log file and return its exit status (negative: the signal that ended it).
+def run(argv: list[str], log: int, timeout: float, before: Optional[Before] = None) -> int:
+    """Run `argv`, its output in the log file. Returns its exit status, or minus its signal.
 
-    `before` is called by the process that becomes the command. Raises CommandFailed where it can't be started,
-    DeadlinePassed after its whole process group was ended.
+    Raises CommandFailed if it can't be started, and DeadlinePassed after `timeout` seconds, when
+    its whole process group has been ended.
     """
     say(log, "$ " + " ".join(argv))
     process = start(argv, log, log, before)
     try:
         if not wait(process, timeout):
-            end_group(process)
+            end(process)
             say(log, f"ended after {timeout:.0f} s")
             raise DeadlinePassed(argv, timeout)
     finally:
@@ -128,29 +67,35 @@ def run(
 
 
 def start(
-    argv: list[str], stdout: int, stderr: int, before: Optional[Callable[[], None]] = None
+    argv: list[str], stdout: int, stderr: int, before: Optional[Before] = None
 ) -> subprocess.Popen[bytes]:
-    """Start `argv` in a session of its own, so that its whole group can be ended. Raises CommandFailed."""
-    env = environment()
+    """Start `argv` in its own session, so that its group can be ended. Raises CommandFailed."""
+    env = environment.for_commands()
     try:
         process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, env=env, cwd="/", start_new_session=True,
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=env,
+            cwd="/",
+            start_new_session=True,
             preexec_fn=before,
-        )  # fmt: skip
+        )
         _running.add(process)
         return process
     except (OSError, ValueError) as error:
-        what = getattr(error, "strerror", None) or str(error)
-        raise CommandFailed(argv, f"could not be started ({what})") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CommandFailed(argv, f"could not be started ({reason})") from None
 
 
 def ask(argv: list[str], timeout: float = 30.0) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a short question; raises CommandFailed and DeadlinePassed as `run`."""
+    """Exit status, stdout and stderr of a short question. Raises CommandFailed, DeadlinePassed."""
     process = start(argv, subprocess.PIPE, subprocess.PIPE)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        end_group(process)
+        end(process)
         raise DeadlinePassed(argv, timeout) from None
     finally:
         _running.discard(process)
@@ -158,7 +103,7 @@ def ask(argv: list[str], timeout: float = 30.0) -> tuple[int, str, str]:
 
 
 def output(argv: list[str], timeout: float = 30.0) -> str:
-    """What `argv` prints on stdout. For short questions; raises CommandFailed with what it printed on stderr."""
+    """The stdout of a short question. Raises CommandFailed with its stderr unless it succeeds."""
     status, stdout, stderr = ask(argv, timeout)
     if status:
         raise CommandFailed(argv, f"ended with status {status}", stderr)
@@ -173,7 +118,7 @@ def checked(run: Run, argv: list[str]) -> None:
 
 
 def wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
-    """Whether `process` ended within `timeout` seconds. Sleeps instead of polling where the kernel has pidfds."""
+    """Whether `process` ends within `timeout` seconds. Does not poll if the kernel has pidfds."""
     with contextlib.suppress(AttributeError, OSError):
         fd = os.pidfd_open(process.pid)
         try:
@@ -189,19 +134,27 @@ def wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
 
 
 def end_all() -> None:
-    """Ask all that this process has started and waits for to end: its waits end with that."""
+    """Send SIGTERM to every command we are waiting for, so that the waits return."""
     for process in list(_running):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGTERM)
 
 
-def end_group(process: subprocess.Popen[bytes], kill_after: Optional[float] = None) -> None:
-    """End the process group: SIGTERM first, SIGKILL for what is left of it after `kill_after` seconds."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGTERM)
-        wait(process, KILL_AFTER if kill_after is None else kill_after)
-        os.killpg(process.pid, signal.SIGKILL)
-    wait(process, KILL_AFTER)
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a child of ours with its whole process group."""
+    end_group(process.pid, lambda timeout: wait(process, timeout))
     for pipe in (process.stdout, process.stderr):
         if pipe is not None:
             pipe.close()
+
+
+def end_group(pid: int, wait_for_end: Callable[[float], bool]) -> None:
+    """Send SIGTERM to a process group, and SIGKILL to what is left of it after KILL_AFTER seconds.
+
+    `wait_for_end` waits for the group, or for its leader, for at most so many seconds.
+    """
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGTERM)
+        wait_for_end(KILL_AFTER)
+        os.killpg(pid, signal.SIGKILL)
+    wait_for_end(KILL_AFTER)

@@ -1,4 +1,4 @@
-"""What to do with a deployment that did not come to its end: a pure function of its journal and the facts."""
+"""The next action for a deployment that was interrupted: a pure function of journal and facts."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Optional
 
 from activate import journal
 
-START, ACTIVATE, COMMIT, ROLL_BACK = (
-    "deploy",
-    "activate",
-    "commit",
-    "roll-back",
-)  # what a switch process does
+# actions of a switch process
+START, ACTIVATE, COMMIT, ROLL_BACK = "deploy", "activate", "commit", "roll-back"
+# actions of the agent alone
 ADOPT, END, REPORT = "adopt", "end", "report"
 ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is true now: which deployment holds the deployment lock, this boot of the machine, what runs, and what the
-    profile points at. What runs may be unknown: soon after a boot nothing says so yet."""
+    """The present state of the machine.
+
+    `holder` is the deployment whose process holds the deployment lock, `target` the path that the
+    profile points at, `running` the path that runs: None soon after a boot, when it is not known.
+    """
 
     holder: Optional[str] = None
     boot_id: str = ""
@@ -30,7 +30,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Action:
-    """What to do. For END: the final step and its reason; for the others `reason` is for the log."""
+    """An action. For END, `step` and `reason` are the end; else `reason` is for the operator."""
 
     do: str
     step: str = ""
@@ -45,28 +45,28 @@ def next_action(record: journal.Record, facts: Facts) -> Action:
         return Action(REPORT)
     spent = record.attempts >= ATTEMPTS
     if record.step in journal.HARMLESS:
-        if spent:
-            return Action(
-                END,
-                journal.FAILED,
-                f"it was interrupted {ATTEMPTS} times before anything was changed",
-            )
-        return Action(
-            START,
-            reason="it was interrupted before anything was changed" if record.attempts else "",
-        )
+        return _start_again(record, spent)
     runs = facts.running or facts.target
     if runs not in (record.store_path, record.previous_running, record.previous_profile):
-        other = (
-            f"it was interrupted, and {runs} runs now: somebody else has deployed, it is left alone"
-        )
-        return Action(END, journal.FAILED, other)
-    what = "it was interrupted" if facts.boot_id == record.boot_id else "the machine restarted"
+        now = f"{runs} runs now"
+        reason = f"it was interrupted, and {now}: somebody else has deployed, it is left alone"
+        return Action(END, journal.FAILED, reason)
+    event = "it was interrupted" if facts.boot_id == record.boot_id else "the machine restarted"
     if record.step == journal.COMMITTING and not spent:
         if facts.running == record.store_path:
-            return Action(COMMIT, reason=f"{what} while it was committed")
-        return Action(ACTIVATE, reason=f"{what} before the new system was the one that boots")
+            return Action(COMMIT, reason=f"{event} while it was committed")
+        return Action(ACTIVATE, reason=f"{event} before the new system was the one that boots")
     if record.step == journal.ROLLING_BACK and spent:
-        reason = f"{record.reason or 'it was interrupted'}; the rollback was interrupted {ATTEMPTS} times"
+        reason = record.reason or "it was interrupted"
+        reason = f"{reason}; the rollback was interrupted {ATTEMPTS} times"
         return Action(END, journal.ROLLBACK_FAILED, reason)
-    return Action(ROLL_BACK, reason=record.reason or f"{what} before it was confirmed")
+    return Action(ROLL_BACK, reason=record.reason or f"{event} before it was confirmed")
+
+
+def _start_again(record: journal.Record, spent: bool) -> Action:
+    """The next action while nothing was changed."""
+    if spent:
+        reason = f"it was interrupted {ATTEMPTS} times before anything was changed"
+        return Action(END, journal.FAILED, reason)
+    interrupted = "it was interrupted before anything was changed"
+    return Action(START, reason=interrupted if record.attempts else "")

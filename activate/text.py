@@ -1,4 +1,4 @@
-"""Text that comes from others, and numbers for people: pure functions, used by all parts."""
+"""Text that comes from others, and numbers for people: pure functions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ ESCAPES = re.compile(
 
 
 def is_store_path(text: object) -> bool:
-    """Whether `text` is a store path itself, by Nix's grammar.
-
-    An option, a file below a store path and anything outside the store are none.
-    """
+    """Whether `text` is a store path by Nix's grammar: not an option, nor a file below one."""
     return isinstance(text, str) and STORE_PATH.fullmatch(text) is not None
 
 
@@ -29,12 +26,12 @@ def clean(text: str, colour: bool = False) -> str:
 
     SGR colours stay where `colour` is set, and are reset at the end.
     """
-    kept = ESCAPES.sub(lambda match: (match["sgr"] or "") if colour else "", text)
-    return kept + "\x1b[0m" if "\x1b" in kept else kept
+    text = ESCAPES.sub(lambda match: (match["sgr"] or "") if colour else "", text)
+    return text + "\x1b[0m" if "\x1b" in text else text
 
 
 def one_line(text: str) -> str:
-    """Fold all white space, newlines too, into single blanks."""
+    """Replace each run of white space, newlines included, by one blank."""
     return " ".join(text.split())
 
 

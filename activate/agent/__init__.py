@@ -1,1 +1,1 @@
-"""The agent's side of a deployment: downloads, attempts, and the end."""
+"""The agent's side of a deployment: attempts, downloads, ends that no switch process writes."""

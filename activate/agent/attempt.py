@@ -6,22 +6,23 @@ import contextlib
 import os
 import threading
 from dataclasses import replace
-from typing import Optional, Union
+from typing import Optional
 
 from activate import journal, kinds, lock, logfile, machine, nix, pipe, recovery
 from activate.agent import download, launch
 from activate.agent.hooks import AgentHooks
 from activate.process import Error
+from activate.text import one_line
 
 SWITCH_TIMEOUT = 48 * 3600.0  # seconds for a step of a switch process; its own are shorter
 SIZE_TIMEOUT = 10.0  # seconds for which an end waits for the closure's size
 
 
 class Attempt:
-    """From recovery's decision to the end of the switch process."""
+    """One attempt, from recovery's decision to the end of the switch process."""
 
     def __init__(self, hooks: AgentHooks, entry: journal.Journal, sizes: dict[str, int]) -> None:
-        """`sizes` has the closure's size, in bytes, of the path that was deployed last."""
+        """`sizes` has the closure size, in bytes, of the path that was deployed last."""
         self.hooks, self.entry, self.sizes = hooks, entry, sizes
         self.switch: Optional[launch.SwitchProcess] = None
         self.refusal: Optional[Exception] = None  # why the switch process must not begin
@@ -64,7 +65,7 @@ class Attempt:
         entry.enter(journal.READY, rooted=tuple(previous) if rooted else (), boot_id=boot)
 
     def measure(self) -> None:
-        """Ask for the closure's size while the switch process works."""
+        """Ask Nix for the closure's size while the switch process works."""
         path = self.entry.record.store_path
         with contextlib.suppress(Error):
             if path not in self.sizes:
@@ -74,23 +75,24 @@ class Attempt:
             self.hooks.measured(self.entry, self.sizes[path])
 
     def follow(self, switch: launch.SwitchProcess, measuring: threading.Thread) -> None:
-        """Follow the steps until the process ends. The final report has the closure's size."""
-        message: Union[pipe.Question, pipe.Entered, None] = pipe.Entered("", "")
-        while message is not None:
+        """Follow the switch process until it ends. An end waits for the closure's size."""
+        while True:
             message = switch.pipe.listen(SWITCH_TIMEOUT)
             if isinstance(message, pipe.Question):
                 self.answer(switch, message)
                 continue
             if message is None or message.step in journal.FINAL:
                 measuring.join(SIZE_TIMEOUT)
-            if message is not None:
-                switch.step = message.step
+            if message is None:
+                self.entry.reload()
+                return
+            switch.step = message.step
             self.entry.reload()
-            if message is not None and message.step in journal.FINAL:
+            if message.step in journal.FINAL:
                 self.note_end(message)
 
     def note_end(self, end: pipe.Entered) -> None:
-        """Take note of the end, whether the switch process could write it or not."""
+        """Take note of the end, even if the switch process could not write it."""
         entry, record = self.entry, self.entry.record
         if record.step != end.step:  # the journal on disk is older, and must not come back
             revision = record.revision + 1
@@ -101,7 +103,7 @@ class Attempt:
         self.hooks.tell(f"deployment {record.index}: {end.step}{detail}")
 
     def answer(self, switch: launch.SwitchProcess, question: pipe.Question) -> None:
-        """Tell the switch process if the workspace can be reached, or if it may begin."""
+        """Answer whether the workspace can be reached, or whether the switch process may begin."""
         problem = ""
         try:
             if question.word == pipe.LOOK:
@@ -110,14 +112,14 @@ class Attempt:
                 self.hooks.still_wanted(self.entry)
                 switch.step = journal.ACTIVATING
         except Exception as error:
-            problem = " ".join(str(error).split()) or type(error).__name__
+            problem = one_line(str(error)) or type(error).__name__
             if question.word == pipe.BEGIN:
                 self.refusal = error
         switch.pipe.answer(question, problem)
 
 
 def paths_in_use(profile_name: Optional[str]) -> list[str]:
-    """What runs, and what the profiles point at, by any kind: the download roots it as well."""
+    """The paths that run or that profiles point at, of any kind: the download roots them too."""
     profiles = [kind.profile_path(profile_name) for kind in kinds.KINDS]
     running = [kind.running_path(profile) for kind, profile in zip(kinds.KINDS, profiles)]
     targets = {nix.target(link) for link in (*profiles, *running) if link}

@@ -14,7 +14,7 @@ from activate.agent.hooks import AgentHooks, Ended
 from activate.process import Error
 
 PAUSE = 5.0  # seconds between attempts to undo something
-LAST_WORD = 0.5  # seconds: a service's commands may end a little before its agent hears of it
+SIGNAL_DELAY = 0.5  # seconds: systemd may stop our commands a little before it stops us
 ADOPTED_PAUSE = 0.5  # seconds between two looks at a deployment that another process leads
 
 
@@ -34,14 +34,15 @@ class Conductor:
         return None if attempt is None else attempt.switch
 
     def settle(self, entry: journal.Journal) -> None:
-        """Act as recovery decides until the deployment has ended. A new one is just the first case.
+        """Act as recovery decides until the deployment has ended. A new one is the simplest case.
 
-        All decisions on how a deployment goes on are made here; `Ends` writes every end.
+        All decisions on how a deployment goes on are made here; `Ends` writes every end. The
+        attempt is kept until its end is written: an agent that exits waits for that.
         """
         give_up = time.monotonic() + lock.DEPLOYMENT_TIMEOUT
         first = True
         while entry.record.step not in journal.FINAL and not self.hooks.stop.is_set():
-            if not first and machine.is_stopping():  # the next boot goes on
+            if not first and machine.is_stopping():  # the agent goes on after the next boot
                 self.hooks.stop.wait(ADOPTED_PAUSE)
                 continue
             first = False
@@ -58,13 +59,13 @@ class Conductor:
                 except Exception as error:  # even a bug of ours must not leave it without an end
                     self.fail_or_retry(entry, error)
                 finally:
-                    self.attempt = None  # only now: an agent that exits waits for the end
+                    self.attempt = None
         if entry.record.step in journal.FINAL:
             self.ends.keep(entry)
         self.hooks.changed()
 
     def end(self, entry: journal.Journal, end: Ended) -> None:
-        """End a deployment that is not even started."""
+        """End a deployment that was not even started."""
         self.ends.write(entry, end)
         self.ends.keep(entry)
         self.hooks.changed()
@@ -80,13 +81,17 @@ class Conductor:
     def take_action(
         self, entry: journal.Journal, taken: Optional[lock.Lock], give_up: float
     ) -> None:
-        """Take one action under the deployment lock, or wait for its holder. Raises Ended, Error."""
+        """Take one action under the deployment lock, or wait for its holder.
+
+        Raises Ended, Lost or whatever makes the attempt fail. `give_up` is a monotonic time.
+        """
         entry.reload()
         action = recovery.next_action(entry.record, self.facts(entry, taken))
         if taken is None:
             if action.do != recovery.ADOPT and time.monotonic() > give_up:
-                other = f"another deployment of agent {entry.record.agent} did not end"
-                raise Ended(journal.FAILED, other)
+                hours = f"{lock.DEPLOYMENT_TIMEOUT / 3600:.0f} hours"
+                other = f"another deployment of agent {entry.record.agent}"
+                raise Ended(journal.FAILED, f"{other} did not end within {hours}")
             self.hooks.stop.wait(ADOPTED_PAUSE)
             return
         if action.do == recovery.REPORT:
@@ -102,7 +107,7 @@ class Conductor:
         self.attempt.run(action, taken)
 
     def facts(self, entry: journal.Journal, taken: Optional[lock.Lock]) -> recovery.Facts:
-        """What recovery needs to know besides the journal."""
+        """The facts that recovery needs besides the journal."""
         record = entry.record
         kind, profile = kinds.find(record.kind), str(record.profile)
         path = lock.shared_path("deployment", record.agent)
@@ -116,7 +121,7 @@ class Conductor:
     def count_attempt(self, entry: journal.Journal, action: recovery.Action) -> None:
         """Count an attempt before it is made.
 
-        Raises OSError if that can't be written, and nothing was changed.
+        Raises OSError if the count can't be written, unless the machine has been changed already.
         """
         facts: dict[str, Any] = {"attempts": entry.record.attempts + 1}
         step = entry.record.step
@@ -128,13 +133,11 @@ class Conductor:
         except OSError as error:
             if step in journal.HARMLESS:
                 raise
-            index = entry.record.index
-            self.hooks.tell(
-                f"the journal of deployment {index} can't be written ({error}), going on"
-            )
+            name = f"the journal of deployment {entry.record.index}"
+            self.hooks.tell(f"{name} can't be written ({error}), going on")
 
     def end_leftovers(self, entry: journal.Journal) -> None:
-        """End what an interrupted attempt has left running, unless another process goes on."""
+        """End commands that an interrupted attempt left running, unless another process goes on."""
         leftovers.end_commands(entry.directory)
         if entry.record.profile is None:
             return
@@ -146,14 +149,14 @@ class Conductor:
                 os.close(log)
 
     def fail_or_retry(self, entry: journal.Journal, error: Exception) -> None:
-        """End a deployment that has changed nothing; try again with any other.
+        """End a deployment that has changed nothing; retry any other.
 
-        An attempt that the agent's own end has cut short does not count.
+        An attempt that failed because the agent exits does not count.
         """
         if entry.record.step not in journal.HARMLESS:
             self.hooks.tell(f"error: {error}")
             self.hooks.stop.wait(PAUSE)
-        elif self.hooks.stop.wait(LAST_WORD) or machine.is_stopping():
+        elif self.hooks.stop.wait(SIGNAL_DELAY) or machine.is_stopping():
             with contextlib.suppress(OSError):
                 entry.enter(entry.record.step, attempts=max(0, entry.record.attempts - 1))
         else:
@@ -169,7 +172,7 @@ def is_busy(agent: str) -> bool:
 
 
 def has_ended(state: str, deployment_id: str) -> bool:
-    """Whether a deployment is known here, and has ended."""
+    """Whether a deployment has a journal in this state directory, and has ended."""
     with contextlib.suppress(Error):
         entry = journal.load(os.path.join(state, "deployments", deployment_id))
         return entry is not None and entry.record.step in journal.FINAL
@@ -177,7 +180,7 @@ def has_ended(state: str, deployment_id: str) -> bool:
 
 
 def wait_for_holder(hooks: AgentHooks, agent: str, deployment_id: str) -> None:
-    """Wait while another process leads this deployment. It may keep its state elsewhere."""
+    """Wait while another process, maybe with another state directory, leads this deployment."""
     path = lock.shared_path("deployment", agent)
     give_up = time.monotonic() + lock.DEPLOYMENT_TIMEOUT
     while lock.held(path) and lock.read(path) == deployment_id and time.monotonic() < give_up:

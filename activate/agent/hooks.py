@@ -1,4 +1,4 @@
-"""The agent as its deployments see it: what they call, and how one of them ends early."""
+"""The agent as its deployments see it: its functions, and the exception for an early end."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 from activate import journal, nix
+from activate.pipe import Reach
 from activate.process import Error
 
 
 class Ended(Error):
-    """A deployment ends before it has changed anything. `detail` is for the report alone."""
+    """A deployment ends before it has changed anything. `detail` goes only into the report."""
 
     def __init__(self, step: str, reason: str, detail: Optional[str] = None) -> None:
         super().__init__(reason)
@@ -21,7 +22,7 @@ class Ended(Error):
 
 @dataclass(frozen=True)
 class AgentHooks:
-    """What leading a deployment needs from the agent. Times are in seconds."""
+    """The agent's settings and functions for a deployment. Times are in seconds."""
 
     config: dict[str, Any]  # for the switch process: token, host, policy
     switch_command: list[str]  # starts a switch process; the deployment's id follows
@@ -33,4 +34,4 @@ class AgentHooks:
     changed: Callable[[], None]  # there is something to report
     measured: Callable[[journal.Journal, int], None]  # the closure has this many bytes
     tell: Callable[[str], None]  # a message for the operator
-    reach: Callable[[float], None]  # raises if the workspace can't be reached in so many seconds
+    reach: Reach  # looks at the workspace over a new connection

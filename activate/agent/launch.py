@@ -1,4 +1,4 @@
-"""The switch process as its agent sees it: started early, waiting for "go", then on its own."""
+"""The switch process as its agent sees it: it starts early, waits for "go", then is on its own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import signal
 import subprocess
 import time
 
-from activate import journal, lock, pipe, process, recovery
+from activate import environment, journal, lock, pipe, process, recovery
 from activate.agent.hooks import AgentHooks
 from activate.process import Error
 
 END_TIMEOUT = 5.0  # seconds
 READY_TIMEOUT = 30.0  # seconds; less within a scope, see `AgentHooks.scope_timeout`
-# What would hand over a token, or tie the process to the service that started it.
+# Variables that hand over a token, or that tie a process to the service that started it.
 WITHHELD = frozenset(
     ("CACHIX_AGENT_TOKEN", "CACHIX_ACTIVATE_TOKEN", "CREDENTIALS_DIRECTORY")
     + ("NOTIFY_SOCKET", "JOURNAL_STREAM", "INVOCATION_ID")
@@ -27,32 +27,32 @@ class Lost(Error):
 
 
 def in_scope(argv: list[str]) -> list[str]:
-    """`argv` in a scope of its own where systemd runs, so that it outlives the agent's service."""
-    program = shutil.which("systemd-run", path=process.environment()["PATH"])
+    """`argv` in a scope of its own if systemd runs, so that it outlives the agent's service."""
+    program = shutil.which("systemd-run", path=environment.for_commands()["PATH"])
     if not os.path.isdir("/run/systemd/system") or program is None:
         return argv
     user = [] if os.geteuid() == 0 else ["--user"]
-    name = f"--description=Deployment {argv[-1]}"  # instead of the whole command line
-    options = ["--scope", "--collect", "--quiet", "--no-ask-password", name, *user]
+    title = f"--description=Deployment {argv[-1]}"  # instead of the whole command line
+    options = ["--scope", "--collect", "--quiet", "--no-ask-password", title, *user]
     return [program, *options, "--", *argv]
 
 
 class SwitchProcess:
-    """A switch process and the agent's end of its pipe. `step` is the last that it has entered."""
+    """A switch process, and the agent's end of its pipe. `step` is the last that it entered."""
 
     pipe: pipe.AgentEnd
 
     def __init__(self, hooks: AgentHooks, entry: journal.Journal, taken: lock.Lock) -> None:
-        """Start it with the deployment lock. It boots while the agent goes on. Raises Error."""
+        """Start it with the deployment lock. It loads while the agent goes on. Raises Error."""
         self.step = ""
-        self.begun = False
+        self.may_run = False  # "go" was sent: it is not killed any more
         self.argv = [*hooks.switch_command, "switch", entry.record.id]
         self.config = {**hooks.config, "directory": entry.directory, "lock": taken.fd}
         self.scope_until = time.monotonic() + hooks.scope_timeout
         self.spawn(in_scope(self.argv))
 
     def spawn(self, argv: list[str]) -> None:
-        """Start the program, and hand over the token and the rest by its stdin. Raises Error."""
+        """Start the program, and hand over the configuration by its stdin. Raises Error."""
         self.scoped = argv != self.argv
         env = {name: value for name, value in os.environ.items() if name not in WITHHELD}
         try:
@@ -76,39 +76,39 @@ class SwitchProcess:
             self.pipe.configure(self.config)
 
     def go(self, action: str, record: journal.Record) -> None:
-        """Wait until it is ready, and let it begin with what the journal says. Raises Error.
+        """Wait until it is ready, and let it begin with the content of the journal. Raises Error.
 
-        Without a bus a scope can't be had, which shows by silence or an early end. A plain new
-        session has to do then.
+        Without a bus systemd-run is silent or fails; then a plain new session has to do.
         """
         left = self.scope_until - time.monotonic() if self.scoped else READY_TIMEOUT
         if not self.pipe.is_ready(max(0.1, left)):
             self.kill()
             if not self.scoped:
-                raise Error("the switch process did not get ready")
+                limit = f"{READY_TIMEOUT:.0f} s"
+                raise Error(f"the switch process ended, or was not ready within {limit}")
             self.close()
             self.spawn(self.argv)
             self.go(action, record)
             return
         if action != recovery.START:
             self.step = journal.ACTIVATING if action == recovery.ACTIVATE else record.step
-        self.begun = True
+        self.may_run = True
         try:
             self.pipe.go(action, record)
         except OSError:
             raise Lost("the switch process ended before it began") from None
 
     def kill(self) -> None:
-        """End it, only ever before "go". A systemd-run that hangs has a child with the lock too."""
+        """Kill it and its group, only ever before "go". A hung systemd-run has a child, too."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         process.wait(self.process, END_TIMEOUT)
 
     def close(self) -> None:
-        """Let go of it. Before "go" it then ends without a trace, which is waited for."""
+        """Close the pipe. A switch process that waits for "go" ends then, or is killed."""
         for file in (self.process.stdin, self.process.stdout):
             if file is not None:
                 with contextlib.suppress(OSError):
                     file.close()
-        if not process.wait(self.process, END_TIMEOUT) and not self.begun:
+        if not process.wait(self.process, END_TIMEOUT) and not self.may_run:
             self.kill()

@@ -6,12 +6,14 @@ import contextlib
 import os
 
 from activate import lock
+from activate.process import Error
 
 
 def write_netrc(state: str, url: str, token: str, also: str) -> lock.Lock:
-    """A netrc for Nix that only this user can read, locked while it is in use: what is not locked is stale.
+    """Write a netrc that only this user can read; its lock, whose path is that of the netrc.
 
-    It replaces Nix' own netrc-file, so what that says of other hosts is kept.
+    It replaces Nix's own netrc-file, `also`, whose entries are copied. A netrc that is not locked
+    is stale. Raises Error or OSError.
     """
     from urllib.parse import urlsplit
 
@@ -20,14 +22,16 @@ def write_netrc(state: str, url: str, token: str, also: str) -> lock.Lock:
     with contextlib.suppress(OSError, ValueError), open(also, encoding="utf-8") as file:
         others = file.read(1 << 20)
     os.makedirs(state, mode=0o700, exist_ok=True)
-    held = lock.take(os.path.join(state, f"netrc-{os.getpid()}-{os.urandom(4).hex()}"))
-    assert held is not None
-    os.pwrite(held.fd, f"machine {machine} password {token}\n{others}".encode(), 0)
-    return held
+    path = os.path.join(state, f"netrc-{os.getpid()}-{os.urandom(4).hex()}")
+    taken = lock.take(path)
+    if taken is None:
+        raise Error(f"{path} is locked by another process")
+    os.pwrite(taken.fd, f"machine {machine} password {token}\n{others}".encode(), 0)
+    return taken
 
 
 def remove_stale(state: str) -> None:
-    """Remove what an agent that was killed has left."""
+    """Remove the netrcs of agents that were killed."""
     with contextlib.suppress(OSError):
         for name in os.listdir(state):
             path = os.path.join(state, name)

@@ -1,7 +1,7 @@
-"""Ends of deployments, also those that the disk did not take.
+"""Ends of deployments, which may have to wait until the disk can be written again.
 
-Such an end is written as soon as the disk takes it. Recovery would otherwise undo or repeat that
-deployment, even long after the same path was deployed once more.
+Without its end, recovery would undo or repeat a deployment, even long after another one of the
+same path.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Ends:
         self.unwritten: list[journal.Journal] = []
 
     def write(self, entry: journal.Journal, end: Ended) -> None:
-        """End a deployment that no switch process has to end."""
+        """End a deployment whose end no switch process writes."""
         reason = str(end)
         leftovers.end_commands(entry.directory)  # a download may outlive its agent and journal
         log = logfile.open_log(entry)
@@ -44,8 +44,7 @@ class Ends:
 
     def keep(self, entry: journal.Journal) -> None:
         """Let go of a deployment that has ended, or remember it until its end is on disk."""
-        if entry.record.step != journal.ROLLBACK_FAILED:  # whose previous path is still needed
-            entry.drop_roots()
+        entry.drop_roots()
         if is_written(entry) or entry in self.unwritten:
             return
         self.unwritten.append(entry)
@@ -53,19 +52,18 @@ class Ends:
             threading.Thread(target=self._write_later, name="ends", daemon=True).start()
 
     def write_pending(self, agent: str) -> None:
-        """Write the ends that the disk did not take before. Raises OSError.
+        """Write the ends that could not be written before. Raises OSError.
 
-        The deployment lock of `agent` is held.
+        The caller holds the deployment lock of `agent`.
         """
         for entry in [entry for entry in self.unwritten if entry.record.agent == agent]:
             if not is_written(entry):
                 entry.enter(entry.record.step, log_size=logfile.end(entry))
-            if entry.record.step != journal.ROLLBACK_FAILED:
-                entry.drop_roots()
+            entry.drop_roots()
             self.unwritten.remove(entry)
 
     def _write_later(self) -> None:
-        """Keep trying: the agent may not live to see another deployment."""
+        """Retry until all are written: there may not be another deployment that writes them."""
         while self.unwritten and not self.hooks.stop.wait(PAUSE):
             for record in {entry.record.agent: entry.record for entry in self.unwritten}.values():
                 with contextlib.suppress(OSError):
@@ -77,7 +75,7 @@ class Ends:
 
 
 def is_written(entry: journal.Journal) -> bool:
-    """Whether the disk knows as much of a deployment as this process does."""
+    """Whether the journal on disk is as new as that of this process."""
     with contextlib.suppress(Error):
         on_disk = journal.load(entry.directory)
         return on_disk is not None and on_disk.record.revision >= entry.record.revision

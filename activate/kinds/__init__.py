@@ -1,6 +1,6 @@
 """The kinds of store paths, in order of detection.
 
-A kind is a module with the names of `Kind`. What does and what undoes stand side by side in it.
+A kind is a module with the names of `Kind`, in which each do stands beside its undo.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ class Kind(Protocol):
     """The names that a module of a kind has."""
 
     NAME: str
-    NEEDS_PREVIOUS: bool  # without a previous path there is no way back
-    MAY_REMOVE_FILES: bool  # an activation may take away the agent, or files that it needs
+    NEEDS_PREVIOUS: bool  # it can't be rolled back without a previous path
+    MAY_REMOVE_FILES: bool  # its activation may end the agent, or remove files of the agent
 
     def detect(self, path: str) -> bool: ...
     def profile_path(self, name: Optional[str]) -> str: ...
@@ -38,5 +38,5 @@ def detect(path: str) -> Kind:
 
 
 def find(name: Optional[str]) -> Optional[Kind]:
-    """The kind of this name. None if this version does not have it."""
+    """The kind of this name; None if this version does not know it."""
     return next((kind for kind in KINDS if name == kind.NAME), None)

@@ -1,4 +1,4 @@
-"""A change of the machine, with all that is needed to undo it."""
+"""A change of the machine, and the undo of a profile."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from activate.process import CommandFailed, Run
 
 @dataclass(frozen=True)
 class Change:
-    """What a deployment changes, and all that is needed to undo it. `committed`: the commit may have begun."""
+    """The change that a deployment makes, and the machine's state before it.
+
+    `committed` says that the commit may have begun.
+    """
 
     new: str
     profile: str
@@ -24,9 +27,10 @@ class Change:
 
 
 def restore_profile(change: Change, run: Run) -> bool:
-    """The undo of `set_profile`: back to the recorded generation. Whether anything had to be done.
+    """Undo `nix.set_profile`: back to the recorded generation; whether the profile had changed.
 
-    A profile that did not exist is removed again with the generation that was made. Raises CommandFailed or OSError.
+    A profile that did not exist is removed again, with its generation. Raises CommandFailed or
+    OSError.
     """
     if nix.target(change.profile) == change.previous_profile:
         return False

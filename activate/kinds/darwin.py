@@ -1,4 +1,4 @@
-"""nix-darwin: no boot loader, so the commit is the profile alone."""
+"""nix-darwin: it has no boot loader, so that the commit only sets the profile."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from activate.process import CommandFailed, Run
 NAME = "nix-darwin"
 NEEDS_PREVIOUS = True
 MAY_REMOVE_FILES = True
+MARKERS = ("darwin-version", "darwin-version.json")  # the name changed over the years
 profile_path = nixos.profile_path
 running_path = nixos.running_path
 judge = verdict.judge
 
 
 def detect(path: str) -> bool:
-    """Whether `path` is a nix-darwin system; the marker's name changed over the years."""
-    return any(
-        os.path.lexists(f"{path}/{marker}") for marker in ("darwin-version", "darwin-version.json")
-    )
+    """Whether `path` is a nix-darwin system."""
+    return any(os.path.lexists(f"{path}/{marker}") for marker in MARKERS)
 
 
 def activate(change: Change, run: Run) -> int:
@@ -30,12 +29,12 @@ def activate(change: Change, run: Run) -> int:
 
 
 def commit(change: Change, run: Run) -> None:
-    """Make the new system the profile's. Raises CommandFailed."""
+    """Set the profile to the new system. Raises CommandFailed."""
     nix.set_profile(change.profile, change.new, run)
 
 
 def rollback(change: Change, run: Run) -> list[str]:
-    """Undo `commit` where it began, then `activate`; what could not be restored, a sentence each."""
+    """Undo `commit` if it had begun, then `activate`; a message for each failure."""
     problems = []
     try:
         restore_profile(change, run)
@@ -44,9 +43,8 @@ def rollback(change: Change, run: Run) -> list[str]:
     try:
         status = run([f"{change.previous_running}/sw/bin/darwin-rebuild", "activate"])
         if status:
-            problems.append(
-                f"the activation of {change.previous_running} ended with status {status}"
-            )
+            activation = f"the activation of {change.previous_running}"
+            problems.append(f"{activation} ended with status {status}")
     except CommandFailed as error:
         problems.append(str(error))
     return problems

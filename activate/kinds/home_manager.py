@@ -1,4 +1,7 @@
-"""home-manager: a generation's own `activate` sets its profile early and `current-home` last, so there is no commit."""
+"""home-manager: a generation's own `activate` does everything, so that there is no commit.
+
+It sets its profile early, and the link `current-home` last.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import os
 from typing import Optional
 
 from activate import nix
+from activate.environment import state_home, user
 from activate.kinds import verdict
 from activate.kinds.change import Change
-from activate.process import CommandFailed, Run, checked, user, xdg
+from activate.process import CommandFailed, Run, checked
 
 NAME = "home-manager"
 NEEDS_PREVIOUS = True
@@ -22,23 +26,20 @@ def detect(path: str) -> bool:
 
 
 def profile_path(name: Optional[str]) -> str:
-    """Where the generation's own activation keeps its profile; a name given to the agent does not change it."""
-    own = os.path.join(xdg("XDG_STATE_HOME", ".local/state"), "nix", "profiles")
+    """The profile of the generation's own `activate`, which takes no name."""
+    own = os.path.join(state_home(), "nix", "profiles")
     shared = f"{nix.PROFILES}/per-user/{user()}"
-    return os.path.join(
-        shared if os.path.isdir(shared) and not os.path.isdir(own) else own, "home-manager"
-    )
+    directory = shared if os.path.isdir(shared) and not os.path.isdir(own) else own
+    return os.path.join(directory, "home-manager")
 
 
 def current_home() -> str:
     """The link that `activate` sets last."""
-    return os.path.join(
-        xdg("XDG_STATE_HOME", ".local/state"), "home-manager", "gcroots", "current-home"
-    )
+    return os.path.join(state_home(), "home-manager", "gcroots", "current-home")
 
 
 def running_path(profile: str) -> Optional[str]:
-    """The generation whose activation went through to its end last."""
+    """The last generation whose activation was complete."""
     return nix.target(current_home())
 
 
@@ -48,21 +49,19 @@ def activate(change: Change, run: Run) -> int:
 
 
 def commit(change: Change, run: Run) -> None:
-    """Nothing: `activate` has done it all."""
+    """Do nothing: `activate` has set the profile."""
 
 
 def rollback(change: Change, run: Run) -> list[str]:
-    """Undo `activate`; what could not be restored, a sentence each.
+    """Undo `activate`; a message for each failure.
 
-    `current-home` is pointed at the new generation first: where an activation broke off before it did that itself,
-    the previous one would see no change, leave the profile and the new files as they are, and say that all is well.
+    `current-home` is pointed at the new generation first. If an activation broke off before it did
+    that itself, the previous generation would see no change, and leave its profile and the new
+    files as they are.
     """
-    problems = []
     try:
-        checked(
-            run, ["nix-store", "--realise", change.new, "--add-root", current_home(), "--indirect"]
-        )
+        nix.add_roots([change.new], current_home(), run)
         checked(run, [f"{change.previous_running}/activate"])
     except CommandFailed as error:
-        problems.append(str(error))
-    return problems
+        return [str(error)]
+    return []

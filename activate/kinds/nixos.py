@@ -1,4 +1,7 @@
-"""NixOS: `test` first, the profile and the boot loader only after the checks, so that a lost machine boots what ran."""
+"""NixOS: `test` first, the profile and the boot loader only after the checks.
+
+So a machine that is lost in between boots the previous system.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,18 @@ def detect(path: str) -> bool:
 
 def profile_path(name: Optional[str]) -> str:
     """The system profile, or one of the named ones that the boot loader lists too."""
-    return (
-        f"{nix.PROFILES}/system"
-        if name in (None, "system")
-        else f"{nix.PROFILES}/system-profiles/{name}"
-    )
+    if name in (None, "system"):
+        return f"{nix.PROFILES}/system"
+    return f"{nix.PROFILES}/system-profiles/{name}"
 
 
 def running_path(profile: str) -> Optional[str]:
-    """The system that runs, whatever the profile says."""
+    """The system that runs; the profile may point at another one."""
     return nix.target("/run/current-system")
 
 
 def activate(change: Change, run: Run) -> int:
-    """Run the new system, without making it the one that boots."""
+    """Run the new system, but do not let it boot yet."""
     return nix.switch_to_configuration(change.new, "test", run)
 
 
@@ -65,27 +66,26 @@ def judge(status: int, new_runs: bool, output: str, policy: Policy) -> Verdict:
 
 
 def commit(change: Change, run: Run) -> None:
-    """Make the new system the profile's and the one that boots. Raises CommandFailed."""
+    """Set the profile to the new system, and let it boot. Raises CommandFailed."""
     nix.set_profile(change.profile, change.new, run)
     checked(run, [f"{change.new}/bin/switch-to-configuration", "boot"])
 
 
 def rollback(change: Change, run: Run) -> list[str]:
-    """Undo `commit` where it began, then `activate`; what could not be restored, a sentence each."""
+    """Undo `commit` if it had begun, then `activate`; a message for each failure."""
     problems = []
     try:
         restored = restore_profile(change, run)
-        boots = change.previous_profile or change.previous_running
-        if boots is not None and (restored or change.committed):
-            checked(run, [f"{boots}/bin/switch-to-configuration", "boot"])
+        previous = change.previous_profile or change.previous_running
+        if previous is not None and (restored or change.committed):
+            checked(run, [f"{previous}/bin/switch-to-configuration", "boot"])
     except (CommandFailed, OSError) as error:
         problems.append(f"the profile or the boot loader could not be restored ({error})")
     try:
         status = nix.switch_to_configuration(str(change.previous_running), "test", run)
         if status not in (0, 4):  # 4: the previous system runs, some of its units do not
-            problems.append(
-                f"the activation of {change.previous_running} ended with status {status}"
-            )
+            activation = f"the activation of {change.previous_running}"
+            problems.append(f"{activation} ended with status {status}")
     except CommandFailed as error:
         problems.append(str(error))
     return problems

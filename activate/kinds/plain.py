@@ -1,4 +1,4 @@
-"""A plain store path: setting the profile is all there is to activate."""
+"""A plain store path: its activation only sets the profile."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ judge = verdict.judge
 
 
 def detect(path: str) -> bool:
-    """Whatever is no other kind."""
+    """True: a path that is of no other kind is a plain path."""
     return True
 
 
 def profile_path(name: Optional[str]) -> str:
-    """The named profile; `system` where none is named."""
+    """The named profile, by default `system`."""
     return f"{nix.PROFILES}/{name or 'system'}"
 
 
 def running_path(profile: str) -> Optional[str]:
-    """What the profile points at is what runs."""
+    """The path that the profile points at."""
     return nix.target(profile)
 
 
@@ -37,11 +37,11 @@ def activate(change: Change, run: Run) -> int:
 
 
 def commit(change: Change, run: Run) -> None:
-    """Nothing: `activate` has done it all."""
+    """Do nothing: `activate` has set the profile."""
 
 
 def rollback(change: Change, run: Run) -> list[str]:
-    """Undo `activate`; what could not be restored, a sentence each."""
+    """Undo `activate`; a message for each failure."""
     try:
         restore_profile(change, run)
     except (CommandFailed, OSError) as error:

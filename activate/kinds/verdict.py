@@ -44,8 +44,8 @@ def failed_units(output: str) -> list[str]:
 
 
 def recovered(names: list[str], states: list[str]) -> bool:
-    """Whether each unit is fine by now, given its state from `systemctl is-active`.
+    """Whether all units have recovered, by their states from `systemctl is-active`.
 
-    A unit that restarts again and again is not.
+    A unit that restarts again and again has not.
     """
     return len(states) == len(names) > 0 and set(states) <= {"active", "inactive"}

@@ -1,1 +1,1 @@
-"""The switch process' side of a deployment: whatever changes the machine."""
+"""The switch process' side of a deployment: all steps that change the machine."""

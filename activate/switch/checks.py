@@ -8,26 +8,26 @@ import json
 import os
 import threading
 import time
-from typing import Callable, Optional
+from typing import Optional
 
 from activate import lock, machine
 from activate.kinds import verdict
+from activate.pipe import Reach
 from activate.process import CommandFailed, Error, Run, ask, say
 from activate.switch.progress import Progress
 
 ATTEMPT = 20.0  # seconds for one look at the workspace
 PAUSE = 1.0  # seconds between two looks
-Reach = Callable[[float], None]  # raises if the workspace can't be reached in so many seconds
 
 
 def run_script(script: Optional[str], run: Run) -> None:
-    """Run the rollback script, which checks the machine's health. Raises Error if it fails."""
+    """Run the rollback script, which checks that the machine works. Raises Error if it fails."""
     if script is not None and (status := run([script])):
         raise Error(f"the rollback script {script} ended with status {status}")
 
 
 def units_recovered(names: list[str], pause: float, stop: threading.Event, log: int) -> bool:
-    """Look at failed units once more after a pause: a restart may have brought them up."""
+    """Whether failed units have recovered after a pause, in which systemd may restart them."""
     say(log, f"some units failed, looking again in {pause:.0f} s: {' '.join(names)}")
     stop.wait(pause)
     with contextlib.suppress(CommandFailed):
@@ -49,6 +49,7 @@ def confirm(progress: Progress, reach: Reach, since: float) -> None:
 
 
 def _wait_for_workspace(progress: Progress, reach: Reach, deadline: float) -> None:
+    """Look at the workspace until it can be reached. Raises Error at the deadline."""
     timeout, problem = progress.policy.confirm_timeout, ""
     while not progress.stop.is_set():
         left = deadline - time.monotonic()
@@ -56,7 +57,7 @@ def _wait_for_workspace(progress: Progress, reach: Reach, deadline: float) -> No
             duration = f"{timeout:.0f} s after the activation"
             raise Error(f"the workspace could not be reached for {duration}: {problem}")
         last = problem
-        problem = _look(reach, min(ATTEMPT, timeout / 4, left))  # one lost look must not cost all
+        problem = _look(reach, min(ATTEMPT, timeout / 4, left))  # time for at least four looks
         if not problem:
             return
         if problem != last:
@@ -65,14 +66,14 @@ def _wait_for_workspace(progress: Progress, reach: Reach, deadline: float) -> No
 
 
 def _look(reach: Reach, timeout: float) -> str:
-    """Look once; the problem, if any. In a thread, because nothing can hurry a name look-up."""
+    """Look once; the problem, if any. In a thread, because a name look-up has no deadline."""
     problems: list[str] = []
 
     def look() -> None:
         try:
             reach(timeout)
             problems.append("")
-        except Exception as error:  # whatever is wrong with the network, the next look may succeed
+        except Exception as error:  # the network may have any problem, and recover from it
             problems.append(str(error) or type(error).__name__)
 
     thread = threading.Thread(target=look, name="reach", daemon=True)
@@ -82,22 +83,22 @@ def _look(reach: Reach, timeout: float) -> str:
 
 
 def _wait_for_agent(progress: Progress, since: float, deadline: float) -> None:
+    """Wait until an agent has registered. Raises Error at the deadline."""
     entry, boot, lost = progress.journal, machine.boot_id(), progress.agent.pid
-    state = os.path.dirname(os.path.dirname(entry.directory))
     say(progress.log, "the agent ended during the activation, waiting for one to register")
-    while not registered_since(state, since, boot, lost) and not progress.stop.is_set():
+    while not registered_since(entry.state, since, boot, lost) and not progress.stop.is_set():
         if time.monotonic() > deadline:
             if lock.held(lock.shared_path("agent", entry.record.agent)):
-                return  # by another program: Cachix's own agent leaves no other trace
+                return  # held by Cachix's own agent, which leaves no other trace
             timeout = f"{progress.policy.confirm_timeout:.0f} s"
             raise Error(f"no agent came back within {timeout} after the activation")
         progress.stop.wait(0.2)
 
 
 def registered_since(state: str, moment: float, boot: str, lost: int) -> bool:
-    """Whether an agent other than the lost one has registered after `moment`, in this boot.
+    """Whether an agent of this state directory has registered after `moment`, in this boot.
 
-    It must be one of this state directory.
+    `lost` is the PID of the agent that does not count.
     """
     for path in glob.glob(os.path.join(glob.escape(state), "registered-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

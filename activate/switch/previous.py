@@ -1,4 +1,4 @@
-"""The system that ran before: recorded and rooted before anything changes, restored by a rollback."""
+"""The previous system: recorded and rooted before anything changes, restored by a rollback."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 from typing import Any, Optional
 
-from activate import journal, kinds, nix
+from activate import history, journal, kinds, nix
 from activate.kinds.change import Change
 from activate.process import CommandFailed, Error, Run, ask, say
 
@@ -14,7 +14,7 @@ ROOT_TIMEOUT = 600.0  # seconds
 
 
 def change(record: journal.Record) -> Change:
-    """The change that a deployment makes, and what ran before."""
+    """The change that a deployment makes, with the machine's state before it."""
     return Change(
         new=record.store_path,
         profile=str(record.profile),
@@ -28,9 +28,9 @@ def change(record: journal.Record) -> Change:
 def facts(
     entry: journal.Journal, kind: kinds.Kind, profile: str, log: int, timeout: float
 ) -> dict[str, Any]:
-    """The journal's facts about what ran before, rooted. Raises Error if the kinds differ.
+    """The facts for the journal: kind, profile, and the previous paths, which get GC roots.
 
-    The machine lock is held.
+    Raises Error if the profile holds another kind. The caller holds the machine lock.
     """
     target = nix.target(profile)
     if target is not None and os.path.isdir(target) and kinds.detect(target) is not kind:
@@ -43,9 +43,9 @@ def facts(
         "previous_profile": target,
         "previous_generation": nix.generation(profile),
     }
-    unrestored = failed_rollback(entry, profile)
-    if unrestored is not None:
-        previous = {name: getattr(unrestored, name) for name in previous}
+    failed = failed_rollback(entry, profile)
+    if failed is not None:
+        previous = {name: getattr(failed, name) for name in previous}
     paths = (previous["previous_running"], previous["previous_profile"])
     add_roots([path for path in paths if path], entry, log, timeout)
     return {"kind": kind.NAME, "profile": profile, **previous}
@@ -54,9 +54,9 @@ def facts(
 def failed_rollback(entry: journal.Journal, profile: str) -> Optional[journal.Record]:
     """The last deployment of this profile if its rollback failed.
 
-    What ran before that one is still what to go back to.
+    Its previous system is then that of the next deployment too.
     """
-    for other in journal.newest_first(os.path.dirname(os.path.dirname(entry.directory))):
+    for other in history.newest_first(entry.state):
         if other.record.profile == profile and other.record.id != entry.record.id:
             return other.record if other.record.step == journal.ROLLBACK_FAILED else None
     return None
@@ -68,16 +68,15 @@ def add_roots(paths: list[str], entry: journal.Journal, log: int, timeout: float
     if not missing:
         return
     with contextlib.suppress(CommandFailed):
-        link = entry.path("previous")
-        argv = ["nix-store", "--realise", *missing, "--add-root", link, "--indirect"]
-        if ask(argv, min(ROOT_TIMEOUT, timeout))[0] == 0:
-            return
-    paths_text = " ".join(missing)
-    say(log, f"warning: no GC root for {paths_text}: once collected, there is no way back")
+        timeout = min(ROOT_TIMEOUT, timeout)
+        nix.add_roots(missing, entry.path("previous"), lambda argv: ask(argv, timeout)[0])
+        return
+    names = " ".join(missing)
+    say(log, f"warning: no GC root for {names}: a rollback fails once it has been collected")
 
 
 def foreign_deployment(change: Change, kind: kinds.Kind) -> str:
-    """A sentence if somebody else has deployed: what runs is neither new nor previous."""
+    """A message if somebody else has deployed, because neither new nor previous path runs."""
     runs = kind.running_path(change.profile) or nix.target(change.profile)
     if runs in (change.new, change.previous_running, change.previous_profile):
         return ""
@@ -85,7 +84,7 @@ def foreign_deployment(change: Change, kind: kinds.Kind) -> str:
 
 
 def nothing_to_undo(change: Change, kind: kinds.Kind) -> str:
-    """A sentence if the machine must be left as it is; empty if it must be rolled back."""
+    """A message if the machine must be left as it is; empty if it must be rolled back."""
     now = (kind.running_path(change.profile), nix.target(change.profile))
     same = now == (change.previous_running, change.previous_profile) == (change.new, change.new)
     if same:
@@ -94,12 +93,12 @@ def nothing_to_undo(change: Change, kind: kinds.Kind) -> str:
 
 
 def can_restore(change: Change, kind: kinds.Kind) -> bool:
-    """Whether there is something to go back to; for a plain path that may be no profile at all."""
+    """Whether there is a previous system, or the kind can go back to no profile at all."""
     return change.previous_running is not None or not kind.NEEDS_PREVIOUS
 
 
 def restore(change: Change, kind: kinds.Kind, run: Run) -> list[str]:
-    """Roll back, and look at the result; a sentence for each thing that was not restored."""
+    """Roll back, and check the result; a message for each thing that was not restored."""
     if not can_restore(change, kind):
         return ["there is no previous system to go back to"]
     try:
@@ -109,7 +108,7 @@ def restore(change: Change, kind: kinds.Kind, run: Run) -> list[str]:
 
 
 def differences(change: Change, kind: kinds.Kind) -> list[str]:
-    """A sentence for each thing that is not as it was before."""
+    """A message for each thing that differs from the state before."""
     running, profile = kind.running_path(change.profile), nix.target(change.profile)
     problems = []
     if running != change.previous_running:

@@ -12,19 +12,17 @@ from activate.kinds.verdict import Policy
 from activate.pipe import SwitchEnd
 from activate.process import Error, run, say
 
-EFFECTS = (journal.ACTIVATING, journal.COMMITTING, journal.ROLLING_BACK)
-
 
 class Stopping(BaseException):
-    """The system stops, or this process is asked to: no further step. An event, not a mistake."""
+    """The system or this process is being stopped: no further step. Not an error."""
 
 
 class Withdrawn(Exception):
-    """Nothing was changed, and nothing is to be: the agent has ended, or says so."""
+    """Nothing was changed, and nothing must be: the agent has ended, or refuses."""
 
 
 class Progress:
-    """One deployment's way through the journal, by the holder of the machine lock."""
+    """One deployment's way from step to step, under the machine lock."""
 
     machine_lock: lock.Lock
 
@@ -33,10 +31,10 @@ class Progress:
         self.stop = threading.Event()
 
     def lock_machine(self, profile: str, wanted: Callable[[], bool] = lambda: True) -> None:
-        """Take the lock of the machine's profile, and end what its last holder left running.
+        """Lock the profile, and end a command that the last holder of the lock left running.
 
-        It is held as long as this process lives. Raises Error or OSError; Withdrawn on SIGTERM, or
-        once the deployment is not `wanted` any more.
+        The lock is held as long as this process lives. Raises Error or OSError; Withdrawn on
+        SIGTERM, or when the deployment is not `wanted` any more.
         """
         os.makedirs(os.path.dirname(profile), mode=0o755, exist_ok=True)
         path, timeout = lock.machine_path(profile), lock.DEPLOYMENT_TIMEOUT
@@ -55,8 +53,8 @@ class Progress:
     def run(self, argv: list[str]) -> int:
         """Run a command that changes the machine, and return its exit status.
 
-        Its PID is noted in the lock file, so that a successor can stop it if we die. Raises Stopping
-        before it; recovery repeats the step.
+        Its PID is noted in the lock file, so that a successor can stop it if we die. Raises
+        Stopping instead, if it is too late for commands: recovery repeats the step.
         """
         self.check_stopping()
         fd, timeout = self.machine_lock.fd, self.policy.activation_timeout
@@ -66,20 +64,20 @@ class Progress:
             leftovers.clear(fd)
 
     def enter_rollback(self, **facts: Any) -> None:
-        """Enter `rolling-back`. A full disk must not leave the machine as it is."""
+        """Enter `rolling-back`. A full disk must not prevent the rollback."""
         self.check_stopping(journal.ROLLING_BACK)
         with contextlib.suppress(OSError):
             self.journal.enter(journal.ROLLING_BACK, **facts)
 
     def enter(self, step: str, **facts: Any) -> None:
-        """Go on to `step`: effects so far become durable, then the step, then it may have effects."""
+        """Make all effects so far durable, then record that `step` is starting."""
         self.check_stopping(step)
         self.sync()
         self.journal.enter(step, **facts)
         self.agent.report(step)
 
     def finish(self, step: str, reason: Optional[str] = None) -> None:
-        """Write the end. The log ends here too, whatever a service may still write into it."""
+        """Record the end. The log ends here too, even if a service goes on writing into it."""
         try:
             with contextlib.suppress(*([] if step == journal.SUCCEEDED else [Error])):
                 self.sync()
@@ -92,10 +90,10 @@ class Progress:
 
     def check_stopping(self, step: str = "") -> None:
         """Raise Stopping if there must be no further step."""
-        if self.stop.is_set() or (step in EFFECTS and machine.is_stopping()):
+        if self.stop.is_set() or (step in journal.EFFECTS and machine.is_stopping()):
             raise Stopping
 
     def sync(self) -> None:
-        """Make effects durable. Raises Error past the deadline."""
+        """Make all effects durable. Raises Error if that takes too long."""
         profile = os.path.dirname(str(self.journal.record.profile))
         files.sync([nix.STORE, profile, self.journal.directory])

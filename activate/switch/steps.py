@@ -1,7 +1,7 @@
 """The steps of a deployment, from `activating` on: activate, check, commit or roll back.
 
-This process does not depend on the agent that started it. It ends early only by SIGTERM, or when
-the system stops; the step on disk then stands.
+This process does not depend on the agent that started it. Only SIGTERM and a shutdown end it early;
+recovery then goes on from the step on disk.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Callable
 from activate import journal, kinds, logfile, machine, recovery
 from activate.kinds import verdict
 from activate.kinds.change import Change
-from activate.pipe import BEGIN
+from activate.pipe import BEGIN, Reach
 from activate.process import Error, say
 from activate.switch import checks, previous
 from activate.switch.progress import Progress, Withdrawn
 
-BEGIN_TIMEOUT = 30.0  # seconds for the agent's last look, which takes much less
+BEGIN_TIMEOUT = 30.0  # seconds for the agent's answer, which takes much less
 
 
 class Untouched(Error):
@@ -31,24 +31,24 @@ class Switch:
 
     kind: kinds.Kind
 
-    def __init__(self, progress: Progress, reach: checks.Reach, load: Callable[[], None]) -> None:
-        """`reach` looks at the workspace; `load` reads the files that this needs."""
+    def __init__(self, progress: Progress, reach: Reach, load: Callable[[], None]) -> None:
+        """`reach` looks at the workspace; `load` loads all that it needs."""
         self.progress, self.reach, self.load = progress, reach, load
         self.log, self.policy, self.run = progress.log, progress.policy, progress.run
         self.began = time.time()
 
     @property
     def record(self) -> journal.Record:
-        """The journal's facts."""
+        """The content of the journal."""
         return self.progress.journal.record
 
     @property
     def change(self) -> Change:
-        """The change of the machine, and what ran before."""
+        """The change of the machine, with the state before it."""
         return previous.change(self.record)
 
     def perform(self, action: str = recovery.START) -> None:
-        """Take the deployment to its end, from the start or as recovery decided. Raises Stopping."""
+        """Lead the deployment to its end, by recovery's decision. Raises Stopping."""
         try:
             if action == recovery.START:
                 self.begin()
@@ -59,7 +59,7 @@ class Switch:
             return
         except (Error, OSError) as error:
             say(self.log, str(error))
-            if action == recovery.START:  # otherwise the machine has been changed: try again later
+            if action == recovery.START:  # else the machine has been changed, and the agent retries
                 self.progress.finish(journal.FAILED, str(error))
             return
         try:
@@ -76,9 +76,9 @@ class Switch:
             self.roll_back(str(error))
 
     def begin(self) -> None:
-        """Lock the machine, record what runs, and enter `activating`.
+        """Lock the machine, record the previous system, and enter `activating`.
 
-        Raises Error if nothing was changed, Withdrawn if the agent does not want it any more.
+        Raises Error or OSError, before anything is changed; Withdrawn if the agent refuses.
         """
         record, timeout = self.record, self.policy.activation_timeout
         self.kind = kinds.detect(record.store_path)
@@ -100,7 +100,7 @@ class Switch:
         self.progress.lock_machine(str(self.record.profile))
 
     def forward(self, activate_first: bool) -> None:
-        """Activate, check, commit. Raises whatever goes wrong."""
+        """Activate, check, commit. Raises an exception for whatever fails."""
         note = ""
         if activate_first:
             decision = self.activate()
@@ -118,7 +118,7 @@ class Switch:
         self.began = time.time()
         start = os.fstat(self.log).st_size
         status = self.kind.activate(self.change, self.run)
-        output = logfile.tail(self.log, start)
+        output = logfile.read_since(self.log, start)
         new_runs = self.kind.running_path(self.change.profile) == self.change.new
         decision = self.kind.judge(status, new_runs, output, self.policy)
         if decision.move == verdict.RECHECK:
@@ -132,7 +132,7 @@ class Switch:
         return decision
 
     def check(self) -> None:
-        """Check the new system. Raises Error unless it is fine."""
+        """Check the new system. Raises Error if a check fails."""
         self.progress.enter(journal.CHECKING)
         checks.run_script(self.record.rollback_script, self.run)
         checks.confirm(self.progress, self.reach, self.began)
@@ -140,12 +140,12 @@ class Switch:
             raise Untouched(foreign)
 
     def roll_back(self, reason: str) -> None:
-        """Restore what ran before, with no more than what is on this machine."""
+        """Restore the previous system, without the network."""
         change = self.change
         self.progress.check_stopping(journal.ROLLING_BACK)
-        untouched = previous.nothing_to_undo(change, self.kind)
-        if untouched:
-            self.progress.finish(journal.FAILED, f"{reason}; {untouched}")
+        obstacle = previous.nothing_to_undo(change, self.kind)
+        if obstacle:
+            self.progress.finish(journal.FAILED, f"{reason}; {obstacle}")
             return
         if self.record.step != journal.ROLLING_BACK:
             self.progress.enter_rollback(attempts=1, reason=reason)
@@ -153,24 +153,20 @@ class Switch:
         say(self.log, f"rolling back: {reason}")
         problems = self.restore()
         if problems:
-            self.progress.check_stopping(
-                journal.ROLLING_BACK
-            )  # a stopping system ends commands: no verdict
-            why = f"{reason}; the rollback failed: {'; '.join(problems)}"
-            self.progress.finish(journal.ROLLBACK_FAILED, why)
+            # a shutdown ends commands, so that their failure says nothing
+            self.progress.check_stopping(journal.ROLLING_BACK)
+            failure = f"the rollback failed: {'; '.join(problems)}"
+            self.progress.finish(journal.ROLLBACK_FAILED, f"{reason}; {failure}")
         else:
             restored = change.previous_running or "no profile, as before"
             self.progress.finish(journal.ROLLED_BACK, f"{reason}; rolled back to {restored}")
 
     def restore(self) -> list[str]:
-        """Try to roll back, a few times; a sentence for each thing that could not be restored."""
+        """Roll back, with retries; a message for each thing that was not restored."""
         change = self.change
+        can_retry = previous.can_restore(change, self.kind)
         problems = previous.restore(change, self.kind, self.run)
-        while (
-            problems
-            and previous.can_restore(change, self.kind)
-            and self.record.attempts < recovery.ATTEMPTS
-        ):
+        while problems and can_retry and self.record.attempts < recovery.ATTEMPTS:
             say(self.log, f"the rollback failed, trying again: {'; '.join(problems)}")
             self.progress.enter_rollback(attempts=self.record.attempts + 1)
             problems = previous.restore(change, self.kind, self.run)
