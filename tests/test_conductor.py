@@ -1,0 +1,131 @@
+"""The agent's side of a deployment without an agent: the end of an attempt, and the pipe."""
+
+import contextlib
+import io
+import os
+import threading
+
+import pytest
+
+from activate import journal, pipe
+from activate.agent import conductor
+from activate.agent.attempt import Attempt
+from activate.agent.hooks import AgentHooks
+from activate.process import Error
+
+NEW = "/nix/store/" + "a" * 32 + "-new"
+
+
+@pytest.fixture
+def entry(tmp_path, monkeypatch):
+    """The journal of a new deployment; locks are in the test's own directory, too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    record = journal.Record(id="id", index=1, agent="a", host="http://h", store_path=NEW)
+    return journal.Journal(str(tmp_path / "deployments/id"), record)
+
+
+@pytest.fixture
+def hooks():
+    return AgentHooks(
+        config={},
+        switch_command=[],
+        scope_timeout=1.0,
+        download_timeout=1.0,
+        stop=threading.Event(),
+        source=contextlib.nullcontext,
+        still_wanted=lambda entry: None,
+        changed=lambda: None,
+        measured=lambda entry, size: None,
+        tell=lambda message: None,
+        reach=lambda timeout: None,
+    )
+
+
+@pytest.mark.promise(6, 7)
+@pytest.mark.parametrize("exits", [True, False])
+def test_an_attempt_is_kept_until_its_end_is_written(entry, hooks, monkeypatch, exits):
+    """An agent that exits waits for that: else an exit counts as an attempt, or an end is lost."""
+    leader = conductor.Conductor(hooks)
+    steps = []
+
+    def run(attempt, action, taken):
+        if exits:
+            hooks.stop.set()
+        raise Error("the download failed")
+
+    def enter(self, step, **facts):
+        steps.append((step, self.record.attempts, leader.attempt is not None))
+        write(self, step, **facts)
+
+    write = journal.Journal.enter
+    monkeypatch.setattr(Attempt, "run", run)
+    monkeypatch.setattr(journal.Journal, "enter", enter)
+    leader.settle(entry)
+    counted = (journal.RECEIVED, 0, False)
+    last = journal.RECEIVED if exits else journal.FAILED
+    assert steps == [counted, (last, 1, True)]
+    assert entry.record.attempts == (0 if exits else 1)
+    assert leader.attempt is None and not conductor.is_busy("a")
+
+
+@pytest.fixture
+def ends():
+    """Both ends of a pipe."""
+    to_switch, to_agent = os.pipe(), os.pipe()
+    agent = pipe.AgentEnd(io.FileIO(to_agent[0]), io.FileIO(to_switch[1], "w"))
+    switch = pipe.SwitchEnd(io.FileIO(to_switch[0]), io.FileIO(to_agent[1], "w"))
+    yield agent, switch
+    for file in (agent.source, agent.sink, switch.source, switch.sink):
+        file.close()
+
+
+def test_the_words_on_the_pipe(ends, entry):
+    agent, switch = ends
+    agent.configure({"token": "t"})
+    assert switch.wait_for_config() == {"token": "t"}
+    switch.report(pipe.READY)
+    assert agent.is_ready(1)
+    agent.go("deploy", entry.record)
+    assert switch.wait_for_go() == ("deploy", entry.record)
+    switch.report(journal.FAILED, "two\nlines")
+    assert agent.listen(1) == pipe.Entered(journal.FAILED, "two lines")
+    assert agent.listen(0) is None and not agent.at_end
+
+
+def test_questions_on_the_pipe(ends):
+    agent, switch = ends
+
+    def answer():
+        for problem in ("no route", ""):
+            agent.answer(agent.listen(10), problem)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    assert switch.ask(f"{pipe.LOOK} 2.5", 10) == "no route"
+    assert switch.ask(pipe.BEGIN, 10) == ""
+    thread.join()
+    with pytest.raises(Error, match="did not answer within 0 s"):
+        switch.ask(pipe.BEGIN, 0.1)
+    agent.say_goodbye()
+    agent.sink.close()
+    assert switch.ask(pipe.BEGIN, 10) is None and not switch.is_alive() and not switch.was_lost()
+
+
+def test_an_agent_that_ends_without_a_goodbye_was_lost(ends):
+    agent, switch = ends
+    agent.answer(pipe.Question("1", pipe.BEGIN, 0.0), "too late")
+    agent.sink.close()
+    assert switch.was_lost()
+    agent.say_goodbye()
+    with pytest.raises(OSError):
+        agent.send("anything")
+
+
+@pytest.mark.parametrize("reason", ["ä" * 9999, "\udcff" * 9999, "x\ty\r\n\n" * 9999, ""])
+def test_a_reason_of_any_length_arrives_as_one_line(ends, reason):
+    agent, switch = ends
+    switch.report(journal.FAILED, reason)
+    message = agent.listen(1)
+    assert message.step == journal.FAILED and len(message.reason) <= pipe.LINE_BYTES
+    assert bool(message.reason) == bool(reason) and "\ufffd" not in message.reason
+    assert agent.listen(0) is None
