@@ -1,4 +1,4 @@
-"""The decisions: what an activation's end means, and what recovery does, each a table over a pure function."""
+"""The decisions, each a table over a pure function: after an activation, and by recovery."""
 
 import dataclasses
 import itertools
@@ -7,18 +7,17 @@ import resource
 
 import pytest
 
-from activate import journal, kinds, logfile, recovery
+from activate import history, journal, kinds, recovery
 from activate.kinds import verdict
+from cachix_reports import KEPT_JOURNALS, Reported, prune
 
 NEW, OLD, OLDER, OTHER = ("/nix/store/" + letter * 32 + "-s" for letter in "abcd")
-ROLLBACK, TOLERATE = (
-    verdict.Policy(),
-    verdict.Policy(on_unit_failure="tolerate", on_reboot_needed="boot"),
-)
+ROLLBACK = verdict.Policy()
+TOLERATE = verdict.Policy(on_unit_failure="tolerate", on_reboot_needed="boot")
 
 
 @pytest.mark.parametrize(
-    ("kind", "status", "new_runs", "said", "settings", "move"),
+    ("kind", "status", "new_runs", "output", "policy", "move"),
     [
         ("NixOS", 0, True, "", ROLLBACK, verdict.GO),
         ("NixOS", 0, False, "", ROLLBACK, verdict.UNDO),
@@ -39,15 +38,15 @@ ROLLBACK, TOLERATE = (
         ("plain path", 100, False, "", TOLERATE, verdict.UNDO),
     ],
 )
-def test_judge(kind, status, new_runs, said, settings, move):
-    made = kinds.find(kind).judge(status, new_runs, said, settings)
-    assert made.move == move
-    assert (made.reason == "") == (move == verdict.GO and status == 0)
+def test_judge(kind, status, new_runs, output, policy, move):
+    decision = kinds.find(kind).judge(status, new_runs, output, policy)
+    assert decision.move == move
+    assert (decision.reason == "") == (move == verdict.GO and status == 0)
 
 
 def test_failed_units_and_their_recovery():
-    said = "starting...\nwarning: the following units failed: a.service, b.service\nmore\n"
-    assert verdict.failed_units(said) == ["a.service", "b.service"]
+    output = "starting...\nwarning: the following units failed: a.service, b.service\nmore\n"
+    assert verdict.failed_units(output) == ["a.service", "b.service"]
     assert verdict.recovered(["a", "b"], ["active", "inactive"])
     assert not verdict.recovered(["a", "b"], ["active", "activating"])
     assert not verdict.recovered(["a", "b"], ["active", "failed"])
@@ -56,18 +55,25 @@ def test_failed_units_and_their_recovery():
 
 
 def record(step, attempts=0, previous=OLD, boot_id=""):
-    older = None if previous is None else OLDER
     return journal.Record(
-        "id", 1, "agent", "http://h", NEW, step=step, attempts=attempts, previous_running=previous,
-        previous_profile=older, boot_id=boot_id,
-    )  # fmt: skip
+        id="id",
+        index=1,
+        agent="agent",
+        host="http://h",
+        store_path=NEW,
+        previous_running=previous,
+        previous_profile=None if previous is None else OLDER,
+        boot_id=boot_id,
+        step=step,
+        attempts=attempts,
+    )
 
 
 PATHS = [NEW, OLD, OLDER, OTHER, None]
 
 
 def expected(step, attempts, holder, running, target):
-    """The table of design.md, section 5, in words of its own: what to do, and the step to end with."""
+    """The table of design.md, section 5, written once more: the action, and the step of an end."""
     if holder == "id":
         return recovery.ADOPT, ""
     if step in journal.FINAL:
@@ -92,33 +98,28 @@ def test_next_action_over_the_whole_product(step):
     ):
         facts = recovery.Facts(holder, boot, running, target)
         action = recovery.next_action(record(step, attempts, boot_id="this"), facts)
-        assert (action.do, action.step) == expected(step, attempts, holder, running, target), (
-            facts,
-            attempts,
-        )
+        right = expected(step, attempts, holder, running, target)
+        assert (action.do, action.step) == right, (facts, attempts)
         if action.do in (recovery.END, recovery.ROLL_BACK, recovery.COMMIT, recovery.ACTIVATE):
             assert action.reason
         if action.do in (recovery.COMMIT, recovery.ACTIVATE, recovery.ROLL_BACK):
             assert ("the machine restarted" in action.reason) == (boot != "this")
 
 
-def test_why_it_is_rolled_back_is_not_forgotten():
-    begun = dataclasses.replace(record(journal.ROLLING_BACK, 1), reason="the script failed")
-    assert (
-        recovery.next_action(begun, recovery.Facts(None, "", NEW, NEW)).reason
-        == "the script failed"
-    )
+def test_the_reason_of_a_rollback_is_not_forgotten():
+    interrupted = dataclasses.replace(record(journal.ROLLING_BACK, 1), reason="the script failed")
+    action = recovery.next_action(interrupted, recovery.Facts(None, "", NEW, NEW))
+    assert action.reason == "the script failed"
 
 
 def test_a_first_profile_may_run_nothing():
-    """Without a previous path, nothing running is what ran before."""
-    action = recovery.next_action(
-        record(journal.ACTIVATING, previous=None), recovery.Facts(None, None, None)
-    )
+    """Without a previous path, "nothing runs" is the previous state."""
+    first = record(journal.ACTIVATING, previous=None)
+    action = recovery.next_action(first, recovery.Facts(None, None, None))
     assert action.do == recovery.ROLL_BACK
 
 
-def test_the_first_time_in_a_step_begins_its_attempts_anew(tmp_path):
+def test_the_first_time_in_a_step_starts_a_new_count_of_attempts(tmp_path):
     entry = journal.Journal(str(tmp_path / "d"), record(journal.RECEIVED, attempts=2))
     entry.enter(journal.DOWNLOADING)
     assert entry.record.attempts == 2
@@ -128,15 +129,13 @@ def test_the_first_time_in_a_step_begins_its_attempts_anew(tmp_path):
     entry.enter(journal.COMMITTING, attempts=1)
     entry.enter(journal.CHECKING)
     entry.enter(journal.COMMITTING)
-    assert entry.record.attempts == 1, (
-        "a commit before which the machine restarts again and again must come to an end"
-    )
+    assert entry.record.attempts == 1, "a commit that is checked again each time must have a limit"
     assert entry.record.revision == 6
 
 
 @pytest.mark.promise(12)
-def test_what_could_not_be_written_is_not_forgotten(tmp_path):
-    """The disk has an older word than the process that could not write."""
+def test_facts_that_could_not_be_written_are_not_forgotten(tmp_path):
+    """The journal on disk is older than that of the process which could not write."""
     entry = journal.Journal(str(tmp_path / "d"), record(journal.ACTIVATING))
     entry.enter(journal.ACTIVATING)
     (tmp_path / "d/journal.json.new").mkdir()
@@ -153,13 +152,12 @@ def test_what_could_not_be_written_is_not_forgotten(tmp_path):
 
 @pytest.mark.promise(8)
 def test_the_journal_of_the_first_version_is_read(tmp_path):
-    (tmp_path / "journal.json").write_text(
-        '{"id":"i","index":1,"agent":"a","host":"h","store_path":"p","step":"activating","kind":"NixOS"}'
-    )
-    found = journal.load(str(tmp_path)).record
-    assert (found.step, found.kind, found.attempts, found.revision, found.previous_running) == (
-        journal.ACTIVATING, "NixOS", 0, 0, None,
-    )  # fmt: skip
+    values = {"id": "i", "index": 1, "agent": "a", "host": "h", "store_path": "p"}
+    values.update({"step": "activating", "kind": "NixOS"})
+    (tmp_path / "journal.json").write_text(json.dumps(values))
+    old = journal.load(str(tmp_path)).record
+    assert (old.step, old.kind) == (journal.ACTIVATING, "NixOS")
+    assert (old.attempts, old.revision, old.previous_running) == (0, 0, None)
 
 
 @pytest.mark.promise(8)
@@ -169,9 +167,9 @@ def test_journal_keeps_unknown_keys_and_reads_a_newer_version(tmp_path):
     path = tmp_path / "d" / "journal.json"
     text = path.read_text().replace('"version": 1', '"version": 9, "moon": [1]')
     path.write_text(text)
-    found = journal.load(str(tmp_path / "d"))
-    assert found.record.version == 9
-    found.enter(journal.ACTIVATING)
+    newer = journal.load(str(tmp_path / "d"))
+    assert newer.record.version == 9
+    newer.enter(journal.ACTIVATING)
     assert '"moon": [\n' in path.read_text() and '"version": 9' in path.read_text()
 
 
@@ -185,7 +183,7 @@ def test_journal_is_readable_or_set_aside_whatever_its_bytes(tmp_path):
         with pytest.raises(journal.Unreadable):
             journal.load(str(tmp_path / "d"))
         assert not (tmp_path / "d" / "journal.json").exists()
-    assert journal.load_all(str(tmp_path))[0] == []
+    assert history.load_all(str(tmp_path))[0] == []
 
 
 NEARLY = b'{"id":"a","index":1,"agent":"a","host":"h","store_path":"p",'
@@ -201,12 +199,12 @@ NEARLY = b'{"id":"a","index":1,"agent":"a","host":"h","store_path":"p",'
 def test_journal_of_garbage_is_set_aside(tmp_path, text):
     (tmp_path / "deployments/x").mkdir(parents=True)
     (tmp_path / "deployments/x/journal.json").write_bytes(text)
-    journals, problems = journal.load_all(str(tmp_path))
+    journals, problems = history.load_all(str(tmp_path))
     assert journals == [] and len(problems) == 1 and "was set aside" in problems[0]
 
 
 @pytest.mark.promise(12)
-def test_a_journal_that_can_not_be_looked_at_now_stays(tmp_path, monkeypatch):
+def test_a_journal_that_can_not_be_opened_stays(tmp_path, monkeypatch):
     entry = journal.Journal(str(tmp_path / "d"), record(journal.CHECKING))
     entry.enter(journal.CHECKING)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -217,37 +215,34 @@ def test_a_journal_that_can_not_be_looked_at_now_stays(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     assert journal.load(str(tmp_path / "d")).record.step == journal.CHECKING
-    assert not journal.was_set_aside(str(tmp_path / "d"))
+    assert not history.was_set_aside(str(tmp_path / "d"))
 
 
 @pytest.mark.promise(12)
 @pytest.mark.parametrize("instead", ["directory", "zeros"])
-def test_what_stands_in_place_of_a_journal_is_set_aside(tmp_path, instead):
+def test_anything_in_the_place_of_a_journal_is_set_aside(tmp_path, instead):
     if instead == "directory":
         (tmp_path / "journal.json").mkdir()
     else:
         (tmp_path / "journal.json").write_bytes(b"\0" * 900)
     with pytest.raises(journal.Unreadable, match="was set aside"):
         journal.load(str(tmp_path))
-    assert journal.load(str(tmp_path)) is None and journal.was_set_aside(str(tmp_path))
+    assert journal.load(str(tmp_path)) is None and history.was_set_aside(str(tmp_path))
 
 
 def test_old_deployments_are_pruned_once_they_are_reported(tmp_path):
     for number in range(25):
-        begun = dataclasses.replace(record(journal.RECEIVED), times={journal.RECEIVED: number})
-        entry = journal.Journal(str(tmp_path / f"deployments/{number:02}"), begun)
+        received = dataclasses.replace(record(journal.RECEIVED), times={journal.RECEIVED: number})
+        entry = journal.Journal(str(tmp_path / f"deployments/{number:02}"), received)
         entry.enter(journal.SUCCEEDED)
-        whole = logfile.Reported(logged=number != 3, ended=True)
-        (tmp_path / f"deployments/{number:02}/reported.json").write_text(
-            json.dumps(dataclasses.asdict(whole))
-        )
-    logfile.prune(str(tmp_path))
-    left = sorted(path.name for path in (tmp_path / "deployments").iterdir())
-    assert left == ["03", *(f"{number:02}" for number in range(5, 25))]
+        reported = dataclasses.asdict(Reported(logged=number != 3, ended=True))
+        (tmp_path / f"deployments/{number:02}/reported.json").write_text(json.dumps(reported))
+    prune(str(tmp_path))
+    names = sorted(path.name for path in (tmp_path / "deployments").iterdir())
+    assert names == ["03", *(f"{number:02}" for number in range(25 - KEPT_JOURNALS, 25))]
 
 
 def test_record_is_the_journal_byte_for_byte(tmp_path):
-    first = dataclasses.replace(
-        record(journal.READY), rooted=(NEW, OLD), times={journal.READY: 12.5}
-    )
+    times = {journal.READY: 12.5}
+    first = dataclasses.replace(record(journal.READY), rooted=(NEW, OLD), times=times)
     assert journal.Record.from_json(first.to_json()) == first

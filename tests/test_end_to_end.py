@@ -1,4 +1,4 @@
-"""Deployments from the order to the machine: a real agent, a real workspace, real Nix, real stores."""
+"""Deployments from the order to the machine, with a real agent, workspace, Nix and store."""
 
 import json
 import os
@@ -15,6 +15,8 @@ from hosts import SYSTEM, command, wait_until
 SUCCESS, FAILURE = "Successfully activated the deployment.", "Failed to activate the deployment."
 WAITS = json.dumps({"unit_recheck": 0.2, "backoff": 0.1, "slowest": 0.5})
 UNITS = "echo 'warning: the following units failed:"
+LOADER = "Failed to install bootloader"
+HANG, HANG_TRAPPED = closures.hang(), closures.hang(trap=True)
 FAST = {"env": {"CACHIX_DEPLOY_WAITS": WAITS}}
 
 
@@ -23,20 +25,22 @@ def last_line(outcome):
 
 
 def wrapper(host, program, script):
-    """Put a shell script in front of a program in PATH (`$real`); the environment to start the agent with."""
+    """Put a shell script in front of a program, which is `$real` in it.
+
+    Returns the environment to start the agent with.
+    """
     directory = host.directory / "wrappers"
     directory.mkdir(exist_ok=True)
     real = shutil.which(program)
-    (directory / program).write_text(
-        f'#!/bin/sh\nreal={real}\n{textwrap.dedent(script)}\nexec "$real" "$@"\n'
-    )
+    text = f'#!/bin/sh\nreal={real}\n{textwrap.dedent(script)}\nexec "$real" "$@"\n'
+    (directory / program).write_text(text)
     (directory / program).chmod(0o755)
     return {"PATH": f"{directory}:{host.environment['PATH']}", "CACHIX_DEPLOY_WAITS": WAITS}
 
 
 @pytest.fixture
 def nixos_machine(make_machine):
-    """A machine that runs NixOS version 1 already, deployed by its agent."""
+    """A machine whose agent has deployed a NixOS system, and that system."""
 
     def make(*args, **kw):
         machine = make_machine(*args, **{**FAST, **kw})
@@ -47,32 +51,29 @@ def nixos_machine(make_machine):
     return make
 
 
-# --- success ---------------------------------------------------------------------------------------------------------
+# --- success --------------------------------------------------------------------------------------
 
 
 def test_nixos_runs_is_checked_and_then_boots(make_machine):
     machine = make_machine()
     system = closures.nixos(machine.files, 1)
-    script = closures.script(machine.files, "ok", "echo all is well")
+    script = closures.script(machine.files, "ok", "echo healthy")
     outcome = machine.deploy(system, script)
     assert (outcome.status, outcome.step, outcome.reason) == ("Succeeded", "succeeded", None)
-    assert machine.host.record() == [
-        ("test", system),
-        ("rollback-script", script),
-        ("boot", system),
-    ]
+    calls = [("test", system), ("rollback-script", script), ("boot", system)]
+    assert machine.host.record() == calls
     assert machine.host.running() == machine.host.profile() == machine.host.boot_default() == system
     lines = outcome.log.splitlines()
     assert lines[-1] == SUCCESS and lines.count(SUCCESS) == 1
-    said = [line for line in lines if line.startswith("$ ")]
-    assert said[0].startswith(f"$ nix-store --realise {system} {script} --add-root ")
-    assert said[1:] == [
+    commands = [line for line in lines if line.startswith("$ ")]
+    assert commands[0].startswith(f"$ nix-store --realise {system} {script} --add-root ")
+    assert commands[1:] == [
         f"$ {system}/bin/switch-to-configuration test",
         f"$ {script}",
         f"$ nix-env --profile {SYSTEM} --set {system}",
         f"$ {system}/bin/switch-to-configuration boot",
     ]
-    assert lines.index("activating the configuration...") == lines.index(said[1]) + 1
+    assert lines.index("activating the configuration...") == lines.index(commands[1]) + 1
     assert any(line.startswith("copying path") for line in lines)
     assert "to download: 6 paths, less than 10 KiB, less than 10 KiB unpacked" in lines
     assert re.search(r"^6 of 6 paths, .* of less than 10 KiB after [\d.]+ s$", outcome.log, re.M)
@@ -84,11 +85,8 @@ def test_nixos_with_an_explicit_profile_boots_too(make_machine):
     system = closures.nixos(machine.files, "spare")
     outcome = machine.deploy(system)
     assert outcome.status == "Succeeded"
-    assert (
-        machine.host.profile("/nix/var/nix/profiles/system-profiles/spare")
-        == system
-        == machine.host.boot_default()
-    )
+    profile = "/nix/var/nix/profiles/system-profiles/spare"
+    assert machine.host.profile(profile) == machine.host.boot_default() == system
     assert machine.host.profile() is None
 
 
@@ -130,7 +128,7 @@ def test_home_manager(make_machine):
     assert (host.directory / "home" / ".managed").read_text() == "version 2\n"
 
 
-# --- what can't be downloaded ----------------------------------------------------------------------------------------
+# --- downloads that fail --------------------------------------------------------------------------
 
 
 def assert_untouched(machine, outcome, reason):
@@ -143,9 +141,8 @@ def assert_untouched(machine, outcome, reason):
 def test_not_in_the_cache(machine):
     path = closures.nixos(machine.files, "never-pushed")
     outcome = machine.deploy(path, push=False)
-    assert_untouched(
-        machine, outcome, f"{path} is not in http://.*/cache/main: push it there first"
-    )
+    reason = f"{path} is not in http://.*/cache/main: push it there first"
+    assert_untouched(machine, outcome, reason)
     assert "don't know how to build these paths" in outcome.reason  # the last lines of Nix's output
 
 
@@ -155,34 +152,36 @@ def test_not_in_the_cache(machine):
     [
         ("unsigned", "the signature of {path} is by none of the keys .*main.127.0.0.1-1:"),
         ("wrong-key", "the signature of {path} is by none of the keys .*main.127.0.0.1-1:"),
-        ("corrupt", "what http://.*/cache/main serves for {path} is damaged"),
+        ("corrupt", "http://.*/cache/main serves a damaged {path}"),
     ],
 )
-def test_what_the_cache_has_is_not_what_was_signed(machine, how, reason):
+def test_a_cache_that_serves_other_contents_than_were_signed(machine, how, reason):
     path = closures.nixos(machine.files, f"{machine.name}-{how}")
     machine.files.damage(path, how)
     assert_untouched(machine, machine.deploy(path), reason.format(path=path))
 
 
 @pytest.mark.promise(11)
-def test_a_private_cache_needs_the_agents_token_which_is_nowhere_afterwards(
-    make_workspace, make_machine
-):
+def test_the_netrc_for_a_private_cache_is_removed(make_workspace, make_machine):
     machine = make_machine(workspace=make_workspace(private=True))
-    keep = 'for a; do [ "${f:-}" ] && cp "$a" /nix/var/netrc-seen; f=; [ "$a" = netrc-file ] && f=1; done'
-    env = wrapper(machine.host, "nix-store", keep)
+    script = """
+        for argument; do
+            [ -z "$last" ] || cp "$argument" /nix/var/netrc-copy
+            last=; [ "$argument" != netrc-file ] || last=1
+        done
+    """
     machine.agent.stop()
-    machine.env = env
+    machine.env = wrapper(machine.host, "nix-store", script)
     machine.start()
     outcome = machine.deploy(closures.nixos(machine.files, "private"))
     assert outcome.status == "Succeeded"
-    seen = machine.host.path("/nix/var/netrc-seen")
-    assert seen.read_text() == f"machine 127.0.0.1 password {machine.workspace.token('agent')}\n"
-    seen.unlink()
+    copy = machine.host.path("/nix/var/netrc-copy")
+    assert copy.read_text() == f"machine 127.0.0.1 password {machine.workspace.token('agent')}\n"
+    copy.unlink()
     assert not list(machine.host.state.glob("netrc*"))
 
 
-def test_no_space_is_said_before_anything_is_downloaded(make_machine):
+def test_a_full_disk_is_reported_before_anything_is_downloaded(make_machine):
     machine = make_machine(check=False)
     machine.agent.stop()
     machine.host.output("mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", "/nix")
@@ -190,25 +189,23 @@ def test_no_space_is_said_before_anything_is_downloaded(make_machine):
     path = closures.chain(machine.files, 3, size=3 << 20, name="big")
     outcome = machine.deploy(path)
     assert (outcome.status, outcome.step) == ("Failed", "failed")
-    numbers = (
-        r"does not fit: it needs [\d.]+ MiB \((\d+) bytes\), .* has [\d.]+ MiB \((\d+) bytes\) free"
-    )
-    found = re.search(numbers, outcome.reason)
-    assert found and int(found[1]) > 9e6 and int(found[2]) < 5e6
+    size = r"[\d.]+ MiB \((\d+) bytes\)"
+    match = re.search(rf"does not fit: it needs {size}, .* has {size} free", outcome.reason)
+    assert match and int(match[1]) > 9e6 and int(match[2]) < 5e6
     assert "copying path" not in outcome.log
 
 
-def test_the_log_shows_how_many_paths_and_bytes_have_come(make_machine):
+def test_the_log_shows_how_many_paths_and_bytes_have_arrived(make_machine):
     machine = make_machine("big")
     outcome = machine.deploy(closures.chain(machine.files, 4, size=5 << 20, name="progress"))
     assert outcome.status == "Succeeded"
     assert re.search(r"^to download: 5 paths, 20.0 MiB, 20.0 MiB unpacked$", outcome.log, re.M)
-    found = re.search(r"^5 of 5 paths, ([\d.]+) MiB of 20.0 MiB after [\d.]+ s$", outcome.log, re.M)
-    assert found and float(found[1]) > 5, outcome.log
+    match = re.search(r"^5 of 5 paths, ([\d.]+) MiB of 20.0 MiB after [\d.]+ s$", outcome.log, re.M)
+    assert match and float(match[1]) > 5, outcome.log
 
 
 @pytest.mark.promise(3)
-def test_a_missing_rollback_script_is_found_before_anything_changes(machine):
+def test_a_missing_rollback_script_is_noticed_before_anything_changes(machine):
     script = closures.script(machine.files, "unpushed", "exit 0")
     path = closures.nixos(machine.files, 1)
     machine.workspace.push(path)
@@ -216,7 +213,7 @@ def test_a_missing_rollback_script_is_found_before_anything_changes(machine):
     assert_untouched(machine, outcome, f"{script} is not in")
 
 
-# --- activations that fail -------------------------------------------------------------------------------------------
+# --- activations that fail ------------------------------------------------------------------------
 
 
 @pytest.mark.promise(3)
@@ -228,15 +225,19 @@ def test_a_missing_rollback_script_is_found_before_anything_changes(machine):
         ([], {"after": "exit 2"}, r"the activation script of the new system failed \(status 2\)"),
         ([], {"before": "exit 2"}, "the activation ended with status 2"),
         ([], {"after": f"{UNITS} a.service'; exit 4"}, r"some units failed \(status 4\)"),
-        (["--on-unit-failure=tolerate"], {"before": "exit 4"}, "the activation ended with status 4"),
+        (
+            ["--on-unit-failure=tolerate"],
+            {"before": "exit 4"},
+            "the activation ended with status 4",
+        ),
         ([], {"before": "exit 0"}, "ended with status 0, but the new system does not run"),
-        ([], {"after": "echo Failed to install bootloader"}, "the boot loader could not be installed"),
+        ([], {"after": f"echo {LOADER}"}, "the boot loader could not be installed"),
         ([], {"after": "kill -9 $$"}, "the activation ended with status -9"),
         ([], {"before_boot": "exit 1"}, "switch-to-configuration boot` ended with status 1"),
-        (["--activation-timeout=1"], {"after": closures.hang()}, "was ended because it ran longer than 1 s"),
-        (["--activation-timeout=1"], {"after": f"{closures.hang()} & {closures.hang(trap=True)}"}, "longer than 1 s"),
+        (["--activation-timeout=1"], {"after": HANG}, "was ended because it ran longer than 1 s"),
+        (["--activation-timeout=1"], {"after": f"{HANG} & {HANG_TRAPPED}"}, "longer than 1 s"),
     ],
-)  # fmt: skip
+)
 def test_a_failed_activation_is_rolled_back(nixos_machine, options, code, reason):
     machine, first = nixos_machine(*options)
     bad = closures.nixos(machine.files, f"{machine.name}-bad", **code)
@@ -252,13 +253,12 @@ def test_a_failed_activation_is_rolled_back(nixos_machine, options, code, reason
 def test_units_that_come_up_by_themselves_are_no_failure(nixos_machine):
     machine, _ = nixos_machine()
     machine.agent.stop()
-    machine.env = wrapper(
-        machine.host, "systemctl", 'echo "$@" >>/run/asked; echo active; echo inactive; exit 3'
-    )
+    script = 'echo "$@" >>/run/arguments; echo active; echo inactive; exit 3'
+    machine.env = wrapper(machine.host, "systemctl", script)
     machine.start()
     new = closures.nixos(machine.files, 2, after=f"{UNITS} a.service, b.service'; exit 4")
     assert machine.deploy(new).status == "Succeeded"
-    assert machine.host.path("/run/asked").read_text() == "is-active a.service b.service\n"
+    assert machine.host.path("/run/arguments").read_text() == "is-active a.service b.service\n"
 
 
 def test_units_may_be_tolerated(nixos_machine):
@@ -280,10 +280,8 @@ def test_a_system_that_needs_a_reboot_may_be_set_to_boot(nixos_machine):
     machine, first = nixos_machine("--on-reboot-needed=boot", check=False)
     new = closures.nixos(machine.files, 2, before="exit 100")
     outcome = machine.deploy(new)
-    assert (
-        outcome.status == "Succeeded"
-        and "after the next reboot and was not checked" in outcome.reason
-    )
+    assert outcome.status == "Succeeded"
+    assert "after the next reboot and was not checked" in outcome.reason
     assert machine.host.running() == first
     assert machine.host.profile() == machine.host.boot_default() == new
 
@@ -292,20 +290,12 @@ def test_a_system_that_needs_a_reboot_may_be_set_to_boot(nixos_machine):
 @pytest.mark.parametrize(
     ("code", "options", "reason"),
     [
-        (
-            "echo the web server is down; exit 7",
-            [],
-            "the rollback script {script} ended with status 7",
-        ),
-        ("kill -9 $$", [], "the rollback script {script} ended with status -9"),
-        (
-            closures.hang(),
-            ["--activation-timeout=1"],
-            "`{script}` was ended because it ran longer than 1 s",
-        ),
-        ("not-executable", [], "`{script}` could not be started"),
-        ("directory", [], "`{script}` could not be started"),
-        ("no-interpreter", [], "`{script}` could not be started"),
+        ("echo the server is down; exit 7", [], "the rollback script {} ended with status 7"),
+        ("kill -9 $$", [], "the rollback script {} ended with status -9"),
+        (HANG, ["--activation-timeout=1"], "`{}` was ended because it ran longer than 1 s"),
+        ("not-executable", [], "`{}` could not be started"),
+        ("directory", [], "`{}` could not be started"),
+        ("no-interpreter", [], "`{}` could not be started"),
     ],
 )
 def test_a_rollback_script_that_fails(nixos_machine, code, options, reason):
@@ -316,7 +306,7 @@ def test_a_rollback_script_that_fails(nixos_machine, code, options, reason):
         script = closures.script(machine.files, "bad", code)
     outcome = machine.deploy(closures.nixos(machine.files, 2), script)
     assert (outcome.status, outcome.step) == ("Failed", "rolled-back")
-    assert reason.format(script=script) in outcome.reason
+    assert reason.format(script) in outcome.reason
     assert machine.host.running() == machine.host.profile() == machine.host.boot_default() == first
     assert "boot" not in [action for action, path in machine.host.record() if path != first]
 
@@ -355,14 +345,14 @@ def test_the_first_plain_path_is_removed_again(make_machine):
     assert machine.host.profile() is None and machine.host.generations() == {}
 
 
-def test_a_failed_redeployment_of_what_runs_has_nothing_to_undo(nixos_machine):
+def test_a_failed_redeployment_of_the_running_system_has_nothing_to_undo(nixos_machine):
     machine, first = nixos_machine()
     outcome = machine.deploy(first, closures.script(machine.files, "bad", "exit 1"))
     assert (outcome.status, outcome.step) == ("Failed", "failed")
     assert "it ran before already" in outcome.reason
 
 
-def test_another_kind_than_the_profiles_is_refused(nixos_machine):
+def test_another_kind_than_that_of_the_profile_is_refused(nixos_machine):
     machine, first = nixos_machine()
     outcome = machine.deploy(closures.plain(machine.files, 1))
     assert (outcome.status, outcome.step) == ("Failed", "failed")
@@ -371,7 +361,7 @@ def test_another_kind_than_the_profiles_is_refused(nixos_machine):
 
 
 @pytest.mark.promise(3)
-def test_after_a_failed_rollback_the_previous_stays_the_previous(nixos_machine):
+def test_after_a_failed_rollback_the_previous_system_stays_the_same(nixos_machine):
     machine, first = nixos_machine()
     breaks = "[ ! -e /run/broken ] || exit 1"
     machine.workspace.push(closures.nixos(machine.files, "unrelated"))
@@ -389,29 +379,26 @@ def test_after_a_failed_rollback_the_previous_stays_the_previous(nixos_machine):
     assert machine.host.running() == machine.host.profile() == second
 
 
-# --- order and cancellation ------------------------------------------------------------------------------------------
+# --- order and cancellation -----------------------------------------------------------------------
 
 
-def held_download(make_machine):
+def make_waiting_machine(make_machine):
     """A machine whose download waits for /run/go-on."""
     machine = make_machine(**FAST)
     machine.agent.stop()
-    machine.env = wrapper(
-        machine.host, "nix-store", "touch /run/waiting; " + closures.wait_for("/run/go-on")
-    )
+    script = "touch /run/waiting; " + closures.wait_for("/run/go-on")
+    machine.env = wrapper(machine.host, "nix-store", script)
     machine.start()
     return machine
 
 
 @pytest.mark.promise(14)
 def test_cancelled_before_the_activation(make_machine):
-    machine = held_download(make_machine)
+    machine = make_waiting_machine(make_machine)
     deployment = machine.order(closures.nixos(machine.files, 1))
     wait_until(lambda: machine.host.path("/run/waiting").exists())
-    assert (
-        machine.workspace.request("POST", f"/api/v1/deploy/deployment/{deployment}/cancel")[0]
-        == 200
-    )
+    path = f"/api/v1/deploy/deployment/{deployment}/cancel"
+    assert machine.workspace.request("POST", path)[0] == 200
     machine.host.path("/run/go-on").touch()
     wait_until(lambda: machine.host.step(deployment) == "cancelled")
     assert machine.outcome(deployment).status == "Cancelled"
@@ -420,15 +407,14 @@ def test_cancelled_before_the_activation(make_machine):
 
 
 @pytest.mark.promise(13)
-def test_a_store_path_that_is_none_is_reported(machine):
+def test_a_derivation_is_refused(machine):
     derivation = machine.files.add("thing.drv", "Derive([])")
     outcome = machine.deploy(derivation)
-    assert_untouched(
-        machine, outcome, f"{derivation} is a derivation, which would have to be built"
-    )
+    reason = f"{derivation} is a derivation, which would have to be built"
+    assert_untouched(machine, outcome, reason)
 
 
-# --- the agent -------------------------------------------------------------------------------------------------------
+# --- the agent ------------------------------------------------------------------------------------
 
 
 @pytest.mark.promise(8, 10)
@@ -449,12 +435,12 @@ def test_a_signal_ends_the_agent_and_a_running_switch_goes_on(nixos_machine, num
 
 def test_only_one_agent_of_a_name(make_machine):
     machine = make_machine()
+    url, token = machine.workspace.url, machine.workspace.token("agent")
     for options, status in ((["--if-stopped"], 0), ([], 75)):
-        second = machine.host.agent(
-            machine.name, machine.workspace.url, machine.workspace.token("agent"), *options
-        )
+        second = machine.host.agent(machine.name, url, token, *options)
         assert second.wait() == status
-    assert f"an agent named {machine.name} runs already (pid {machine.agent.pid})" in second.text()
+    running = f"an agent named {machine.name} is already running (pid {machine.agent.pid})"
+    assert running in second.text()
 
 
 def test_a_refused_token_ends_the_agent(host, live, name):
@@ -476,24 +462,22 @@ def test_bootstrap_hands_over(make_host, live, name):
     argv = [*command("cachix-deploy"), "--host", live.url, "agent", name]
     successor = host.start("successor", argv, {"CACHIX_AGENT_TOKEN": token})
     assert bootstrap.wait(25) == 0
-    assert re.search(
-        rf"pid ({successor.pid}|\?) has taken over|another agent of this name", bootstrap.text()
-    )
+    takeover = rf"pid ({successor.pid}|\?) has taken over|another agent of this name"
+    assert re.search(takeover, bootstrap.text())
     successor.wait_for("is connected")
     again = closures.nixos(live.files, "after-bootstrap")
     live.push(again)
     assert live.wait(live.deploy(name, again)) == "Succeeded"
 
 
-# --- logs ------------------------------------------------------------------------------------------------------------
+# --- logs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.promise(9)
 def test_any_bytes_and_the_closing_line_on_its_own(make_machine):
     machine = make_machine()
-    noise = (
-        b"umlaut \xc3\xa4\nbad \xff\xfe\nnul \x00 end\nescape \x1b[31mred\x1b[0m\ttab\r\nno newline"
-    )
+    noise = b"umlaut \xc3\xa4\nbad \xff\xfe\nnul \x00 end\n"
+    noise += b"escape \x1b[31mred\x1b[0m\ttab\r\nno newline"
     code = {"after": closures.output(noise), "after_boot": closures.output(b"open end")}
     outcome = machine.deploy(closures.nixos(machine.files, 1, **code))
     lines = machine.workspace.log(outcome.id)
@@ -503,7 +487,7 @@ def test_any_bytes_and_the_closing_line_on_its_own(make_machine):
 
 
 def complete(lines):
-    """A log that has its closing line: a long one may arrive after the terminal report, which waits 5 s for it."""
+    """The log, once it has its closing line: a long log may arrive after the terminal report."""
     return lines if lines and lines[-1] == SUCCESS else None
 
 
@@ -520,38 +504,36 @@ def test_200_000_lines_and_one_of_20_MB_arrive_in_order_and_cost_no_memory(make_
     assert lines[first : first + 200_000] == [f"line {i}" for i in range(1, 200_001)]
     long = lines[first + 200_000 : first + 200_000 + 320]
     assert long == ["x" * 65536] * 320 and lines[-1] == SUCCESS
-    grown = machine.agent.memory("VmHWM") - before
-    assert grown < 30 << 20, f"the agent grew by {grown >> 20} MiB"
+    growth = machine.agent.memory("VmHWM") - before
+    assert growth < 30 << 20, f"the agent grew by {growth >> 20} MiB"
 
 
 @pytest.mark.promise(9)
 def test_a_daemon_that_keeps_the_log_open_delays_nothing(make_machine):
     machine = make_machine()
     began = time.monotonic()
-    outcome = machine.deploy(
-        closures.nixos(machine.files, 1, after=closures.daemon(60) + " " + closures.session(60))
-    )
+    daemons = closures.daemon(60) + " " + closures.session(60)
+    outcome = machine.deploy(closures.nixos(machine.files, 1, after=daemons))
     assert outcome.status == "Succeeded" and time.monotonic() - began < 30
 
 
 @pytest.mark.promise(11)
-def test_nothing_that_is_run_sees_the_token_or_the_services_variables(make_machine):
+def test_no_command_sees_the_token_or_the_services_variables(make_machine):
     secrets = {
         "NOTIFY_SOCKET": "/run/notify",
         "CREDENTIALS_DIRECTORY": "/run/credentials",
         "INVOCATION_ID": "abc",
     }
     machine = make_machine(env={**FAST["env"], **secrets})
-    outcome = machine.deploy(
-        closures.nixos(machine.files, 1, after="env; readlink /proc/self/fd/*; :")
-    )
+    script = "env; readlink /proc/self/fd/*; :"
+    outcome = machine.deploy(closures.nixos(machine.files, 1, after=script))
     assert outcome.status == "Succeeded"
     for secret in (machine.workspace.token("agent"), *secrets.values(), ".lock"):
         assert secret not in outcome.log
     assert "HOME=" in outcome.log and "PATH=" in outcome.log
 
 
-def test_the_state_is_private_and_its_roots_end_with_the_deployment(make_machine):
+def test_the_state_is_private_and_the_roots_are_removed_at_the_end(make_machine):
     machine = make_machine()
     outcome = machine.deploy(closures.nixos(machine.files, 1))
     directory = machine.host.state / "deployments" / outcome.id

@@ -1,4 +1,4 @@
-"""What an interrupted process has left running: found by the mark in a lock's file, and ended with its whole group."""
+"""Commands that an interrupted process left running: found by a mark, ended with their group."""
 
 import os
 import pathlib
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.promise(1, 2)
 HOLDER = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from activate import lock, machine, process
-held = lock.take(sys.argv[2])
-leftovers.clear(held.fd)
+from activate import leftovers, lock, process
+taken = lock.take(sys.argv[2])
+leftovers.clear(taken.fd)
 log = os.open(sys.argv[3], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-process.run(["/bin/sh", "-c", sys.argv[4]], log, 60, leftovers.marker(held.fd))
+process.run(["/bin/sh", "-c", sys.argv[4]], log, 60, leftovers.marker(taken.fd))
 """
 
 
@@ -41,7 +41,7 @@ def file(tmp_path):
 
 
 def runs(pid):
-    """Whether a process runs: what has ended and waits for its parent does not count."""
+    """Whether a process runs, and is not a zombie."""
     try:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -49,31 +49,17 @@ def runs(pid):
 
 
 @pytest.mark.parametrize("leader", ["runs", "has ended", "ignores SIGTERM"])
-def test_what_a_killed_holder_has_left_is_ended_with_its_group(
-    tmp_path, file, log, monkeypatch, leader
-):
+def test_the_group_of_a_killed_holder_is_ended(tmp_path, file, log, monkeypatch, leader):
     monkeypatch.setattr(process, "KILL_AFTER", 1.0)
+    pids_file = tmp_path / "pids"
     trap = "trap '' TERM; " if leader == "ignores SIGTERM" else ""
-    end = "exit" if leader == "has ended" else "sleep 300"
-    code = f"{trap}sleep 300 & echo $$ $! > {tmp_path}/pids.new; mv {tmp_path}/pids.new {tmp_path}/pids; {end}"
-    if leader == "has ended":
-        code = code.replace("; exit", "; kill -9 $PPID; exit")
-    words = [
-        sys.executable,
-        "-c",
-        HOLDER,
-        str(PROJECT),
-        str(tmp_path / "lock"),
-        str(tmp_path / "out"),
-        code,
-    ]
-    holder = subprocess.Popen(words)
-    pids = [
-        int(word)
-        for word in wait_until(
-            lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().split()
-        )
-    ]
+    end = "kill -9 $PPID; exit" if leader == "has ended" else "sleep 300"
+    note = f"echo $$ $! > {pids_file}.new; mv {pids_file}.new {pids_file}"
+    code = f"{trap}sleep 300 & {note}; {end}"
+    files = [str(tmp_path / "lock"), str(tmp_path / "out")]
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(PROJECT), *files, code])
+    words = wait_until(lambda: pids_file.exists() and pids_file.read_text().split())
+    pids = [int(word) for word in words]
     if leader == "has ended":
         wait_until(lambda: not runs(pids[0]))
     holder.kill()
@@ -84,14 +70,14 @@ def test_what_a_killed_holder_has_left_is_ended_with_its_group(
     assert b"ending what an interrupted deployment has left running" in os.pread(log, 999, 0)
 
 
-def test_the_mark_goes_when_the_command_has_ended(tmp_path, file, log):
+def test_the_mark_is_removed_when_the_command_has_ended(tmp_path, file, log):
     fd = os.dup(file)
     process.run(["/bin/sh", "-c", "sleep 300 & echo $! >&2; :"], log, 10, leftovers.marker(fd))
     child = int(os.pread(log, 999, 0).split(b"\n")[1])
     assert len(os.pread(file, 999, 0)) == leftovers.MARK_BYTES
     leftovers.clear(fd)
     leftovers.end_marked(file, log, 30)
-    assert runs(child), "what a command that has ended leaves behind is its own business"
+    assert runs(child), "a command that has ended may leave processes behind"
     os.kill(child, 9)
 
 
@@ -105,7 +91,7 @@ def test_a_mark_of_garbage_ends_nothing(file, log, mark):
 @pytest.mark.parametrize("wrong", ["boot", "start"])
 def test_another_process_of_that_number_is_left_alone(file, log, wrong):
     innocent = subprocess.Popen(["/bin/sleep", "300"], start_new_session=True)
-    start = leftovers.started(innocent.pid) if wrong == "boot" else "17"
+    start = leftovers.start_time(innocent.pid) if wrong == "boot" else "17"
     boot = machine.boot_id() if wrong == "start" else "another"
     os.pwrite(file, f"{innocent.pid} {start} {boot}".ljust(leftovers.MARK_BYTES).encode(), 0)
     leftovers.end_marked(file, log, 1)
@@ -114,7 +100,7 @@ def test_another_process_of_that_number_is_left_alone(file, log, wrong):
     innocent.wait()
 
 
-def test_where_nothing_tells_a_process_from_another_it_is_waited_for(file, log):
+def test_without_a_start_time_the_process_is_waited_for(file, log):
     sleeper = subprocess.Popen(["/bin/sh", "-c", "sleep 0.5"], start_new_session=True)
     os.pwrite(file, f"{sleeper.pid} - {machine.boot_id()}".ljust(leftovers.MARK_BYTES).encode(), 0)
     began = time.monotonic()
@@ -129,11 +115,9 @@ def test_commands_are_found_by_their_arguments(tmp_path):
     words = ["/bin/sh", "-c", "sleep 300 & wait", "sh", "--add-root", mark]
     ours = subprocess.Popen(words, start_new_session=True)
     other = subprocess.Popen([*words[:-1], str(tmp_path / "hereafter/new")], start_new_session=True)
-    for pid in (
-        ours.pid,
-        other.pid,
-    ):  # the kernel shows the arguments a little after the program was started
-        wait_until(lambda: b"--add-root" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())
+    for pid in (ours.pid, other.pid):  # the kernel shows the arguments a little later
+        file = pathlib.Path(f"/proc/{pid}/cmdline")
+        wait_until(lambda file=file: b"--add-root" in file.read_bytes())
     leftovers.end_commands(str(tmp_path / "here"))
     assert ours.wait(10) == -15 and other.poll() is None
     os.killpg(other.pid, 9)

@@ -1,4 +1,4 @@
-"""The exact command lines of Nix, and what is read from its answers."""
+"""The exact command lines of Nix, and how its output is parsed."""
 
 import os
 
@@ -6,8 +6,10 @@ import pytest
 
 from activate import nix
 from activate.agent import download
-from activate.kinds import change, home_manager, nixos, plain
+from activate.kinds import home_manager, nixos, plain
+from activate.kinds.change import Change, restore_profile
 from activate.process import CommandFailed
+from activate.text import is_store_path
 
 NEW = "/nix/store/" + "a" * 32 + "-new"
 OLD = "/nix/store/" + "b" * 32 + "-old"
@@ -15,7 +17,7 @@ OLDER = "/nix/store/" + "c" * 32 + "-older"
 
 
 class Recorder:
-    """Stands for `run`: keeps each argv, answers with the status that is set for its last word."""
+    """Stands for `run`: records each argv, and returns the status that is set for its last word."""
 
     def __init__(self, **statuses):
         self.calls, self.statuses = [], statuses
@@ -26,7 +28,7 @@ class Recorder:
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def questions(monkeypatch):
     calls = []
 
     def ask(argv, timeout=0.0):
@@ -38,17 +40,10 @@ def asked(monkeypatch):
     return calls
 
 
-TUNED = [
-    "--max-jobs",
-    "32",
-    "--option",
-    "max-substitution-jobs",
-    "32",
-    "--option",
-    "http-connections",
-    "128",
-]
-TUNED += ["--option", "stalled-download-timeout", "30", "--option", "fsync-store-paths", "true"]
+TUNED = ["--max-jobs", "32", "--option", "max-substitution-jobs", "32"]
+TUNED += ["--option", "http-connections", "128", "--option", "stalled-download-timeout", "30"]
+TUNED += ["--option", "fsync-store-paths", "true"]
+FRESH = ["--option", "narinfo-cache-negative-ttl", "0"]
 
 
 def test_realise_from_a_private_cache():
@@ -59,44 +54,27 @@ def test_realise_from_a_private_cache():
         ["nix-store", "--realise", NEW, OLD, "--add-root", "/state/new", "--indirect", *TUNED]
         + ["--option", "extra-substituters", "http://c:8/cache/main"]
         + ["--option", "trusted-public-keys", "k1:aaa k2:bbb"]
-        + [
-            "--option",
-            "narinfo-cache-negative-ttl",
-            "0",
-            "--option",
-            "netrc-file",
-            "/state/netrc-1",
-        ]
+        + [*FRESH, "--option", "netrc-file", "/state/netrc-1"]
     ]
 
 
 def test_realise_without_a_cache_leaves_the_machines_own_keys_alone():
     run = Recorder()
     nix.realise([NEW], "/state/new", nix.Source(), run)
-    tail = ["--option", "narinfo-cache-negative-ttl", "0"]
     assert run.calls == [
-        ["nix-store", "--realise", NEW, "--add-root", "/state/new", "--indirect", *TUNED, *tail]
+        ["nix-store", "--realise", NEW, "--add-root", "/state/new", "--indirect", *TUNED, *FRESH]
     ]
 
 
-def test_questions(asked):
+def test_questions(questions):
     assert nix.realise_present([NEW, OLD], "/state/new", 300)
     assert nix.path_info_size(NEW) == 12345
     nix.realise_dry_run([NEW], nix.Source(), 1800)
-    assert asked == [
+    assert questions == [
         ["nix-store", "--realise", NEW, OLD, "--add-root", "/state/new", "--indirect"]
         + ["--option", "substitute", "false", "--max-jobs", "0"],
         ["nix", "path-info", "-S", NEW, "--option", "experimental-features", "nix-command"],
-        [
-            "nix-store",
-            "--realise",
-            "--dry-run",
-            NEW,
-            *TUNED,
-            "--option",
-            "narinfo-cache-negative-ttl",
-            "0",
-        ],
+        ["nix-store", "--realise", "--dry-run", NEW, *TUNED, *FRESH],
     ]
 
 
@@ -113,9 +91,9 @@ def test_show_config_under_its_old_and_its_new_name(monkeypatch):
 
 def test_set_profile_makes_the_directory(tmp_path):
     run = Recorder()
-    where = str(tmp_path / "profiles" / "system")
-    nix.set_profile(where, NEW, run)
-    assert run.calls == [["nix-env", "--profile", where, "--set", NEW]]
+    profile = str(tmp_path / "profiles" / "system")
+    nix.set_profile(profile, NEW, run)
+    assert run.calls == [["nix-env", "--profile", profile, "--set", NEW]]
     assert os.path.isdir(tmp_path / "profiles")
 
 
@@ -124,17 +102,16 @@ def test_a_command_that_fails_is_an_error(tmp_path):
         nix.switch_generation(str(tmp_path / "p"), 3, Recorder(**{"3": 1}))
 
 
-def change(tmp_path, now, previous, generation, committed=False):
-    """A profile that points at `now` through generation 2, and the change that is to be undone."""
-    where = str(tmp_path / "system")
-    if now is not None:
-        os.symlink(now, where + "-2-link")
-        os.symlink("system-2-link", where)
-    return change.Change(NEW, where, previous, previous, generation, committed)
+def make_change(tmp_path, now, previous, generation):
+    """Make a profile that points at `now` through generation 2; the change to be undone."""
+    profile = str(tmp_path / "system")
+    os.symlink(now, profile + "-2-link")
+    os.symlink("system-2-link", profile)
+    return Change(NEW, profile, previous, previous, generation)
 
 
 def test_restore_profile_to_the_recorded_generation(tmp_path, monkeypatch):
-    undo = change(tmp_path, NEW, OLD, 1)
+    undo = make_change(tmp_path, NEW, OLD, 1)
 
     def run(argv):
         assert argv == ["nix-env", "--profile", undo.profile, "--switch-generation", "1"]
@@ -143,26 +120,26 @@ def test_restore_profile_to_the_recorded_generation(tmp_path, monkeypatch):
         os.symlink("system-1-link", undo.profile)
         return 0
 
-    assert change.restore_profile(undo, run)
+    assert restore_profile(undo, run)
     assert nix.target(undo.profile) == OLD
 
 
-def test_restore_profile_whose_generation_is_gone(tmp_path):
+def test_restore_profile_without_its_generation(tmp_path):
     run = Recorder(**{"1": 1})
-    undo = change(tmp_path, NEW, OLD, 1)
-    assert change.restore_profile(undo, run)
+    undo = make_change(tmp_path, NEW, OLD, 1)
+    assert restore_profile(undo, run)
     assert run.calls[-1] == ["nix-env", "--profile", undo.profile, "--set", OLD]
 
 
 def test_restore_profile_that_did_not_exist_removes_it(tmp_path):
-    undo = change(tmp_path, NEW, None, None)
-    assert change.restore_profile(undo, Recorder())
+    undo = make_change(tmp_path, NEW, None, None)
+    assert restore_profile(undo, Recorder())
     assert os.listdir(tmp_path) == []
 
 
-def test_restore_profile_that_is_as_it_was_does_nothing(tmp_path):
+def test_restore_profile_that_has_not_changed_does_nothing(tmp_path):
     run = Recorder()
-    assert not change.restore_profile(change(tmp_path, OLD, OLD, 2), run)
+    assert not restore_profile(make_change(tmp_path, OLD, OLD, 2), run)
     assert run.calls == []
 
 
@@ -185,12 +162,12 @@ def test_generation(tmp_path):
 
 def test_nixos_commits_the_profile_before_the_boot_loader(tmp_path):
     run = Recorder()
-    do = change.Change(NEW, str(tmp_path / "system"), OLD, OLD, 1)
-    assert nixos.activate(do, run) == 0
-    nixos.commit(do, run)
+    change = Change(NEW, str(tmp_path / "system"), OLD, OLD, 1)
+    assert nixos.activate(change, run) == 0
+    nixos.commit(change, run)
     assert run.calls == [
         [f"{NEW}/bin/switch-to-configuration", "test"],
-        ["nix-env", "--profile", do.profile, "--set", NEW],
+        ["nix-env", "--profile", change.profile, "--set", NEW],
         [f"{NEW}/bin/switch-to-configuration", "boot"],
     ]
 
@@ -209,16 +186,18 @@ def test_nixos_commits_the_profile_before_the_boot_loader(tmp_path):
         ),
     ],
 )
-def test_nixos_rollback_boots_the_profile_and_runs_what_ran(tmp_path, now, committed, calls):
+def test_nixos_rollback_boots_the_profile_and_runs_the_previous_system(
+    tmp_path, now, committed, calls
+):
     run = Recorder()
-    undo = change.Change(NEW, change(tmp_path, now, OLD, 2).profile, OLDER, OLD, 2, committed)
+    undo = Change(NEW, make_change(tmp_path, now, OLD, 2).profile, OLDER, OLD, 2, committed)
     assert nixos.rollback(undo, run) == []
     assert run.calls == calls
 
 
 def test_nixos_rollback_goes_on_after_a_failure(tmp_path):
     run = Recorder(boot=1)
-    undo = change.Change(NEW, change(tmp_path, OLD, OLD, 2).profile, OLD, OLD, 2, committed=True)
+    undo = Change(NEW, make_change(tmp_path, OLD, OLD, 2).profile, OLD, OLD, 2, committed=True)
     assert "could not be restored" in nixos.rollback(undo, run)[0]
     assert run.calls[-1] == [f"{OLD}/bin/switch-to-configuration", "test"]
 
@@ -226,7 +205,7 @@ def test_nixos_rollback_goes_on_after_a_failure(tmp_path):
 def test_home_manager_rollback_shows_the_previous_generation_a_change(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     run = Recorder()
-    assert home_manager.rollback(change.Change(NEW, "/p/home-manager", OLD, OLD, 1), run) == []
+    assert home_manager.rollback(Change(NEW, "/p/home-manager", OLD, OLD, 1), run) == []
     current = f"{tmp_path}/home-manager/gcroots/current-home"
     expected = [
         ["nix-store", "--realise", NEW, "--add-root", current, "--indirect"],
@@ -274,7 +253,7 @@ def test_estimate(text, expected):
 
 
 @pytest.mark.parametrize(
-    ("said", "name"),
+    ("message", "name"),
     [
         ("error: cannot add path 'P' because it lacks a signature by a trusted key", "signature"),
         ("warning: substituter 'u' does not have a valid signature for path 'P'", "signature"),
@@ -294,10 +273,10 @@ def test_estimate(text, expected):
         ("error: something new", ""),
     ],
 )
-def test_classes_of_failure(said, name):
-    said = said.replace("'P'", f"'{NEW}'")
-    assert download.classify(said) == name
-    reason = download.explain(said, nix.Source("http://c", ("k:1",)), OLD)
+def test_classes_of_failure(message, name):
+    message = message.replace("'P'", f"'{NEW}'")
+    assert download.classify(message) == name
+    reason = download.explain(message, nix.Source("http://c", ("k:1",)), OLD)
     if name == "signature":
         assert reason == f"the signature of {NEW} is by none of the keys k:1"
     assert "\n" not in reason
@@ -312,7 +291,7 @@ def test_classes_of_failure(said, name):
         ("--option", False),
         (NEW + "/bin/sh", False),
         ("/etc/passwd", False),
-        ("/nix/store/" + "e" * 32 + "-x", False),  # `e` is no letter of Nix's base 32
+        ("/nix/store/" + "e" * 32 + "-x", False),  # Nix's base 32 has no `e`
         ("/nix/store/" + "a" * 32 + "-", False),
         ("/nix/store/" + "a" * 32 + "-.hidden", False),
         ("/nix/store/" + "a" * 32 + "-a\n", False),
@@ -322,4 +301,4 @@ def test_classes_of_failure(said, name):
     ],
 )
 def test_store_path_grammar(path, good):
-    assert nix.is_store_path(path) is good
+    assert is_store_path(path) is good

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from activate import lock, process
+from activate import environment, lock, process
 
 
 @pytest.fixture
@@ -21,14 +21,14 @@ def log(tmp_path):
     os.close(fd)
 
 
-def said(log):
+def content(log):
     return os.pread(log, 1 << 20, 0).decode()
 
 
 def test_the_command_stands_before_its_output_and_always_on_a_line_of_its_own(log):
     assert process.run(["/bin/sh", "-c", "printf one; printf two >&2"], log, 10) == 0
     assert process.run(["/bin/sh", "-c", "exit 7"], log, 10) == 7
-    assert said(log) == "$ /bin/sh -c printf one; printf two >&2\nonetwo\n$ /bin/sh -c exit 7\n"
+    assert content(log) == "$ /bin/sh -c printf one; printf two >&2\nonetwo\n$ /bin/sh -c exit 7\n"
 
 
 @pytest.mark.promise(10)
@@ -57,15 +57,13 @@ def test_a_program_that_is_missing(log):
 @pytest.mark.promise(9)
 def test_a_background_child_that_keeps_the_log_open_does_not_delay(log, tmp_path):
     began = time.monotonic()
-    assert (
-        process.run(["/bin/sh", "-c", f"sleep 60 & echo $! > {tmp_path}/child; exit 0"], log, 30)
-        == 0
-    )
+    script = f"sleep 60 & echo $! > {tmp_path}/child; exit 0"
+    assert process.run(["/bin/sh", "-c", script], log, 30) == 0
     assert time.monotonic() - began < 10
     os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
 
 
-def test_output_tells_what_failed():
+def test_output_names_the_failure():
     assert process.output(["/bin/echo", "hello"]) == "hello\n"
     with pytest.raises(process.CommandFailed, match="ended with status 3: bad news"):
         process.output(["/bin/sh", "-c", "echo bad news >&2; exit 3"])
@@ -73,7 +71,7 @@ def test_output_tells_what_failed():
         process.output(["/bin/sleep", "60"], 0.2)
 
 
-def test_end_all_ends_what_is_waited_for(log):
+def test_end_all_ends_the_commands_that_we_wait_for(log):
     import threading
 
     threading.Timer(0.3, process.end_all).start()
@@ -81,48 +79,40 @@ def test_end_all_ends_what_is_waited_for(log):
 
 
 def test_the_environment_is_built(monkeypatch):
-    for name in (
-        "CACHIX_AGENT_TOKEN",
-        "NOTIFY_SOCKET",
-        "JOURNAL_STREAM",
-        "INVOCATION_ID",
-        "CREDENTIALS_DIRECTORY",
-    ):
+    for name in ("CACHIX_AGENT_TOKEN", "CREDENTIALS_DIRECTORY"):
+        monkeypatch.setenv(name, "secret")
+    for name in ("NOTIFY_SOCKET", "JOURNAL_STREAM", "INVOCATION_ID"):
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("XDG_STATE_HOME", "/state")
     monkeypatch.setenv("LC_ALL", "C")
     monkeypatch.setenv("PATH", "/somewhere::relative")
     monkeypatch.delenv("HOME")
-    env = process.environment()
+    env = environment.for_commands()
     assert "secret" not in env.values()
-    assert (
-        env["PATH"]
-        == "/somewhere:/run/current-system/sw/bin:/nix/var/nix/profiles/default/bin:/usr/bin:/bin"
-    )
-    assert (
-        env["XDG_STATE_HOME"] == "/state" and env["LC_ALL"] == "C" and env["HOME"].startswith("/")
-    )
+    assert env["PATH"].split(":")[:2] == ["/somewhere", "/run/current-system/sw/bin"]
+    assert env["PATH"].endswith(":/nix/var/nix/profiles/default/bin:/usr/bin:/bin")
+    assert env["XDG_STATE_HOME"] == "/state" and env["LC_ALL"] == "C"
+    assert env["HOME"].startswith("/")
     assert env["USER"] and env["LOGNAME"] == env["USER"]
 
 
 @pytest.mark.promise(11)
 def test_a_command_sees_no_token_and_inherits_no_descriptor(log, monkeypatch):
     monkeypatch.setenv("CACHIX_AGENT_TOKEN", "secret-token")
-    process.run(
-        ["/bin/sh", "-c", "env; ls /proc/self/fd | wc -l; readlink /proc/self/fd/0"], log, 10
-    )
-    assert "secret-token" not in said(log)
-    assert said(log).endswith("/dev/null\n")
+    script = "env; ls /proc/self/fd | wc -l; readlink /proc/self/fd/0"
+    process.run(["/bin/sh", "-c", script], log, 10)
+    assert "secret-token" not in content(log)
+    assert content(log).endswith("/dev/null\n")
 
 
 @pytest.mark.promise(1)
 def test_a_lock_is_exclusive_and_ends_with_its_holder(tmp_path):
     path = str(tmp_path / "dir" / "a.lock")
-    held = lock.take(path, text="one")
+    taken = lock.take(path, text="one")
     assert lock.take(path) is None and lock.held(path) and lock.read(path) == "one"
     began = time.monotonic()
     assert lock.take(path, timeout=0.3) is None and time.monotonic() - began > 0.25
-    held.close()
+    taken.close()
     assert not lock.held(path)
     again = lock.take(path, text="2")
     assert lock.read(path) == "2"
@@ -132,9 +122,9 @@ def test_a_lock_is_exclusive_and_ends_with_its_holder(tmp_path):
 @pytest.mark.promise(1)
 def test_an_inherited_lock_is_held_until_the_last_copy_is_closed(tmp_path):
     path = str(tmp_path / "a.lock")
-    held = lock.take(path)
-    child = subprocess.Popen(["/bin/sleep", "60"], pass_fds=[held.fd])
-    held.close()
+    taken = lock.take(path)
+    child = subprocess.Popen(["/bin/sleep", "60"], pass_fds=[taken.fd])
+    taken.close()
     assert lock.held(path)
     child.kill()
     child.wait()
@@ -149,10 +139,10 @@ def test_locks_are_those_of_cachix_and_not_lost_by_closing_another_descriptor(tm
     fcntl.fcntl(theirs, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))
     assert lock.take(path) is None and lock.held(path)
     os.close(theirs)
-    held = lock.take(path)
+    ours = lock.take(path)
     os.close(os.open(path, os.O_RDWR))
     assert lock.held(path)
-    held.close()
+    ours.close()
 
 
 def test_lock_files_are_where_cachix_has_them(monkeypatch):
@@ -168,17 +158,14 @@ def test_lock_files_are_where_cachix_has_them(monkeypatch):
 def test_all_system_profiles_share_one_machine_lock():
     root = "/nix/var/nix/profiles"
     assert lock.machine_path(f"{root}/system") == f"{root}/.cachix-deploy-system.lock"
-    assert (
-        lock.machine_path(f"{root}/system-profiles/spare") == f"{root}/.cachix-deploy-system.lock"
-    )
+    spare = lock.machine_path(f"{root}/system-profiles/spare")
+    assert spare == f"{root}/.cachix-deploy-system.lock"
     assert lock.machine_path(f"{root}/tools") == f"{root}/.cachix-deploy-tools.lock"
 
 
-def test_the_machine_changing_part_needs_the_standard_library_alone():
-    code = "import sys; sys.path.insert(0, '.'); import activate.switch.steps, activate.agent.conductor, cachix_switch; "
+def test_all_that_touches_the_machine_needs_only_the_standard_library():
+    modules = "activate.switch.steps, activate.agent.conductor, cachix_switch"
+    code = f"import sys; sys.path.insert(0, '.'); import {modules}; "
     code += "assert not {'requests', 'websocket', 'docopt'} & set(sys.modules)"
-    subprocess.run(
-        [sys.executable, "-S", "-c", code],
-        check=True,
-        cwd=os.path.dirname(os.path.dirname(__file__)),
-    )
+    root = os.path.dirname(os.path.dirname(__file__))
+    subprocess.run([sys.executable, "-S", "-c", code], check=True, cwd=root)

@@ -439,8 +439,8 @@ def test_a_token_that_the_cache_refuses(host, cache, peer):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("corrupt", "what {url} serves for {path} is damaged, push it again"),
-        ("truncated", "what {url} serves for {path} is damaged, push it again"),
+        ("corrupt", "{url} serves a damaged {path}, push it again"),
+        ("truncated", "{url} serves a damaged {path}, push it again"),
         ("unsigned", "the signature of {path} is by none of the keys"),
         ("wrong-key", "the signature of {path} is by none of the keys"),
         ("missing", "{path} is not in {url}: push it there first"),

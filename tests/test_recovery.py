@@ -1,4 +1,4 @@
-"""Deployments that are interrupted: by kill -9 of either process or both, by power loss, by a lost state directory."""
+"""Interrupted deployments: by kill -9 of either process or both, a power loss, a lost state."""
 
 import dataclasses
 import json
@@ -11,17 +11,17 @@ import closures
 import pytest
 from hosts import wait_until
 
-from activate import journal, logfile
+from activate import history, journal
+from cachix_reports import Reported
 
 pytestmark = pytest.mark.promise(2, 6, 7, 15)
 
 WAITS = json.dumps({"unit_recheck": 0.2, "backoff": 0.1, "slowest": 0.5})
-ONCE = "[ -e /nix/var/{name} ] || {{ touch /nix/var/{name}; {code}; }}"
 
 
 def once(name, code):
-    """Shell code that does something the first time only, also over a reboot."""
-    return ONCE.format(name=name, code=code)
+    """Shell code that runs `code` the first time only, even if the host is rebooted."""
+    return f"[ -e /nix/var/{name} ] || {{ touch /nix/var/{name}; {code}; }}"
 
 
 @pytest.fixture
@@ -34,11 +34,9 @@ def nixos_machine(make_machine):
 
 
 def switches(machine):
-    return [
-        pid
-        for pid, line in machine.host.processes().items()
-        if re.search(r" switch [0-9a-f-]{36}", line)
-    ]
+    """The PIDs of the switch processes."""
+    lines = machine.host.processes().items()
+    return [pid for pid, line in lines if re.search(r" switch [0-9a-f-]{36}", line)]
 
 
 def kill_switch(machine):
@@ -47,7 +45,7 @@ def kill_switch(machine):
 
 
 def interrupt(machine, how):
-    """Kill the switch process, the agent, both, or cut the power; an agent runs afterwards."""
+    """Kill the switch process, the agent or both, or cut the power. An agent runs afterwards."""
     if how == "power":
         machine.host.reboot()
     elif how in ("agent", "both"):
@@ -61,15 +59,14 @@ def interrupt(machine, how):
 @pytest.mark.parametrize("how", ["switch", "both", "power"])
 def test_in_the_activation_is_rolled_back(nixos_machine, how):
     machine, first = nixos_machine
-    deployment = machine.order(
-        closures.nixos(machine.files, 2, after="touch /run/here; " + closures.hang())
-    )
+    hang = "touch /run/here; " + closures.hang()
+    deployment = machine.order(closures.nixos(machine.files, 2, after=hang))
     wait_until(lambda: machine.host.path("/run/here").exists())
     interrupt(machine, how)
     outcome = machine.outcome(deployment)
     assert (outcome.status, outcome.step) == ("Failed", "rolled-back")
-    what = "the machine restarted" if how == "power" else "it was interrupted"
-    assert f"{what} before it was confirmed" in outcome.reason
+    event = "the machine restarted" if how == "power" else "it was interrupted"
+    assert f"{event} before it was confirmed" in outcome.reason
     assert machine.host.running() == machine.host.profile() == machine.host.boot_default() == first
     assert outcome.log.splitlines()[-1].startswith("Failed to activate the deployment. ")
     assert machine.deploy(closures.nixos(machine.files, 3)).status == "Succeeded"
@@ -77,9 +74,8 @@ def test_in_the_activation_is_rolled_back(nixos_machine, how):
 
 def test_the_agent_alone_in_the_activation_changes_nothing(nixos_machine):
     machine, _ = nixos_machine
-    new = closures.nixos(
-        machine.files, 2, after="touch /run/here; " + closures.wait_for("/run/go-on")
-    )
+    hold = "touch /run/here; " + closures.wait_for("/run/go-on")
+    new = closures.nixos(machine.files, 2, after=hold)
     deployment = machine.order(new)
     wait_until(lambda: machine.host.path("/run/here").exists())
     machine.agent.kill()
@@ -92,9 +88,8 @@ def test_the_agent_alone_in_the_activation_changes_nothing(nixos_machine):
 @pytest.mark.parametrize("how", ["switch", "both", "power"])
 def test_in_the_commit_goes_forward(nixos_machine, how):
     machine, _ = nixos_machine
-    new = closures.nixos(
-        machine.files, 2, before_boot=once("boot", f"touch /run/here; {closures.hang()}")
-    )
+    hang = once("boot", f"touch /run/here; {closures.hang()}")
+    new = closures.nixos(machine.files, 2, before_boot=hang)
     deployment = machine.order(new)
     wait_until(lambda: machine.host.path("/run/here").exists())
     interrupt(machine, how)
@@ -106,9 +101,7 @@ def test_in_the_commit_goes_forward(nixos_machine, how):
 @pytest.mark.parametrize("how", ["switch", "both", "power"])
 def test_in_the_rollback_is_rolled_back_again(nixos_machine, how):
     machine, _ = nixos_machine
-    fallback = closures.nixos(
-        machine.files, "fallback", before=once("first", ":") + "; " + once_second()
-    )
+    fallback = closures.nixos(machine.files, "fallback", before=second_time_hangs())
     assert machine.deploy(fallback).status == "Succeeded"
     deployment = machine.order(closures.nixos(machine.files, 3, after="exit 1"))
     wait_until(lambda: machine.host.path("/run/here").exists())
@@ -116,18 +109,17 @@ def test_in_the_rollback_is_rolled_back_again(nixos_machine, how):
     outcome = machine.outcome(deployment)
     assert (outcome.status, outcome.step) == ("Failed", "rolled-back")
     assert "the activation ended with status 1" in outcome.reason
-    assert (
-        machine.host.running() == machine.host.profile() == machine.host.boot_default() == fallback
-    )
+    host = machine.host
+    assert host.running() == host.profile() == host.boot_default() == fallback
 
 
-def once_second():
-    """Hang the second time that the script runs: in the first rollback to it."""
+def second_time_hangs():
+    """Shell code that hangs the second time that it runs: in the first rollback."""
     hang = f"touch /nix/var/hung /run/here; {closures.hang()}"
     return f"if [ -e /nix/var/ran ] && [ ! -e /nix/var/hung ]; then {hang}; fi; touch /nix/var/ran"
 
 
-def test_a_rollback_that_never_gets_through_ends(nixos_machine):
+def test_a_rollback_that_is_always_interrupted_ends(nixos_machine):
     machine, _ = nixos_machine
     hang = "[ ! -e /run/broken ] || { kill -9 $PPID; sleep 3600; }"
     fallback = closures.nixos(machine.files, "fallback", before=hang)
@@ -139,20 +131,22 @@ def test_a_rollback_that_never_gets_through_ends(nixos_machine):
     assert machine.deploy(closures.nixos(machine.files, 4)).status == "Succeeded"
 
 
-def test_the_agent_in_the_download_starts_again(nixos_machine):
-    machine, _ = nixos_machine
+def wrap_nix_store(machine, script):
+    """Restart the agent with a shell script in place of `nix-store`."""
     wrappers = machine.host.directory / "wrappers"
     wrappers.mkdir()
-    real = shutil.which("nix-store")
-    hold = "touch /run/here; " + closures.wait_for("/run/go-on")
-    (wrappers / "nix-store").write_text(f'#!/bin/sh\n{hold}\nexec {real} "$@"\n')
+    (wrappers / "nix-store").write_text(f"#!/bin/sh\n{script}\n")
     (wrappers / "nix-store").chmod(0o755)
     machine.agent.stop()
-    machine.env = {
-        "PATH": f"{wrappers}:{machine.host.environment['PATH']}",
-        "CACHIX_DEPLOY_WAITS": WAITS,
-    }
+    path = f"{wrappers}:{machine.host.environment['PATH']}"
+    machine.env = {"PATH": path, "CACHIX_DEPLOY_WAITS": WAITS}
     machine.start()
+
+
+def test_the_agent_in_the_download_starts_again(nixos_machine):
+    machine, _ = nixos_machine
+    hold = "touch /run/here; " + closures.wait_for("/run/go-on")
+    wrap_nix_store(machine, f'{hold}\nexec {shutil.which("nix-store")} "$@"')
     deployment = machine.order(closures.nixos(machine.files, 2))
     wait_until(lambda: machine.host.path("/run/here").exists())
     machine.agent.kill()
@@ -162,18 +156,9 @@ def test_the_agent_in_the_download_starts_again(nixos_machine):
     assert outcome.status == "Succeeded", outcome
 
 
-def test_a_deployment_that_is_interrupted_again_and_again_before_it_begins_ends(nixos_machine):
+def test_a_deployment_that_is_always_interrupted_before_it_begins_ends(nixos_machine):
     machine, first = nixos_machine
-    wrappers = machine.host.directory / "wrappers"
-    wrappers.mkdir()
-    (wrappers / "nix-store").write_text("#!/bin/sh\ntouch /run/here\nexec sleep 3600\n")
-    (wrappers / "nix-store").chmod(0o755)
-    machine.agent.stop()
-    machine.env = {
-        "PATH": f"{wrappers}:{machine.host.environment['PATH']}",
-        "CACHIX_DEPLOY_WAITS": WAITS,
-    }
-    machine.start()
+    wrap_nix_store(machine, "touch /run/here\nexec sleep 3600")
     deployment = machine.order(closures.nixos(machine.files, 2))
     for _ in range(3):
         wait_until(lambda: machine.host.path("/run/here").exists())
@@ -186,11 +171,10 @@ def test_a_deployment_that_is_interrupted_again_and_again_before_it_begins_ends(
     assert machine.host.running() == first
 
 
-def test_a_lost_state_is_reported_and_nothing_executed(nixos_machine):
+def test_a_lost_state_is_reported_and_nothing_is_executed(nixos_machine):
     machine, _ = nixos_machine
-    deployment = machine.order(
-        closures.nixos(machine.files, 2, after="touch /run/here; " + closures.hang())
-    )
+    hang = "touch /run/here; " + closures.hang()
+    deployment = machine.order(closures.nixos(machine.files, 2, after=hang))
     wait_until(lambda: machine.host.path("/run/here").exists())
     machine.host.close()
     shutil.rmtree(machine.host.state)
@@ -232,42 +216,60 @@ def test_somebody_elses_deployment_is_left_alone(nixos_machine):
     machine.host.output(f"{first}/bin/switch-to-configuration", "test")
 
 
-# --- damaged files, byte by byte -------------------------------------------------------------------------------------
+# --- damaged files, byte by byte ------------------------------------------------------------------
 
 OLD, NEW = (f"/nix/store/{letter * 32}-system" for letter in "ab")
 WHOLE = journal.Record(
-    "0a1b", 7, "web", "https://ours", NEW, NEW, None, "NixOS", "/nix/var/nix/profiles/system", OLD, OLD, 4, (OLD,),
-    "boot", journal.COMMITTING, 1, 5, "why", None, {journal.RECEIVED: 1.5, journal.COMMITTING: 2.5}, 70,
-)  # fmt: skip
+    id="0a1b",
+    index=7,
+    agent="web",
+    host="https://ours",
+    store_path=NEW,
+    rollback_script=NEW,
+    kind="NixOS",
+    profile="/nix/var/nix/profiles/system",
+    previous_running=OLD,
+    previous_profile=OLD,
+    previous_generation=4,
+    rooted=(OLD,),
+    boot_id="boot",
+    step=journal.COMMITTING,
+    attempts=1,
+    revision=5,
+    reason="why",
+    times={journal.RECEIVED: 1.5, journal.COMMITTING: 2.5},
+    log_size=70,
+)
 FIELDS = [field.name for field in dataclasses.fields(journal.Record)]
-REPORTED = logfile.Reported(True, True, 12, 345, False, False, 678, "2026-01-01T00:00:00Z")
+REPORTED = Reported(
+    started=True, sized=True, line=12, offset=345, size=678, time="2026-01-01T00:00:00Z"
+)
 
 
 def places(text):
-    """For each byte of a journal: the key of its line, and whether it is part of that key's value."""
+    """For each byte : the key of its line, and whether the byte belongs to the value."""
     key = ""
     for line in text.decode().splitlines(keepends=True):
-        found = re.match(r' "(\w+)": ', line)
-        key = found[1] if found else key
-        start = found.end() if found else 0
+        match = re.match(r' "(\w+)": ', line)
+        key = match[1] if match else key
+        start = match.end() if match else 0
         yield from ((key, index >= start) for index in range(len(line)))
 
 
 def read(text):
-    """What a journal says; None where that can't be relied on."""
+    """The record of a journal; None if it can't be relied on."""
     try:
         return journal.Record.from_json(text)
     except journal.Unreadable:
         return None
 
 
-def test_a_journal_of_any_length_but_its_own_says_nothing():
+def test_a_journal_of_any_other_length_is_unreadable():
     text = WHOLE.to_json()
     assert read(text) == WHOLE
-    assert [length for length in range(len(text)) if read(text[:length])] == []
-    assert [
-        length for length in range(len(text)) if read(text[:length].ljust(len(text), b"\0"))
-    ] == []
+    size = len(text)
+    assert [length for length in range(size) if read(text[:length])] == []
+    assert [length for length in range(size) if read(text[:length].ljust(size, b"\0"))] == []
 
 
 def test_a_zero_anywhere_in_a_journal_is_noticed():
@@ -275,73 +277,61 @@ def test_a_zero_anywhere_in_a_journal_is_noticed():
     assert [at for at in range(len(text)) if read(text[:at] + b"\0" + text[at + 1 :])] == []
 
 
-def test_a_flipped_bit_in_a_journal_is_noticed_or_changes_the_value_in_which_it_is():
+def test_a_flipped_bit_in_a_journal_is_noticed_or_changes_only_its_value():
     text = WHOLE.to_json()
-    kept = 0
+    count = 0
     for at, (key, in_value) in enumerate(places(text)):
         for bit in range(8):
-            found = read(text[:at] + bytes([text[at] ^ 1 << bit]) + text[at + 1 :])
-            if found is not None:
-                differ = {
-                    name for name in FIELDS if getattr(found, name) != getattr(WHOLE, name)
-                } - {"unknown"}
-                assert differ <= ({key} if in_value else set()), (at, bit, differ)
-                kept += 1
-    assert kept < 8 * len(text) / 2, "most of it is noticed"
+            record = read(text[:at] + bytes([text[at] ^ 1 << bit]) + text[at + 1 :])
+            if record is not None:
+                names = {n for n in FIELDS if getattr(record, n) != getattr(WHOLE, n)}
+                assert names - {"unknown"} <= ({key} if in_value else set()), (at, bit, names)
+                count += 1
+    assert count < 8 * len(text) / 2, "most flipped bits are noticed"
 
 
-def test_of_a_journal_of_this_version_no_key_may_be_missing():
+def test_no_key_may_be_missing_in_a_journal_of_this_version():
     values = json.loads(WHOLE.to_json())
     for name in values:
         less = {key: value for key, value in values.items() if key != name}
-        found = read(json.dumps(less).encode())
-        assert found is None or (name, found) == ("version", WHOLE)
+        record = read(json.dumps(less).encode())
+        assert record is None or (name, record) == ("version", WHOLE)
 
 
 @pytest.mark.parametrize("version", [None, 0])
-def test_of_an_older_journal_keys_may_be_missing(version):
-    known = {
-        "id": "i",
-        "index": 1,
-        "agent": "a",
-        "host": "h",
-        "store_path": NEW,
-        "step": journal.CHECKING,
-    }
-    found = read(json.dumps(known if version is None else {**known, "version": version}).encode())
-    assert found is not None and (found.step, found.previous_running, found.attempts) == (
-        journal.CHECKING,
-        None,
-        0,
-    )
+def test_keys_may_be_missing_in_an_older_journal(version):
+    values = {"id": "i", "index": 1, "agent": "a", "host": "h", "store_path": NEW}
+    values["step"] = journal.CHECKING
+    if version is not None:
+        values["version"] = version
+    record = read(json.dumps(values).encode())
+    assert record is not None
+    assert (record.step, record.previous_running, record.attempts) == (journal.CHECKING, None, 0)
 
 
-def test_a_newer_journal_keeps_its_keys_and_one_with_a_step_of_its_own_is_set_aside(tmp_path):
+def test_a_newer_journal_keeps_its_keys_and_one_with_an_unknown_step_is_set_aside(tmp_path):
     newer = {**json.loads(WHOLE.to_json()), "version": 2, "moon": {"phase": 3}}
-    found = read(json.dumps(newer).encode())
-    assert found is not None and json.loads(found.to_json()) == newer
+    record = read(json.dumps(newer).encode())
+    assert record is not None and json.loads(record.to_json()) == newer
     (tmp_path / "journal.json").write_text(json.dumps({**newer, "step": "waning"}))
     with pytest.raises(journal.Unreadable, match="was set aside"):
         journal.load(str(tmp_path))
-    assert journal.was_set_aside(str(tmp_path))
+    assert history.was_set_aside(str(tmp_path))
 
 
-def test_of_a_damaged_report_nothing_is_believed(tmp_path):
-    """It begins anew then: lines may come twice, none is left out."""
+def test_a_damaged_report_is_not_believed(tmp_path):
+    """It starts from the beginning then: lines may arrive twice, but none is left out."""
     path, text = tmp_path / "reported.json", json.dumps(dataclasses.asdict(REPORTED)).encode()
     path.write_bytes(text)
-    assert dataclasses.replace(logfile.Reported.load(str(path)), time=REPORTED.time) == REPORTED
+    assert dataclasses.replace(Reported.load(str(path)), time=REPORTED.time) == REPORTED
     for at in range(len(text)):
-        for damaged in (
-            text[:at],
-            text[:at] + b"\0" + text[at + 1 :],
-            text[:at].ljust(len(text), b"\0"),
-        ):
+        zero = text[:at] + b"\0" + text[at + 1 :]
+        for damaged in (text[:at], zero, text[:at].ljust(len(text), b"\0")):
             path.write_bytes(damaged)
-            assert logfile.Reported.load(str(path)) == logfile.Reported()
+            assert Reported.load(str(path)) == Reported()
 
 
 def test_a_directory_in_the_place_of_a_report_is_set_aside(tmp_path):
     (tmp_path / "reported.json").mkdir()
-    assert logfile.Reported.load(str(tmp_path / "reported.json")) == logfile.Reported()
+    assert Reported.load(str(tmp_path / "reported.json")) == Reported()
     assert not (tmp_path / "reported.json").exists()
