@@ -176,10 +176,10 @@ class Follower:
                 warn(f"warning: no log of {self.agent} at present: {error}")
                 complained = True
             delay = 1.0 if self.shown > before else min(30.0, 2 * delay)
-            complete = complete and self.ended
-            if not complete and self.nudge.wait(delay * random.uniform(0.5, 1.0)):
+            pause = delay * random.uniform(0.5, 1.0)
+            if not (complete and self.ended) and self.nudge.wait(pause):
                 self.nudge.clear()
-            if complete:
+            if complete and self.ended:  # it may have ended during the pause
                 return
 
     def stream(self) -> bool:
