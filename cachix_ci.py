@@ -62,7 +62,7 @@ def decode_spec(raw: bytes, name: str) -> Spec:
         record = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
         spec = Spec.from_json(record)
     except Undecodable as error:
-        raise Error(f"{name} is no deploy.json: {error}") from None
+        raise Error(f"{name} can't be deployed: {error}") from None
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} is 0x{raw[error.start]:02x}"
         raise Error(f"{name} is not UTF-8 text: {byte}") from None

@@ -1,6 +1,6 @@
-"""The wire protocol of Cachix Deploy: messages, their names in JSON, and the errors of talking.
+"""The wire protocol of Cachix Deploy: messages in JSON, and errors with their exit statuses.
 
-Nothing here does I/O. protocol.md decides every name below; what is our own addition says so.
+Nothing here does I/O. protocol.md decides every name below; our own additions are marked as such.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class UsageError(Error):
 class Unreachable(Error):
     """The workspace gives no usable answer.
 
-    `retry_after` is how many seconds it asks to be left alone, `overloaded` whether it says that it
-    can't answer at present.
+    `retry_after` is how many seconds it asks to be left alone. `overloaded` is set if it did
+    answer, but with a status that means: try again later.
     """
 
     status = 69
@@ -61,7 +61,7 @@ class Gone(Error):
 
 
 class Undecodable(ValueError):
-    """A message that is not part of the protocol. It is logged and skipped."""
+    """A message or a deploy.json that breaks the protocol. Messages are then logged and skipped."""
 
 
 # --- names and values -----------------------------------------------------------------------------
@@ -73,8 +73,6 @@ SUCCEEDED, FAILED, CANCELLED = "Succeeded", "Failed", "Cancelled"
 TERMINAL = frozenset({SUCCEEDED, FAILED, CANCELLED})
 SUCCESS_LINE = "Successfully activated the deployment."
 FAILURE_LINE = "Failed to activate the deployment."
-EXAMPLE_SPEC = '{"agents": {"NAME": "/nix/store/..."}}'
-EXAMPLE_SCRIPTS = '{"x86_64-linux": "/nix/store/..."}'
 
 
 def is_agent_name(text: object) -> bool:
@@ -330,6 +328,28 @@ def decode_from_agent(text: Union[str, bytes]) -> FromAgent:
 
 # --- deploy.json ----------------------------------------------------------------------------------
 
+EXAMPLE_SPEC = '{"agents": {"NAME": "/nix/store/..."}}'
+EXAMPLE_SCRIPTS = '{"x86_64-linux": "/nix/store/..."}'
+MAX_LISTED = 20  # wrong values that one message names
+
+
+def _is_printable(name: str) -> bool:
+    """Whether a name shows on a terminal as it is."""
+    return bool(name.strip()) and name.isprintable()
+
+
+def _brief(value: Any) -> str:
+    """A JSON value for a message. Lists and objects, which may be deep, only by their type."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    return json.dumps(value)[:200]
+
+
+def _listed(items: list[str]) -> str:
+    """The first items for a message, and how many more there are."""
+    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
+    return ", ".join(items[:MAX_LISTED]) + more
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -340,24 +360,25 @@ class Spec:
 
     @classmethod
     def from_json(cls, record: Any) -> Spec:
-        """Raises Undecodable, with a sentence that lists all values that are wrong."""
+        """Raises Undecodable, with a sentence that lists the values that are wrong."""
         if not isinstance(record, dict):
-            raise Undecodable(f"it must hold an object such as {EXAMPLE_SPEC}")
+            raise Undecodable(f"a deploy.json must hold an object such as {EXAMPLE_SPEC}")
         agents, scripts = record.get("agents"), record.get("rollbackScript")
         if not isinstance(agents, dict) or not agents:
-            raise Undecodable(f"`agents` must be an object such as the one in {EXAMPLE_SPEC}")
+            example = f"an object with at least one agent, as in {EXAMPLE_SPEC}"
+            raise Undecodable(f"`agents` must be {example}")
         if scripts is not None and not isinstance(scripts, dict):
             raise Undecodable(f"`rollbackScript` must be an object such as {EXAMPLE_SCRIPTS}")
-        names = (*agents, *(scripts or {}))
-        bad = [json.dumps(name) for name in names if not name.strip() or not name.isprintable()]
+        scripts = scripts or {}
+        bad = [_brief(name) for name in (*agents, *scripts) if not _is_printable(name)]
         if bad:
-            raise Undecodable(f"these names are empty or can't be printed: {', '.join(bad)}")
+            raise Undecodable(f"these names are empty or can't be printed: {_listed(bad)}")
         values = [(f"agents.{name}", path) for name, path in agents.items()]
-        values += [(f"rollbackScript.{name}", path) for name, path in (scripts or {}).items()]
-        bad = [f"{at} is {json.dumps(v)[:200]}" for at, v in values if not is_store_path(v)]
+        values += [(f"rollbackScript.{name}", path) for name, path in scripts.items()]
+        bad = [f"{at[:200]} is {_brief(path)}" for at, path in values if not is_store_path(path)]
         if bad:
-            raise Undecodable(f"not a store path (/nix/store/HASH-NAME): {', '.join(bad)}")
-        return cls(agents, scripts or {})
+            raise Undecodable(f"not a store path (/nix/store/HASH-NAME): {_listed(bad)}")
+        return cls(agents, scripts)
 
     def to_json(self) -> dict[str, Any]:
         extra = {"rollbackScript": self.rollback_scripts} if self.rollback_scripts else {}
