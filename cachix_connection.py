@@ -1,10 +1,9 @@
-"""One way to a workspace: websockets and plain requests, each with one deadline for all of it."""
+"""The connection to a workspace: websockets and plain requests, each with an overall deadline."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import random
 import socket
 import threading
 import time
@@ -29,8 +28,9 @@ if TYPE_CHECKING:
     import websocket
 
 CONNECT_TIMEOUT = 20.0  # seconds for name look-up, TCP, TLS and handshake together
-CALL_TIMEOUT = 10.0  # seconds for one call of the reporter
+CALL_TIMEOUT = 10.0  # seconds for one report, or for sending a ping
 MAX_BODY = 1 << 26  # bytes of an answer
+MAX_RETRY_AFTER = 3600.0  # seconds for which a workspace may ask to be left alone
 SYSTEM_BUNDLES = (
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -43,7 +43,7 @@ SYSTEM_BUNDLES = (
 
 @dataclass(frozen=True)
 class Waits:
-    """How long the agent waits, in seconds. Tests shorten that by CACHIX_DEPLOY_WAITS (JSON)."""
+    """How long the agent waits, in seconds. Tests shorten it with CACHIX_DEPLOY_WAITS (JSON)."""
 
     ping: float = 30.0
     silence: float = 60.0
@@ -60,9 +60,10 @@ class Waits:
 
     @classmethod
     def from_environment(cls) -> Waits:
-        given = loads(os.environ.get("CACHIX_DEPLOY_WAITS", "{}"))
+        """The defaults, changed by CACHIX_DEPLOY_WAITS. Unknown names are ignored."""
+        changes = loads(os.environ.get("CACHIX_DEPLOY_WAITS", "{}"))
         names = cls.__dataclass_fields__
-        return cls(**{name: float(given[name]) for name in names if name in given})
+        return cls(**{name: float(changes[name]) for name in names if name in changes})
 
 
 def backoff(failures: int, waits: Waits) -> float:
@@ -70,6 +71,8 @@ def backoff(failures: int, waits: Waits) -> float:
 
     The jitter keeps a fleet from coming back all at once.
     """
+    import random
+
     return random.uniform(0, min(waits.slowest, waits.backoff * 2 ** min(failures, 16)))
 
 
@@ -77,7 +80,7 @@ Result = TypeVar("Result")
 
 
 class _Call(threading.Thread):
-    """A call in a thread of its own, which can be told that nobody waits for it any more."""
+    """A call in a thread of its own, which `give_up` ends once nobody waits for it any more."""
 
     def __init__(self, call: Callable[[], Any]) -> None:
         super().__init__(name="call", daemon=True)
@@ -101,21 +104,22 @@ class _Call(threading.Thread):
     def give_up(self) -> None:
         """Raise SystemExit in the thread as soon as it runs Python again.
 
-        Nothing else ends a thread that waits for a name look-up, or a library that waits for a
-        peer's next packet. While `guard` is held the thread can't end, so its ident is still its own.
+        Nothing else ends a thread in a name look-up, or in a library that waits for the next packet
+        again and again. The thread can't end while `guard` is locked, so that no other thread has
+        its ident yet.
         """
         import ctypes
 
         raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
         with self.guard:
             if self.running:
-                reached = raise_in(ctypes.c_ulong(self.ident or 0), ctypes.py_object(SystemExit))
-                if reached != 1:
-                    raise RuntimeError(f"the exception reached {reached} threads instead of 1")
+                count = raise_in(ctypes.c_ulong(self.ident or 0), ctypes.py_object(SystemExit))
+                if count != 1:
+                    raise RuntimeError(f"the exception was set in {count} threads instead of one")
 
 
 def within(timeout: float, call: Callable[[], Result]) -> Result:
-    """Return or raise what `call` does. Raises Unreachable if it takes over `timeout` seconds.
+    """Return or raise whatever `call` does. Raises Unreachable after `timeout` seconds.
 
     The libraries' own timeouts are per packet, and a name look-up has none.
     """
@@ -130,7 +134,7 @@ def within(timeout: float, call: Callable[[], Result]) -> Result:
     return thread.results[0]  # type: ignore[no-any-return]
 
 
-# --- the peer -------------------------------------------------------------------------------------
+# --- the workspace --------------------------------------------------------------------------------
 
 
 def ca_bundle() -> Optional[str]:
@@ -147,9 +151,9 @@ def ca_bundle() -> Optional[str]:
 
 
 def complete_proxies() -> None:
-    """Add the scheme to proxies given as HOST:PORT.
+    """Add the scheme to proxies that the environment gives as HOST:PORT.
 
-    requests and Nix accept that form, websocket-client would ignore such a proxy.
+    requests and Nix accept that form; websocket-client would bypass such a proxy.
     """
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         value = os.environ.get(name)
@@ -171,7 +175,7 @@ def checked_url(text: str, option: str, example: str) -> str:
 
 @dataclass(frozen=True)
 class Peer:
-    """A workspace as one token sees it. `name` is the agent's, and None for CI."""
+    """A workspace, and a token for it. `name` is the agent's; CI has none."""
 
     host: str
     token: str
@@ -179,16 +183,15 @@ class Peer:
 
     @classmethod
     def create(cls, host: str, token: str, name: Optional[str] = None) -> Peer:
-        """Raises UsageError if `host` is not an http or https URL."""
+        """Complete `host` to a URL. Raises UsageError if it is not an http or https URL."""
         url = host if "://" in host else f"https://{host}"
         return cls(checked_url(url, "--host", "https://cachix.org"), token, name)
 
     def headers(self) -> dict[str, str]:
-        """The headers of every request and handshake. An agent also says who it is."""
+        """The headers of every request and handshake. An agent adds its name and system."""
         headers = {"Authorization": f"Bearer {self.token}"}
         if self.name is not None:
-            who = {"name": self.name, "version": PROTOCOL_VERSION, "system": nix_system()}
-            headers.update(who)
+            headers.update(name=self.name, version=PROTOCOL_VERSION, system=nix_system())
         return {**headers, "User-Agent": USER_AGENT}
 
     def substituter(self, cache: Cache) -> str:
@@ -240,12 +243,11 @@ def _connect_problem(
     peer: Peer, path: str, sock: websocket.WebSocket, error: Exception
 ) -> Exception:
     """The error for a handshake that failed."""
-    # the library keeps the answer to a redirect for itself
+    # the library raises no error with a status for a redirect
     status = getattr(error, "status_code", sock.status)
     if status in (401, 403):
-        return Refused(
-            f"{peer.host} refused the token (HTTP {status}): check it, or create a new one"
-        )
+        hint = "check it, or create a new one"
+        return Refused(f"{peer.host} refused the token (HTTP {status}): {hint}")
     if status in (None, 101):
         return Unreachable(f"no connection to {peer.host}{path}: {error or type(error).__name__}")
     location = (getattr(error, "resp_headers", sock.headers) or {}).get("location")
@@ -262,7 +264,7 @@ def hang_up(sock: websocket.WebSocket) -> None:
 
 
 def close(sock: websocket.WebSocket) -> None:
-    """Close in order (1000), waiting at most a second for the answer. Never raises."""
+    """Close with code 1000, and wait at most a second for the answer. Never raises."""
     with contextlib.suppress(Exception):
         sock.close(timeout=1)
 
@@ -313,22 +315,22 @@ class Answer:
 
     @property
     def is_json(self) -> bool:
-        """Whether it is of a workspace, rather than the page of a proxy."""
+        """Whether the body is declared as JSON: a workspace's answer, not the page of a proxy."""
         return self.headers.get("Content-Type", "").startswith("application/json")
 
     @property
     def retry_after(self) -> float:
-        """Seconds that it asks to wait, an hour at most; 0 if it asks for nothing, or by a date."""
+        """Seconds by its Retry-After, at most MAX_RETRY_AFTER; 0 without one, or for a date."""
         with contextlib.suppress(ValueError):
-            return min(3600.0, max(0.0, float(self.headers.get("Retry-After", "0"))))
+            return min(MAX_RETRY_AFTER, max(0.0, float(self.headers.get("Retry-After", "0"))))
         return 0.0
 
 
 def http(peer: Peer, method: str, path: str, timeout: float = 20.0, **kwargs: Any) -> Answer:
-    """Make one request. Raises Unreachable if no answer, or one over MAX_BODY, has come in time.
+    """Make one request, and read the answer whole. `kwargs` go to `requests.Session.request`.
 
-    Redirects are not followed: the token would go elsewhere. `timeout` is in seconds, `kwargs` are
-    those of `requests.Session.request`.
+    Raises Unreachable if no answer is complete after `timeout` seconds, or if its body is larger
+    than MAX_BODY. Redirects are not followed: the token would go elsewhere.
     """
     with _importing:
         import requests
@@ -357,11 +359,11 @@ def http(peer: Peer, method: str, path: str, timeout: float = 20.0, **kwargs: An
 
 
 _sessions = threading.local()
-_importing = threading.Lock()  # Python 3.9: two threads importing from a zip see half a module
+_importing = threading.Lock()  # Python 3.9: two threads that import from a zip see half a module
 
 
 def _session() -> requests.Session:
-    """The calling thread's session: proxies from the environment, no credentials of a ~/.netrc."""
+    """The calling thread's session: proxies from the environment, no credentials from ~/.netrc."""
     import requests
 
     if getattr(_sessions, "session", None) is None:

@@ -1,7 +1,9 @@
-"""The agent's connection: kept alive, broken, refused, redirected, through proxies and TLS, ended in every state."""
+"""The agent's connection: kept alive, broken, refused, redirected, proxied, encrypted, ended."""
 
 import base64
 import contextlib
+import ctypes
+import dataclasses
 import datetime
 import http.client
 import http.server
@@ -16,6 +18,7 @@ import ssl
 import struct
 import threading
 import time
+import urllib.parse
 
 import certifi
 import pytest
@@ -26,13 +29,12 @@ from hypothesis import strategies as st
 from peer import AGENT_ID, message, transcript
 
 import cachix_connection
-import cachix_deploy
 import cachix_protocol
-from cachix_connection import Waits, backoff, ca_bundle
+from cachix_connection import Answer, Peer, Waits, backoff, ca_bundle, connect, within
 from cachix_protocol import Undecodable, Unreachable, decode_from_agent, decode_to_agent
 
 TOKEN = "peer-agent-token"
-BROKEN_OFF = ("abrupt TCP EOF", "server close 1001, TCP left open by server")
+BROKEN = ("abrupt TCP EOF", "server close 1001, TCP left open by server")
 
 
 def start(host, peer, *args, url="", waits=None, **env):
@@ -43,7 +45,7 @@ def start(host, peer, *args, url="", waits=None, **env):
 
 
 def another(peer, number, timeout=20.0):
-    """The agent's connection number so-and-so to /ws."""
+    """Wait for the agent's connection of this number to /ws, and return it."""
     wait_until(lambda: len(peer.heads("/ws")) >= number, timeout, f"connection {number}")
     return peer.agent()
 
@@ -53,7 +55,7 @@ def present(host, cache, path):
     return path
 
 
-# --- alive -----------------------------------------------------------------------------------------------------------
+# --- alive ----------------------------------------------------------------------------------------
 
 
 def test_it_pings_and_connects_again_when_nothing_is_heard(host, peer):
@@ -68,22 +70,22 @@ def test_it_pings_and_connects_again_when_nothing_is_heard(host, peer):
     stopped = time.monotonic()
     another(peer, 2)
     assert 0.5 < time.monotonic() - stopped < 5
-    agent.wait_for("nothing was heard for 1 s, connecting again")
-    wait_until(
-        lambda: [ping for ping in peer.frames("/ws", "ping") if ping["conn"] != first.number],
-        what="its ping",
-    )
+    agent.wait_for("no answer for 1 s, connecting again")
+
+    def pinged_again():
+        return [ping for ping in peer.frames("/ws", "ping") if ping["conn"] != first.number]
+
+    wait_until(pinged_again, what="a ping on the second connection")
 
 
-def test_whatever_is_heard_counts_as_alive(host, peer):
+def test_any_frame_keeps_the_connection_alive(host, peer):
     agent = start(host, peer, waits={"ping": 0.3, "silence": 0.6})
     connection = peer.agent()
     connection.pongs = False
     began = time.monotonic()
     while time.monotonic() - began < 2:
-        connection.send(
-            *random.choice([("ping", b"x"), ("pong", b"unasked"), ("text", message("Nothing", {}))])
-        )
+        frames = [("ping", b"x"), ("pong", b"unasked"), ("text", message("Nothing", {}))]
+        connection.send(*random.choice(frames))
         time.sleep(0.1)
     assert len(peer.heads("/ws")) == 1 and agent.process.poll() is None
     assert len(peer.frames("/ws", "ping")) >= 4
@@ -99,18 +101,16 @@ def test_pings_are_answered_with_their_payload(host, peer):
     assert [pong["payload"].encode() for pong in peer.frames("/ws", "pong")] == payloads
 
 
-# --- broken off and closed -------------------------------------------------------------------------------------------
+# --- broken and closed ----------------------------------------------------------------------------
 
 
-def test_every_close_that_cachix_survives_is_survived(host, peer):
-    """As recorded in agent-close-codes; a close is answered, and the TCP connection given up at once."""
+def test_it_survives_every_close_that_cachix_survives(host, peer):
+    """As recorded in agent-close-codes. It answers a close, and drops the connection at once."""
     labels = [e["label"] for e in transcript("agent-close-codes") if e.get("event") == "scenario"]
     assert labels[-1] == "close without code"
     agent = start(host, peer)
-    codes = [
-        int(re.search(r"\d{4}", label)[0]) if label not in BROKEN_OFF else None
-        for label in labels[:-1]
-    ]
+    codes = [re.search(r"\d{4}", label)[0] for label in labels[:-1] if label not in BROKEN]
+    codes = [*map(int, codes), *(None for _ in BROKEN)]
     for number, code in enumerate([*codes, 1002, 1003, 1008, 1013, 3000, 4003, 4999], 1):
         connection = another(peer, number)
         if code is None:
@@ -154,7 +154,7 @@ def test_frames_that_break_the_protocol(host, peer, raw):
     assert agent.process.poll() is None and "Traceback" not in agent.text()
 
 
-def test_replaced_it_warns_and_comes_back_slowly(host, peer):
+def test_replaced_it_warns_and_reconnects_slowly(host, peer):
     agent = start(host, peer, waits={"slowest": 1.5})
     peer.agent().close(4001)
     began = time.monotonic()
@@ -181,30 +181,28 @@ def test_replaced_while_it_bootstraps_it_finishes_and_ends(host, cache, peer):
     assert peer.log(deployment)[-1] == "Successfully activated the deployment."
 
 
-# --- refused ---------------------------------------------------------------------------------------------------------
+# --- refused --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", ["301", "302", "307", "308"])
-def test_a_redirect_is_not_followed_but_told(host, peer, status):
+def test_a_redirect_is_reported_and_not_followed(host, peer, status):
     peer.misbehave("/ws$", status, times=1)
     agent = start(host, peer)
-    agent.wait_for(
-        rf"{peer.url}/ws answered HTTP {status} instead of a websocket and points to {peer.url}/elsewhere, which is "
-        "not followed: give it as --host"
-    )
+    redirect = f"and points to {peer.url}/elsewhere, which is not followed: give it as --host"
+    agent.wait_for(f"{peer.url}/ws answered HTTP {status} instead of a websocket {redirect}")
     another(peer, 2)
     assert not peer.heads("/elsewhere") and TOKEN not in agent.text()
 
 
 @pytest.mark.parametrize("status", ["200", "400", "404", "426", "500", "502", "503"])
-def test_no_websocket_is_told_with_its_status(peer, status):
+def test_a_refused_handshake_is_reported_with_its_status(peer, status):
     peer.misbehave("/ws$", status)
     with pytest.raises(Unreachable, match=f"answered HTTP {status} instead of a websocket$"):
-        cachix_connection.connect(cachix_connection.Peer(peer.url, TOKEN, "web"), "/ws")
+        connect(Peer(peer.url, TOKEN, "web"), "/ws")
 
 
 @pytest.mark.parametrize("status", ["401", "403"])
-def test_a_token_that_is_refused_later_is_tried_again_slowly(host, peer, status):
+def test_a_token_that_is_refused_later_is_retried_slowly(host, peer, status):
     agent = start(host, peer, waits={"slowest": 0.6})
     first = peer.agent()
     fault = peer.misbehave("/ws$", status, times=2)
@@ -216,7 +214,7 @@ def test_a_token_that_is_refused_later_is_tried_again_slowly(host, peer, status)
     assert tries[2] - tries[1] > 0.5 and tries[3] - tries[2] > 0.5
 
 
-def test_a_broken_connection_is_given_up_before_the_next_attempt(host, peer):
+def test_a_broken_connection_is_dropped_before_the_next_attempt(host, peer):
     agent = start(host, peer, waits={"slowest": 60.0})
     first = peer.agent()
     first.send("close", struct.pack(">H", 4001))
@@ -234,7 +232,7 @@ def test_a_workspace_that_is_down_at_first(host, peer):
 
 
 def listen(serve):
-    """A TCP server with a function for each connection; its URL."""
+    """A TCP server that calls `serve` for each connection: the listener and its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def accept():
@@ -252,7 +250,7 @@ def listen(serve):
 
 
 def drip(data, pause=0.05):
-    """Answer byte by byte, so that no packet is ever late."""
+    """A function that answers byte by byte, so that no packet is ever late."""
 
     def serve(connection):
         connection.recv(1 << 16)
@@ -277,9 +275,7 @@ def test_connecting_has_a_deadline(serve, scheme):
     listener, url = listen(serve)
     began = time.monotonic()
     with pytest.raises(Unreachable, match="no connection to|instead of a websocket"):
-        cachix_connection.connect(
-            cachix_connection.Peer(url.replace("http", scheme, 1), TOKEN), "/ws", timeout=0.6
-        )
+        connect(Peer(url.replace("http", scheme, 1), TOKEN), "/ws", timeout=0.6)
     assert time.monotonic() - began < 3
     listener.close()
 
@@ -290,12 +286,12 @@ def test_reaching_has_a_deadline(peer):
         peer.misbehave("/ws-deployment", kind, times=1)
         began = time.monotonic()
         with pytest.raises(Unreachable):
-            cachix_connection.reach(cachix_connection.Peer(peer.url, TOKEN, "web"), 0.5)
+            cachix_connection.reach(Peer(peer.url, TOKEN, "web"), 0.5)
         assert time.monotonic() - began < 3
-    cachix_connection.reach(cachix_connection.Peer(peer.url, TOKEN, "web"), 5)
+    cachix_connection.reach(Peer(peer.url, TOKEN, "web"), 5)
 
 
-# --- messages --------------------------------------------------------------------------------------------------------
+# --- messages -------------------------------------------------------------------------------------
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -304,13 +300,12 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
-KNOWN = {
-    "id": AGENT_ID, "storePath": "/nix/store/x", "index": 1, "rollbackScript": None, "resumed": True, "cache": None,
-    "reports": "http", "time": "t", "closureSize": 1, "hasSucceeded": True, "uri": "http://a",
-    "cacheName": "c", "publicKey": "k", "isPublic": True,
-}  # fmt: skip
-CONTENTS = st.dictionaries(st.sampled_from(list(KNOWN)), JSON, max_size=3).map(
-    lambda changed: {**KNOWN, **changed}
+# the fields of all messages, with values of the right types
+FIELDS = {"id": AGENT_ID, "time": "t", "closureSize": 1, "hasSucceeded": True, "reports": "http"}
+FIELDS |= {"storePath": "/nix/store/x", "index": 1, "rollbackScript": None, "resumed": True}
+FIELDS |= {"cache": None, "cacheName": "c", "publicKey": "k", "isPublic": True, "uri": "http://a"}
+CONTENTS = st.dictionaries(st.sampled_from(list(FIELDS)), JSON, max_size=3).map(
+    lambda changes: {**FIELDS, **changes}
 )
 TAGS = st.sampled_from(
     ["AgentRegistered", "Deployment", "DeploymentStarted", "DeploymentFinished", "Other"]
@@ -320,8 +315,6 @@ COMMANDS = st.builds(
     TAGS,
     CONTENTS | JSON.map(lambda v: {"cache": v}),
 )
-
-
 TEXTS = st.one_of(st.text(), JSON.map(json.dumps), COMMANDS.map(json.dumps))
 
 
@@ -330,7 +323,7 @@ TEXTS = st.one_of(st.text(), JSON.map(json.dumps), COMMANDS.map(json.dumps))
 @given(
     st.one_of(st.binary(), TEXTS, TEXTS.map(lambda text: text.encode("utf-16", "surrogatepass")))
 )
-def test_decoders_say_undecodable_and_nothing_else(text):
+def test_decoders_raise_undecodable_and_nothing_else(text):
     for decode in (decode_to_agent, decode_from_agent):
         with contextlib.suppress(Undecodable):
             value = decode(text)
@@ -351,28 +344,12 @@ def test_texts_that_break_parsers(text):
 
 
 def odd_messages(rng):
-    """Messages that are nearly right, deterministically."""
-    odd = [
-        None,
-        True,
-        -1,
-        0,
-        1.5,
-        10**30,
-        "",
-        "x",
-        "\0",
-        "\ud800",
-        "a\nb",
-        [],
-        {},
-        [[]],
-        "/nix/store/../etc",
-        "--help",
-    ]
+    """Messages that are nearly right. They depend on `rng` alone."""
+    odd = [None, True, -1, 0, 1.5, 10**30, [], {}, [[]]]
+    odd += ["", "x", "\0", "\ud800", "a\nb", "/nix/store/../etc", "--help"]
     for _ in range(150):
-        contents = {**KNOWN, "id": rng.choice([AGENT_ID, "x", 1])}
-        for name in rng.sample(list(KNOWN), rng.randint(0, 3)):
+        contents = {**FIELDS, "id": rng.choice([AGENT_ID, "x", 1])}
+        for name in rng.sample(list(FIELDS), rng.randint(0, 3)):
             contents[name] = rng.choice(odd)
         tag = rng.choice(["AgentRegistered", "Deployment", "Deployment", ""])
         yield json.dumps({"command": {"tag": tag, "contents": contents}})
@@ -381,7 +358,7 @@ def odd_messages(rng):
 
 
 @pytest.mark.promise(13)
-def test_it_survives_a_heap_of_garbage(host, cache, peer):
+def test_it_survives_garbage(host, cache, peer):
     rng = random.Random(2026)
     path = present(host, cache, plain(cache, 1))
     agent = start(host, peer)
@@ -399,14 +376,15 @@ def test_it_survives_a_heap_of_garbage(host, cache, peer):
 
 @pytest.mark.promise(6, 13)
 def test_every_order_with_an_odd_value_gets_its_report(host, cache, peer):
-    """What can be decoded is never met with silence, and is nothing that Nix could take for an option."""
+    """Every order that can be decoded is reported, and Nix sees none of these values."""
     agent = start(host, peer)
     peer.agent()
     good = present(host, cache, plain(cache, 1))
-    for path, script in (
-        ("", None), ("--help", None), ("\ud800", None), ("a\0b", None), ("/nix/store/..", None), (good + "/..", None),
-        (good, ""), (good, "--option"), (good, "\0"), (good, "/bin/sh"), ("x" * 100_000, None), (good + "\n", None),
-    ):  # fmt: skip
+    bad_paths = ["", "--help", "\ud800", "a\0b", "x" * 100_000]
+    bad_paths += ["/nix/store/..", f"{good}/..", f"{good}\n"]
+    bad_scripts = ["", "--option", "\0", "/bin/sh"]
+    orders = [(path, None) for path in bad_paths] + [(good, script) for script in bad_scripts]
+    for path, script in orders:
         deployment = peer.deploy(path, script)
         assert not peer.finished(deployment, 20)
         wait_until(
@@ -433,7 +411,7 @@ def test_every_order_with_an_odd_value_gets_its_report(host, cache, peer):
         ({"publicKey": "\0"}, False),
     ],
 )
-def test_a_cache_that_is_none_ends_the_deployment_with_a_reason(host, cache, peer, odd, public):
+def test_an_impossible_cache_fails_the_deployment_with_a_reason(host, cache, peer, odd, public):
     peer.cache = {**cache.wire(), "isPublic": public, **odd}
     agent = start(host, peer)
     deployment = peer.deploy("/nix/store/00000000000000000000000000000000-nope")
@@ -447,33 +425,24 @@ def test_a_cache_that_is_none_ends_the_deployment_with_a_reason(host, cache, pee
 
 
 @pytest.mark.parametrize("size", [0, 100, 200, 70_000])
-def test_masked_frames_are_taken(host, cache, peer, size):
+def test_masked_frames_are_accepted(host, cache, peer, size):
     path = present(host, cache, plain(cache, 1))
     start(host, peer)
-    contents = {
-        "storePath": path,
-        "id": AGENT_ID,
-        "index": 1,
-        "rollbackScript": None,
-        "padding": "x" * size,
-    }
-    data = message("Deployment", contents).encode()
+    contents = {"storePath": path, "id": AGENT_ID, "index": 1, "rollbackScript": None}
+    data = message("Deployment", {**contents, "padding": "x" * size}).encode()
     mask = b"\x01\x80\xff\x00"
     masked = bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
-    length = (
-        struct.pack(">BH", 254, len(data))
-        if len(data) < 1 << 16
-        else struct.pack(">BQ", 255, len(data))
-    )
+    is_short = len(data) < 1 << 16
+    length = struct.pack(">BH" if is_short else ">BQ", 254 if is_short else 255, len(data))
     peer.agent().raw(b"\x81" + length + mask + masked)
     assert peer.finished(AGENT_ID)
 
 
-# --- proxies and TLS -------------------------------------------------------------------------------------------------
+# --- proxies and TLS ------------------------------------------------------------------------------
 
 
 class Proxy:
-    """An HTTP proxy for tests: CONNECT, and requests with absolute URLs. It notes what it is asked."""
+    """An HTTP proxy: CONNECT, and requests with absolute URLs. `asked` lists all requests."""
 
     def __init__(self, password=""):
         self.asked, self.password = [], password
@@ -484,8 +453,8 @@ class Proxy:
 
             def allowed(self):
                 proxy.asked.append(f"{self.command} {self.path}")
-                wanted = "Basic " + base64.b64encode(proxy.password.encode()).decode()
-                if proxy.password and self.headers["Proxy-Authorization"] != wanted:
+                expected = "Basic " + base64.b64encode(proxy.password.encode()).decode()
+                if proxy.password and self.headers["Proxy-Authorization"] != expected:
                     self.send_error(407)
                     return False
                 return True
@@ -501,13 +470,13 @@ class Proxy:
 
             def do_PUT(self):
                 if self.allowed():
-                    parts = cachix_connection.urllib.parse.urlsplit(self.path)
+                    parts = urllib.parse.urlsplit(self.path)
                     upstream = http.client.HTTPConnection(parts.netloc, timeout=10)
                     body = self.rfile.read(int(self.headers["Content-Length"]))
-                    kept = {
-                        k: v for k, v in self.headers.items() if not k.lower().startswith("proxy-")
-                    }
-                    upstream.request("PUT", f"{parts.path}?{parts.query}".rstrip("?"), body, kept)
+                    names = [name for name in self.headers if not name.lower().startswith("proxy-")]
+                    headers = {name: self.headers[name] for name in names}
+                    path = f"{parts.path}?{parts.query}".rstrip("?")
+                    upstream.request("PUT", path, body, headers)
                     answer = upstream.getresponse()
                     data = answer.read()
                     self.send_response(answer.status)
@@ -552,14 +521,14 @@ def pump(one, other):
 
 @pytest.fixture
 def make_proxy():
-    made = []
+    proxies = []
 
     def make(password=""):
-        made.append(Proxy(password))
-        return made[-1]
+        proxies.append(Proxy(password))
+        return proxies[-1]
 
     yield make
-    for proxy in made:
+    for proxy in proxies:
         proxy.close()
 
 
@@ -567,15 +536,13 @@ def make_proxy():
 def test_the_proxy_of_the_environment_is_used_for_everything(host, cache, peer, make_proxy, form):
     proxy = make_proxy("joe:pass word" if form == "credentials" else "")
     peer.reports = "http"
-    url = {"scheme-less": "127.0.0.1", "credentials": "http://joe:pass%20word@127.0.0.1"}.get(
-        form, "http://127.0.0.1"
-    )
+    urls = {"scheme-less": "127.0.0.1", "credentials": "http://joe:pass%20word@127.0.0.1"}
     path = present(host, cache, plain(cache, 1))
-    start(host, peer, http_proxy=f"{url}:{proxy.port}")
+    start(host, peer, http_proxy=f"{urls.get(form, 'http://127.0.0.1')}:{proxy.port}")
     assert peer.finished(peer.deploy(path))
-    ways = {entry.split(" ")[0] for entry in proxy.asked}
-    assert ways == {"CONNECT", "PUT"} and f"CONNECT {peer.url[7:]}" in proxy.asked
-    connects = [entry for entry in proxy.asked if entry.startswith("CONNECT")]
+    methods = {request.split(" ")[0] for request in proxy.asked}
+    assert methods == {"CONNECT", "PUT"} and f"CONNECT {peer.url[7:]}" in proxy.asked
+    connects = [request for request in proxy.asked if request.startswith("CONNECT")]
     assert len(connects) == len(peer.heads("/ws")) + len(peer.heads("/ws-deployment"))
 
 
@@ -590,7 +557,7 @@ def test_no_proxy(host, cache, peer, make_proxy, name, value):
     assert proxy.asked == []
 
 
-def test_a_proxy_that_refuses_is_told(host, peer, make_proxy):
+def test_a_proxy_that_refuses_is_reported(host, peer, make_proxy):
     proxy = make_proxy("joe:secret")
     agent = start(host, peer, http_proxy=f"http://joe:wrong-one@127.0.0.1:{proxy.port}")
     agent.wait_for("no connection to .*proxy.*407")
@@ -600,7 +567,7 @@ def test_a_proxy_that_refuses_is_told(host, peer, make_proxy):
 
 @pytest.fixture
 def certificate(tmp_path):
-    """A certificate of 127.0.0.1 that nobody has signed but itself: files with it, and with its key too."""
+    """A self-signed certificate for 127.0.0.1: a file with it, and one with its key too."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -608,7 +575,8 @@ def certificate(tmp_path):
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
     today = datetime.datetime(2026, 1, 1)
-    made = (
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    signed = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -616,13 +584,11 @@ def certificate(tmp_path):
         .serial_number(1)
         .not_valid_before(today - datetime.timedelta(days=3650))
         .not_valid_after(today + datetime.timedelta(days=36500))
-        .add_extension(
-            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
-        )
+        .add_extension(x509.SubjectAlternativeName([address]), False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
         .sign(key, hashes.SHA256())
     )
-    public = made.public_bytes(serialization.Encoding.PEM)
+    public = signed.public_bytes(serialization.Encoding.PEM)
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -650,7 +616,7 @@ def secured(peer, certificate):
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "NIX_SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
 def test_tls_with_the_bundle_of_the_environment(host, cache, peer, secured, certificate, variable):
-    """The agent's websocket, its reports, and the switch process's look whether the workspace can be reached."""
+    """For the agent's websocket, its reports, and the reachability check of the switch process."""
     peer.reports = "http"
     path = present(host, cache, plain(cache, 1))
     agent = start(host, peer, url=secured, **{variable: str(certificate[0])})
@@ -668,29 +634,29 @@ def test_tls_through_a_proxy(host, cache, peer, secured, certificate, make_proxy
     assert set(proxy.asked) == {f"CONNECT {secured[8:]}"} and len(proxy.asked) >= 3
 
 
-def test_tls_that_nobody_vouches_for_is_refused(host, peer, secured, monkeypatch):
+def test_a_certificate_that_is_not_trusted_is_refused(host, peer, secured, monkeypatch):
     agent = start(host, peer, url=secured)
     agent.wait_for(rf"no connection to {secured}/ws: .*certificate verify failed")
     assert not peer.heads() and agent.process.poll() is None
     for name in ("SSL_CERT_FILE", "NIX_SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(Unreachable, match="certificate verify failed"):
-        cachix_connection.http(cachix_connection.Peer(secured, TOKEN, "web"), "PUT", "/x")
+        cachix_connection.http(Peer(secured, TOKEN, "web"), "PUT", "/x")
     assert not peer.heads()
 
 
-def test_tls_for_another_name_is_refused(peer, secured, certificate, monkeypatch):
+def test_a_certificate_for_another_name_is_refused(peer, secured, certificate, monkeypatch):
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
-    other = cachix_connection.Peer(secured.replace("127.0.0.1", "localhost"), TOKEN, "web")
+    other = Peer(secured.replace("127.0.0.1", "localhost"), TOKEN, "web")
     with pytest.raises(Unreachable, match="[Hh]ostname mismatch|doesn't match"):
-        cachix_connection.connect(other, "/ws", 5)
+        connect(other, "/ws", 5)
     with pytest.raises(Unreachable, match="[Hh]ostname mismatch|doesn't match"):
         cachix_connection.http(other, "PUT", "/x")
     assert not peer.heads()
 
 
 @pytest.mark.parametrize(
-    ("given", "system", "wanted"),
+    ("given", "system", "expected"),
     [
         ("SNR", "1", "S"),
         ("NR", "1", "N"),
@@ -703,8 +669,8 @@ def test_tls_for_another_name_is_refused(peer, secured, certificate, monkeypatch
         ("snr", "", None),
     ],
 )
-def test_which_bundle_counts(tmp_path, monkeypatch, given, system, wanted):
-    """Small letters name files that are not there."""
+def test_which_bundle_counts(tmp_path, monkeypatch, given, system, expected):
+    """Capital letters name variables with a file, small ones variables whose file is missing."""
     names = {"S": "SSL_CERT_FILE", "N": "NIX_SSL_CERT_FILE", "R": "REQUESTS_CA_BUNDLE"}
     for letter, variable in names.items():
         (tmp_path / letter).write_text("")
@@ -713,14 +679,16 @@ def test_which_bundle_counts(tmp_path, monkeypatch, given, system, wanted):
             monkeypatch.setenv(variable, str(tmp_path / (letter if letter in given else "missing")))
     for letter in system:
         (tmp_path / letter).write_text("")
-    monkeypatch.setattr(cachix_deploy, "SYSTEM_BUNDLES", (str(tmp_path / "1"), str(tmp_path / "2")))
-    assert ca_bundle() == (certifi.where() if wanted is None else str(tmp_path / wanted))
+    bundles = (str(tmp_path / "1"), str(tmp_path / "2"))
+    monkeypatch.setattr(cachix_connection, "SYSTEM_BUNDLES", bundles)
+    assert ca_bundle() == (certifi.where() if expected is None else str(tmp_path / expected))
 
 
-# --- ended -----------------------------------------------------------------------------------------------------------
+# --- ended ----------------------------------------------------------------------------------------
 
 
-def ends_in_time(agent):
+def stop_in_time(agent):
+    """Send SIGTERM, and check that the agent exits within its deadline."""
     began = time.monotonic()
     agent.signal(signal.SIGTERM)
     assert agent.wait(12) == 0
@@ -735,13 +703,12 @@ def test_it_ends_while_the_name_server_hangs(host):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
         server.bind((address, 53))
         server.settimeout(20)
-        (host.directory / "resolv.conf").write_text(
-            f"nameserver {address}\noptions timeout:30 attempts:5\n"
-        )
-        host.output("mount", "--bind", str(host.directory / "resolv.conf"), "/etc/resolv.conf")
+        conf = host.directory / "resolv.conf"
+        conf.write_text(f"nameserver {address}\noptions timeout:30 attempts:5\n")
+        host.output("mount", "--bind", str(conf), "/etc/resolv.conf")
         agent = start(host, None, url="http://workspace.example")
         assert server.recv(1000)
-        ends_in_time(agent)
+        stop_in_time(agent)
 
 
 @pytest.mark.promise(10)
@@ -752,9 +719,9 @@ def test_it_ends_while_it_downloads(host, cache, peer):
     agent = start(host, peer)
     deployment = peer.deploy(path)
     wait_until(lambda: cache.count("/nar/"), what="the download")
-    ends_in_time(agent)
+    stop_in_time(agent)
     assert host.step(deployment) == "downloading" and host.record() == []
-    wait_until(lambda: not host.processes(), 10, "the end of all that it had started")
+    wait_until(lambda: not host.processes(), 10, "the end of everything that it had started")
     assert not [name for name in os.listdir(host.state) if "netrc" in name]
     cache.heal()
     cache.ended.set()
@@ -768,19 +735,19 @@ def test_it_ends_while_it_waits_to_connect_again(host, peer):
     agent = start(host, peer, waits={"backoff": 60.0, "slowest": 60.0})
     agent.wait_for("no connection")
     began = time.monotonic()
-    ends_in_time(agent)
+    stop_in_time(agent)
     assert time.monotonic() - began < 3
 
 
 def test_it_says_goodbye(host, peer):
     agent = start(host, peer)
     agent.wait_for("is connected")
-    ends_in_time(agent)
+    stop_in_time(agent)
     closes = peer.frames("/ws", "close")
     assert [frame["close_code"] for frame in closes] == [1000]
 
 
-# --- patience --------------------------------------------------------------------------------------------------------
+# --- patience -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -801,12 +768,12 @@ def test_waits_of_the_environment(monkeypatch):
     assert Waits.from_environment() == Waits(ping=1.0)
 
 
-# --- deadlines for the whole, not for each packet --------------------------------------------------------------------
+# --- deadlines for a whole call, not for each packet ----------------------------------------------
 
 
 @pytest.fixture
 def trickle():
-    """A server that answers a byte every 50 ms, and never comes to an end; its URL."""
+    """A server that answers a byte every 50 ms, and never ends; its URL."""
     ended = threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -831,17 +798,121 @@ def trickle():
 @pytest.mark.parametrize("proxied", [False, True])
 @pytest.mark.parametrize(
     "call",
-    [
-        cachix_connection.connect,
-        lambda peer, path, timeout: cachix_connection.http(peer, "GET", path, timeout),
-    ],
+    [connect, lambda peer, path, timeout: cachix_connection.http(peer, "GET", path, timeout)],
 )
 def test_an_answer_that_trickles_has_a_deadline(trickle, monkeypatch, call, proxied):
     if proxied:
         monkeypatch.setenv("http_proxy", trickle)
         monkeypatch.setenv("no_proxy", "")
-    peer = cachix_connection.Peer("http://example.invalid" if proxied else trickle, "token", "web")
+    peer = Peer("http://example.invalid" if proxied else trickle, "token", "web")
     began = time.monotonic()
     with pytest.raises(cachix_protocol.Unreachable, match="no answer within 1 s"):
         call(peer, "/ws", 1.0)
     assert time.monotonic() - began < 5
+
+
+def test_a_call_returns_or_raises_what_its_function_does():
+    assert within(5, lambda: None) is None and within(5, lambda: 7) == 7
+    with pytest.raises(KeyError, match="mistake"):
+        within(5, lambda: {}["mistake"])
+
+
+def call_thread():
+    """The thread of the call that is late; None once it has ended."""
+    return next((thread for thread in threading.enumerate() if thread.name == "call"), None)
+
+
+@pytest.mark.promise(10)
+def test_a_late_call_ends_when_it_runs_python_again():
+    events = []
+
+    def call():
+        try:
+            while True:
+                time.sleep(0.02)
+        finally:
+            events.append("cleaned up")
+
+    with pytest.raises(Unreachable, match="no answer within 0 s"):
+        within(0.1, call)
+    wait_until(lambda: events and call_thread() is None, 5, "the end of the call's thread")
+    assert events == ["cleaned up"]
+
+
+def test_giving_up_a_call_that_has_ended_hits_no_other_thread():
+    """The system hands the ident of a thread that has ended to the next thread."""
+    call = cachix_connection._Call(lambda: 1)
+    call.start()
+    call.join()
+    ticks, stop = [], threading.Event()
+    other = threading.Thread(target=lambda: ticks.append(1) or stop.wait(5) and ticks.append(2))
+    other.start()
+    call._ident = other.ident  # most often it is that already
+    call.give_up()
+    stop.set()
+    other.join()
+    assert ticks == [1, 2]
+
+
+def test_a_failure_to_end_a_late_call_is_no_silence(monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(ctypes.pythonapi, "PyThreadState_SetAsyncExc", lambda ident, error: 0)
+    with pytest.raises(RuntimeError, match="0 threads instead of one"):
+        within(0.05, lambda: release.wait(5))
+    release.set()
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def answering(status, headers, body):
+    """A function that answers each connection with this."""
+    lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body)}", *headers]
+
+    def serve(connection):
+        connection.recv(1 << 16)
+        connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+
+    return serve
+
+
+def test_an_answer_is_a_frozen_value():
+    headers = ["content-type: application/json; charset=utf-8", "RETRY-AFTER: 7"]
+    listener, url = listen(answering(503, headers, b'{"a": 1}'))
+    answer = cachix_connection.http(Peer(url, TOKEN), "GET", "/x", 5)
+    listener.close()
+    assert (answer.status, answer.body, answer.is_json) == (503, b'{"a": 1}', True)
+    assert answer.headers["Content-Type"] == "application/json; charset=utf-8"
+    assert answer.retry_after == 7
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        answer.body = b""
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("7", 7),
+        ("0.5", 0.5),
+        ("-1", 0),
+        ("1e9", 3600),
+        ("inf", 3600),
+        ("nan", 0),
+        ("soon", 0),
+        ("Tue, 24 Nov 2026 03:00:00 GMT", 0),
+    ],
+)
+def test_retry_after(text, seconds):
+    assert Answer(503, {"Retry-After": text}, b"").retry_after == seconds
+    assert Answer(503, {}, b"").retry_after == 0
+
+
+@pytest.mark.parametrize("excess", [0, 1])
+def test_a_body_that_is_too_large_is_reported_as_that(monkeypatch, excess):
+    monkeypatch.setattr(cachix_connection, "MAX_BODY", 1 << 20)
+    listener, url = listen(answering(200, [], b"x" * ((1 << 20) + excess)))
+    if excess:
+        with pytest.raises(Unreachable, match="GET .*/x failed: the answer is larger than 1 MiB$"):
+            cachix_connection.http(Peer(url, TOKEN), "GET", "/x", 10)
+    else:
+        assert len(cachix_connection.http(Peer(url, TOKEN), "GET", "/x", 10).body) == 1 << 20
+    listener.close()
