@@ -1,10 +1,20 @@
-"""Two ways to report a deployment: plain requests to our workspace, websockets to Cachix's."""
+"""The channels for reports of a deployment: requests to our workspace, websockets to Cachix's."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Optional, Union
 
-from cachix_connection import CALL_TIMEOUT, Answer, Waits, close, connect, http, round_trip, within
+from cachix_connection import (
+    CALL_TIMEOUT,
+    Answer,
+    Peer,
+    Waits,
+    close,
+    connect,
+    http,
+    round_trip,
+    within,
+)
 from cachix_protocol import (
     IN_PROGRESS,
     SUCCEEDED,
@@ -27,8 +37,6 @@ from cachix_protocol import (
 if TYPE_CHECKING:
     import websocket
 
-    from cachix_connection import Peer
-
 
 class HttpChannel:
     """Reports to our workspace. Every call is acknowledged, and may be repeated."""
@@ -37,7 +45,7 @@ class HttpChannel:
         self.peer, self.id, self.timeout = peer, deployment_id, timeout
 
     def call(self, method: str, path: str, **kwargs: Any) -> Answer:
-        """An answer that the protocol knows. Raises Refused, Unreachable or Gone."""
+        """Make a request; an answer that the protocol has. Raises Refused, Unreachable or Gone."""
         answer = http(self.peer, method, path, self.timeout, **kwargs)
         host = self.peer.host
         if answer.status in (401, 403):
@@ -49,13 +57,13 @@ class HttpChannel:
         return answer
 
     def status(self, status: str, size: Optional[int], reason: Optional[str] = None) -> bool:
-        """Put a status. False if the deployment was cancelled, so that it does not count."""
+        """Put a status. False if the deployment was cancelled, so that the status is ignored."""
         body = {"status": status, "time": utc_now(), "closureSize": size, "reason": reason}
         path = f"/api/v1/deploy/deployment/{self.id}/status"
         return self.call("PUT", path, json=body).status != 409
 
     def lines(self, index: int, lines: list[str]) -> int:
-        """Append lines, the first of which has this index; the index that comes next."""
+        """Append lines, the first with this index; the index that the workspace expects next."""
         now = utc_now()
         body = "".join(dumps(LogLine(line, now).to_json()) + "\n" for line in lines)
         path = f"/api/v1/deploy/log/{self.id}?offset={index}"
@@ -63,16 +71,17 @@ class HttpChannel:
         try:
             return int(checked_field(loads(answer.body), "next", int))
         except Undecodable:
-            raise Unreachable(f"{self.peer.host} answered a log without `next`") from None
+            problem = "answered without the next line's index"
+            raise Unreachable(f"{self.peer.host} {problem}") from None
 
     def close(self) -> None:
-        """Do nothing: no connection is held open."""
+        """Do nothing: no connection stays open."""
 
 
 class SocketChannel:
-    """Reports to Cachix: frames on two sockets.
+    """Reports to Cachix: frames on two websockets.
 
-    A frame counts as delivered when a ping that was sent after it is answered.
+    The pong to a ping acknowledges all frames before that ping.
     """
 
     def __init__(self, peer: Peer, deployment_id: str, agent_id: str, waits: Waits) -> None:
@@ -92,7 +101,7 @@ class SocketChannel:
             raise
 
     def status(self, status: str, size: Optional[int], reason: Optional[str] = None) -> bool:
-        """Send the start, the size or the end. Cachix has no room for a reason but the log."""
+        """Send the start, the size or the end. The protocol has no field for the reason."""
         command: FromAgent = DeploymentStarted(self.id, utc_now(), size)
         if status != IN_PROGRESS:
             command = DeploymentFinished(self.id, utc_now(), status == SUCCEEDED)
@@ -100,7 +109,7 @@ class SocketChannel:
         return True
 
     def lines(self, index: int, lines: list[str]) -> int:
-        """Append lines; the index after them."""
+        """Append lines; the index after them, as Cachix does not tell what it has."""
         now = utc_now()
         if lines:
             frames = [dumps(LogLine(line, now).to_json()) for line in lines]
@@ -108,7 +117,7 @@ class SocketChannel:
         return index + len(lines)
 
     def close(self) -> None:
-        """Close both sockets in order."""
+        """Close both websockets with code 1000."""
         for path in sorted(self.sockets):
             close(self.sockets.pop(path))
 

@@ -1,6 +1,6 @@
-"""Reports of deployments: their logs, sizes and ends, delivered whatever happens on the way.
+"""Reports of deployments: their starts, logs, sizes and ends, retried until they are delivered.
 
-The files of the deployments are the queue: memory stays bounded, and any restart goes on from there.
+The files of the deployments are the queue: memory stays bounded, and a restart loses nothing.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ from cachix_protocol import (
     utc_now,
 )
 
-BATCH_LINES = 2000
+BATCH_LINES = 2000  # lines of a log in one report
+LOG_SECONDS = 5.0  # for which a log is sent before other reports have their turn
+LOCK_SECONDS = 5.0  # between two attempts to take over a report from another agent
 KEPT_JOURNALS = 20
 
 
 @dataclass(frozen=True)
 class Reported:
-    """How far a deployment is reported, kept in reported.json.
+    """The progress of a deployment's report, kept in reported.json.
 
-    `line` and `offset` (bytes) are where the log goes on. `started`, `sized`, `logged` and `ended`
-    say which reports were acknowledged.
+    `line` and `offset` (in bytes) are the next of the log to send. `started`, `sized`, `logged` and
+    `ended` say which reports were acknowledged.
     """
 
     started: bool = False
@@ -55,24 +57,17 @@ class Reported:
 
     @classmethod
     def load(cls, path: str) -> Reported:
-        """Read the file. If it can't be read, start from the beginning: reports may be repeated."""
+        """Read the file. A damaged one counts as the beginning: reports may be repeated."""
         try:
             with open(path, "rb") as file:
                 record = json.loads(file.read(1 << 16))
-            known = {
-                name: record[name]
-                for name in ("started", "sized", "line", "offset", "logged", "ended", "size")
-            }
-            numbers = [
-                known["line"],
-                known["offset"],
-                0 if known["size"] is None else known["size"],
-            ]
-            flags = [known[name] for name in ("started", "sized", "logged", "ended")]
-            valid = all(type(n) is int and n >= 0 for n in numbers) and all(
-                type(flag) is bool for flag in flags
-            )
-            return cls(**known) if valid else cls()
+            flags = {name: record[name] for name in ("started", "sized", "logged", "ended")}
+            numbers = {name: record[name] for name in ("line", "offset")}
+            size = record["size"]
+            valid = all(type(flag) is bool for flag in flags.values())
+            for number in (*numbers.values(), 0 if size is None else size):
+                valid = valid and type(number) is int and number >= 0
+            return cls(**flags, **numbers, size=size) if valid else cls()
         except IsADirectoryError:  # it would block every later write
             with contextlib.suppress(OSError):
                 os.rename(path, f"{path}{journal.SET_ASIDE}{time.time_ns()}")
@@ -82,7 +77,7 @@ class Reported:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is left to report."""
+        """Whether the log and the end were acknowledged, so that nothing is left to report."""
         return self.logged and self.ended
 
 
@@ -95,8 +90,8 @@ class Delivery:
         self.channel: Optional[Channel] = None
         self.failures, self.not_before = 0, 0.0
         self.log_failed, self.hurried, self.batch = False, False, BATCH_LINES
-        self.counted = False  # whether the workspace was asked how much it has of a lost log
-        self.final = False  # as of the last `ship`: a later end waits for the rest of its log
+        self.counted = False  # we have asked how many lines of a lost log the workspace has
+        self.final = False  # `has_ended` when `ship` began: an end after that waits for its log
 
     @property
     def has_ended(self) -> bool:
@@ -104,7 +99,7 @@ class Delivery:
         return self.entry.record.step in journal.FINAL
 
     def note(self, **facts: Any) -> None:
-        """Remember how far the report is, in memory alone if the disk refuses."""
+        """Save the progress, in memory alone if the disk refuses."""
         self.reported = replace(self.reported, time=utc_now(), **facts)
         path = self.entry.path("reported.json")
         with contextlib.suppress(OSError):
@@ -113,7 +108,7 @@ class Delivery:
             os.rename(path + ".new", path)
 
     def ship(self, channel: Channel) -> None:
-        """Send whatever is new. A failing log holds back nothing else. Raises the first Error."""
+        """Send whatever is new. Raises the first Error; a failing log does not delay the rest."""
         self.channel, self.final = channel, self.has_ended
         steps = [self.ship_start, self.ship_log, self.ship_size, self.ship_end]
         if self.log_failed:
@@ -130,11 +125,13 @@ class Delivery:
             raise problems[0]
 
     def ship_start(self, channel: Channel) -> None:
+        """Report once that the deployment is in progress. Raises Error."""
         if not (self.reported.started or self.reported.ended):
             channel.status(IN_PROGRESS, None)
             self.note(started=True)
 
     def ship_size(self, channel: Channel) -> None:
+        """Report the closure's size once it is known. Raises Error."""
         if self.reported.size is None and self.entry.record.id in self.sizes:
             self.note(size=self.sizes[self.entry.record.id])
         if self.final and isinstance(channel, HttpChannel):
@@ -144,6 +141,7 @@ class Delivery:
             self.note(sized=True)
 
     def ship_end(self, channel: Channel) -> None:
+        """Report the end, with its reason. Raises Error."""
         if self.final and not self.reported.ended:
             record = self.entry.record
             reason = "\n".join(text for text in (record.reason, record.detail) if text) or None
@@ -155,15 +153,15 @@ class Delivery:
             self.note(ended=True)
 
     def ship_log(self, channel: Channel) -> None:
-        """Send the log as far as it has grown, for at most 5 s: the end waits behind it."""
-        if self.log_failed:  # the link may be too slow for so many
+        """Send the new lines, for at most LOG_SECONDS, as the other reports wait. Raises Error."""
+        if self.log_failed:  # the link may be too slow for so many lines
             self.batch = max(1, self.batch // 8)
-        until, self.log_failed = time.monotonic() + 5.0, True
-        while not self.reported.logged and time.monotonic() < until:
+        deadline, self.log_failed = time.monotonic() + LOG_SECONDS, True
+        while not self.reported.logged and time.monotonic() < deadline:
             lines, offset = logfile.lines_from(self.entry, self.reported.offset, self.batch)
             closing = self.final and offset >= logfile.end(self.entry) and len(lines) < self.batch
             if closing and not self.counted and logfile.is_lost(self.entry, self.reported.offset):
-                # the closing line goes behind all lines that the workspace has
+                # the closing line goes after all lines that the workspace has
                 self.note(line=channel.lines(self.reported.line, []))
                 self.counted = True
             if closing:
@@ -175,14 +173,17 @@ class Delivery:
         self.log_failed = False
 
     def acknowledge(self, expected: int, sent: int, offset: int, closing: bool) -> None:
-        """Continue after the lines that arrived, or return to those that the workspace lost."""
+        """Go on after the `sent` lines, or back to the line that the workspace expects next.
+
+        Raises Unreachable if it took none.
+        """
         following = self.reported.line + sent
         lost = closing and expected > following  # the workspace has lines that are lost here
         if expected >= following:
             line = expected if lost else following
             self.note(line=line, offset=offset, logged=closing and not lost)
         elif expected == self.reported.line:
-            raise Unreachable(f"{sent} lines were sent, and none was taken")
+            raise Unreachable(f"the workspace took none of the {sent} lines that were sent")
         else:
             line, offset, lines = 0, 0, [""]
             while lines and line < expected:
@@ -200,7 +201,7 @@ def closing_line(record: journal.Record) -> str:
 
 
 class Reporter(threading.Thread):
-    """The thread that ships logs and results. It sleeps while no deployment is under way."""
+    """The thread that delivers the reports. It sleeps while no deployment is in progress."""
 
     def __init__(self, peer: Peer, waits: Waits) -> None:
         super().__init__(name="reporter", daemon=True)
@@ -220,7 +221,7 @@ class Reporter(threading.Thread):
         self.wake.set()
 
     def register(self, registered: AgentRegistered) -> None:
-        """Take note of how the workspace wants its reports."""
+        """Use the channel that the workspace asks for, from now on."""
         self.registered = registered
         self.wake.set()
 
@@ -229,7 +230,7 @@ class Reporter(threading.Thread):
         self.sizes[entry.record.id] = size
 
     def channel(self, delivery: Delivery, registered: AgentRegistered) -> Channel:
-        """The channel that the workspace asked for."""
+        """The kind of channel that the workspace asked for."""
         if registered.reports == "http":
             return HttpChannel(self.peer, delivery.entry.record.id, self.waits.call)
         if (
@@ -240,7 +241,8 @@ class Reporter(threading.Thread):
         return SocketChannel(self.peer, delivery.entry.record.id, registered.id, self.waits)
 
     def run(self) -> None:
-        waiting: list[journal.Journal] = []
+        """Deliver until the process exits."""
+        waiting: list[journal.Journal] = []  # another agent is reporting them
         while True:
             self.wake.wait(self.pause(bool(waiting)))
             self.wake.clear()
@@ -254,23 +256,23 @@ class Reporter(threading.Thread):
                 self.idle.set()
 
     def pause(self, waiting: bool) -> Optional[float]:
-        """Seconds until there may be something to do; None if only an event can bring that."""
+        """Seconds until something may be due; None if only an event can change that."""
         now, deliveries = time.monotonic(), self.deliveries if self.registered is not None else []
-        due = [max(delivery.not_before - now, self.waits.tail) for delivery in deliveries]
-        return min([*due, *([5.0] if waiting else [])], default=None)
+        pauses = [max(delivery.not_before - now, self.waits.tail) for delivery in deliveries]
+        return min([*pauses, *([LOCK_SECONDS] if waiting else [])], default=None)
 
     def take(self, entry: journal.Journal) -> bool:
-        """Start with a deployment. False while another agent is reporting it."""
+        """Start to report a deployment. False while another agent is reporting it."""
         try:
             taken = lock.take(entry.path("reported.lock"))
-        except OSError:  # report all the same if the state can't be written
+        except OSError:  # the state can't be written: report without a lock
             taken = lock.Lock("", os.open(os.devnull, os.O_RDONLY))
         if taken is not None:
             self.deliveries.append(Delivery(entry, taken, self.sizes))
         return taken is not None
 
     def attend(self, delivery: Delivery, registered: AgentRegistered) -> None:
-        """Ship whatever is new, and retry a failure later."""
+        """Ship what is new, unless the delivery is postponed."""
         # the end does not wait for a log that fails
         if delivery.has_ended and delivery.log_failed and not delivery.hurried:
             delivery.hurried, delivery.not_before = True, 0.0
@@ -282,25 +284,23 @@ class Reporter(threading.Thread):
         except Gone as error:
             tell(f"{error}: its report was dropped")
             delivery.note(logged=True, ended=True)
-        except Exception as error:  # a fault in one report must not end the others
+        except Exception as error:  # a bug must not stop the other reports
             self.postpone(delivery, error)
         if delivery.final and delivery.reported.whole:
             self.conclude(delivery)
 
     def postpone(self, delivery: Delivery, error: Exception) -> None:
-        """Retry a report later."""
+        """Retry a report later. Messages say so."""
         pause = max(backoff(delivery.failures, self.waits), getattr(error, "retry_after", 0.0))
         delivery.failures += 1
         delivery.not_before = time.monotonic() + pause
         if not isinstance(error, Error):
             complain(error)
-        tell(
-            f"deployment {delivery.entry.record.id}: not reported yet, "
-            f"next attempt in {pause:.0f} s: {error}"
-        )
+        retry = f"not reported yet, next attempt in {pause:.0f} s"
+        tell(f"deployment {delivery.entry.record.id}: {retry}: {error}")
 
     def conclude(self, delivery: Delivery) -> None:
-        """Let go of a deployment that is reported whole."""
+        """Finish a delivery whose report is whole, and make room for later ones."""
         self.deliveries.remove(delivery)
         self.sizes.pop(delivery.entry.record.id, None)
         if delivery.channel is not None:
@@ -313,11 +313,8 @@ def prune(state: str) -> None:
     """Remove all but the newest KEPT_JOURNALS of the deployments that ended and are reported."""
     import shutil
 
-    journals, _ = history.load_all(state)
-    done = [
-        j
-        for j in journals
-        if j.record.step in journal.FINAL and Reported.load(j.path("reported.json")).whole
-    ]
-    for finished in done[: max(0, len(done) - KEPT_JOURNALS)]:
-        shutil.rmtree(finished.directory, ignore_errors=True)
+    entries, _ = history.load_all(state)
+    entries = [entry for entry in entries if entry.record.step in journal.FINAL]
+    done = [entry for entry in entries if Reported.load(entry.path("reported.json")).whole]
+    for entry in done[: max(0, len(done) - KEPT_JOURNALS)]:
+        shutil.rmtree(entry.directory, ignore_errors=True)

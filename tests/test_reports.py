@@ -1,9 +1,10 @@
-"""Reports: the log cut into wire lines, how far it is told, and its way to workspaces that fail, restart or forget."""
+"""Reports: the log in wire lines, their progress, and workspaces that fail, restart or forget."""
 
 import contextlib
 import http.server
 import json
 import random
+import socket
 import threading
 import time
 from dataclasses import asdict
@@ -14,11 +15,11 @@ from hosts import wait_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import cachix_connection
 import cachix_protocol
 import cachix_reports
-from activate import journal, lock, logfile
+from activate import journal, lock
 from activate.logfile import LINE_BYTES, cut
+from activate.text import printable
 from cachix_channels import HttpChannel, SocketChannel
 from cachix_connection import Peer, Waits
 from cachix_protocol import (
@@ -31,23 +32,19 @@ from cachix_protocol import (
     Refused,
     Unreachable,
 )
-from cachix_reports import Delivery, Reporter
+from cachix_reports import Delivery, Reported, Reporter
 
 pytestmark = pytest.mark.promise(6)
 
 ID = "00000000-0000-4000-8000-000000000001"
 WAITS = json.dumps({"unit_recheck": 0.1, "backoff": 0.05, "slowest": 0.2})
 QUICK = {"CACHIX_DEPLOY_WAITS": WAITS}
-LOGS = st.lists(
-    st.one_of(
-        st.binary(max_size=20),
-        st.sampled_from([b"\n", b"\n\n", b"\xff\0", *(b"x" * (LINE_BYTES + more) for more in (-1, 0, 1))]),
-    ),
-    max_size=8,
-).map(b"".join)  # fmt: skip
+LONG_LINES = [b"x" * (LINE_BYTES + more) for more in (-1, 0, 1)]
+PARTS = st.one_of(st.binary(max_size=20), st.sampled_from([b"\n", b"\n\n", b"\xff\0", *LONG_LINES]))
+LOGS = st.lists(PARTS, max_size=8).map(b"".join)
 
 
-# --- the log in wire lines -------------------------------------------------------------------------------------------
+# --- the log in wire lines ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -69,32 +66,30 @@ LOGS = st.lists(
     ],
 )
 def test_where_lines_are_cut(data, final, sizes, left):
-    lines, taken = cut(data, 100, final)
-    assert [len(line) for line in lines] == sizes and len(data) - taken == left
-    assert b"".join(lines).replace(b"\n", b"") == data[:taken].replace(b"\n", b"")
+    lines, size = cut(data, 100, final)
+    assert [len(line) for line in lines] == sizes and len(data) - size == left
+    assert b"".join(lines).replace(b"\n", b"") == data[:size].replace(b"\n", b"")
 
 
 def in_chunks(log, chunks, most):
     """The lines of a log that grows chunk by chunk, and is read `most` lines at a time."""
-    found, start, seen = [], 0, 0
-    for size in [*chunks, len(log)]:
-        seen = min(len(log), seen + size)
-        final = seen == len(log)
+    result, start, end = [], 0, 0
+    for chunk in [*chunks, len(log)]:
+        end = min(len(log), end + chunk)
         while True:
-            lines, taken = cut(log[start:seen], most, final)
-            found, start = found + lines, start + taken
+            lines, size = cut(log[start:end], most, final=end == len(log))
+            result, start = result + lines, start + size
             if not lines:
                 break
-    return found
+    return result
 
 
 @settings(deadline=None)
 @given(LOGS, st.lists(st.integers(1, 2 * LINE_BYTES), max_size=12), st.integers(1, 5))
 def test_the_same_log_has_the_same_lines_however_it_grows(log, chunks, most):
-    whole, taken = cut(log, 1 << 30, True)
-    assert taken == len(log) and all(
-        len(line) <= LINE_BYTES and b"\n" not in line for line in whole
-    )
+    whole, size = cut(log, 1 << 30, True)
+    assert size == len(log)
+    assert all(len(line) <= LINE_BYTES and b"\n" not in line for line in whole)
     assert in_chunks(log, chunks, most) == whole
 
 
@@ -102,14 +97,14 @@ def test_the_same_log_has_the_same_lines_however_it_grows(log, chunks, most):
 @given(st.binary(max_size=200))
 @example(b"\0\xff\xc3\xa4\xed\xa0\x80")
 def test_a_line_is_text_without_nul(line):
-    text = logfile.printable(line)
+    text = printable(line)
     assert "\0" not in text
     assert json.loads(cachix_protocol.dumps({"line": text}).encode())["line"] == text
     with contextlib.suppress(UnicodeDecodeError):
         assert text == line.decode().replace("\0", "\ufffd")
 
 
-# --- how far it is told ----------------------------------------------------------------------------------------------
+# --- the progress of a report ---------------------------------------------------------------------
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -118,45 +113,50 @@ JSON = st.recursive(
     ),
     max_leaves=5,
 )
-FIELDS = list(asdict(logfile.Reported()))
+FIELDS = list(asdict(Reported()))
 
 
 @settings(deadline=None)
-@given(st.one_of(st.binary(), JSON.map(lambda v: json.dumps(v).encode()),
-                 st.fixed_dictionaries(dict.fromkeys(FIELDS, JSON)).map(lambda v: json.dumps(v).encode())))  # fmt: skip
-@example(json.dumps({**asdict(logfile.Reported()), "line": float("inf")}).encode())
-@example(json.dumps({**asdict(logfile.Reported()), "offset": -1}).encode())
-@example(json.dumps({**asdict(logfile.Reported()), "line": 10**400}).encode())
-def test_a_damaged_record_is_the_beginning(tmp_path_factory, text):
+@given(
+    st.one_of(
+        st.binary(),
+        JSON.map(lambda value: json.dumps(value).encode()),
+        st.fixed_dictionaries(dict.fromkeys(FIELDS, JSON)).map(lambda v: json.dumps(v).encode()),
+    )
+)
+@example(json.dumps({**asdict(Reported()), "line": float("inf")}).encode())
+@example(json.dumps({**asdict(Reported()), "offset": -1}).encode())
+@example(json.dumps({**asdict(Reported()), "line": 10**400}).encode())
+def test_a_damaged_record_counts_as_the_beginning(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "reported.json"
     path.write_bytes(text)
-    reported = logfile.Reported.load(str(path))
+    reported = Reported.load(str(path))
     assert reported.line >= 0 and reported.offset >= 0 and isinstance(reported.whole, bool)
     assert reported.size is None or reported.size >= 0
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_a_record_that_nests_too_deep_is_the_beginning(tmp_path):
+def test_a_record_that_nests_too_deep_counts_as_the_beginning(tmp_path):
     (tmp_path / "reported.json").write_bytes(b"[" * 100_000)
-    assert logfile.Reported.load(str(tmp_path / "reported.json")) == logfile.Reported()
+    assert Reported.load(str(tmp_path / "reported.json")) == Reported()
 
 
-def test_what_was_written_is_read_again(tmp_path):
-    known = logfile.Reported(True, True, 7, 300, False, True, 4096, "t")
-    (tmp_path / "reported.json").write_text(json.dumps(asdict(known)))
-    read = logfile.Reported.load(str(tmp_path / "reported.json"))
-    assert {**asdict(read), "time": "t"} == asdict(known)
-    assert logfile.Reported.load(str(tmp_path / "none")) == logfile.Reported()
+def test_a_record_is_read_as_it_was_written(tmp_path):
+    written = Reported(True, True, 7, 300, False, True, 4096, "t")
+    (tmp_path / "reported.json").write_text(json.dumps(asdict(written)))
+    read = Reported.load(str(tmp_path / "reported.json"))
+    assert {**asdict(read), "time": "t"} == asdict(written)
+    assert Reported.load(str(tmp_path / "none")) == Reported()
 
 
-# --- a delivery, with a channel that the test plays -------------------------------------------------------------------
+# --- a delivery, over a channel in memory ---------------------------------------------------------
 
 
 class Channel:
-    """A workspace in memory; `problems` are raised by the calls that they are named for, in turn."""
+    """A workspace in memory. The calls of a name raise its `problems` one after the other."""
 
     def __init__(self):
-        self.told, self.log, self.calls = [], [], []
+        self.statuses, self.log, self.calls = [], [], []
         self.problems = {"status": [], "lines": []}
 
     def fail(self, name):
@@ -165,13 +165,13 @@ class Channel:
             if problem is not None:
                 raise problem
 
-    def status(self, status, size, reason=None, timeout=10.0):
+    def status(self, status, size, reason=None):
         self.calls.append(status)
         self.fail("status")
-        self.told.append((status, size, reason))
+        self.statuses.append((status, size, reason))
         return True
 
-    def lines(self, index, lines, timeout=10.0):
+    def lines(self, index, lines):
         self.calls.append(("lines", index, len(lines)))
         self.fail("lines")
         if index > len(self.log):
@@ -185,7 +185,7 @@ class Channel:
 
 @pytest.fixture
 def make(tmp_path):
-    """A delivery of a deployment whose log has these bytes: `make(b"a\\n", journal.SUCCEEDED)`."""
+    """Make a delivery of a deployment with this log: `make(b"a\\n", journal.SUCCEEDED)`."""
 
     def make(log, step=journal.ACTIVATING, sizes=None, **facts):
         directory = tmp_path / "deployments" / ID
@@ -203,56 +203,50 @@ def make(tmp_path):
 def test_a_whole_report_in_its_order(make):
     delivery, channel = make(b"one\ntwo", sizes={ID: 42}), Channel()
     delivery.ship(channel)
-    assert channel.told == [(IN_PROGRESS, None, None), (IN_PROGRESS, 42, None)] and channel.log == [
-        "one"
-    ]
+    assert channel.statuses == [(IN_PROGRESS, None, None), (IN_PROGRESS, 42, None)]
+    assert channel.log == ["one"]
     delivery.entry.enter(journal.SUCCEEDED)
     delivery.ship(channel)
-    assert channel.told[2:] == [(SUCCEEDED, 42, None)] and channel.log == [
-        "one",
-        "two",
-        SUCCESS_LINE,
-    ]
+    assert channel.statuses[2:] == [(SUCCEEDED, 42, None)]
+    assert channel.log == ["one", "two", SUCCESS_LINE]
     assert delivery.reported.whole
     before = list(channel.calls)
     delivery.ship(channel)
     assert channel.calls == before
-    assert logfile.Reported.load(delivery.entry.path("reported.json")).whole
+    assert Reported.load(delivery.entry.path("reported.json")).whole
 
 
-def test_an_end_that_comes_behind_the_log_waits_for_its_closing_line(make):
+def test_an_end_after_the_log_waits_for_the_closing_line(make):
     class Ending(Channel):
-        def status(self, status, size, reason=None, timeout=10.0):
+        def status(self, status, size, reason=None):
             if size is not None and delivery.entry.record.step not in journal.FINAL:
                 delivery.entry.enter(journal.SUCCEEDED)
-            told.append((status, list(self.log)))
-            return super().status(status, size, reason, timeout)
+            events.append((status, list(self.log)))
+            return super().status(status, size, reason)
 
-    told: list = []
+    events: list = []
     delivery, channel = make(b"one\n", sizes={ID: 42}), Ending()
     delivery.ship(channel)
-    assert told == [(IN_PROGRESS, []), (IN_PROGRESS, ["one"])]
+    assert events == [(IN_PROGRESS, []), (IN_PROGRESS, ["one"])]
     delivery.ship(channel)
-    assert told[2:] == [(SUCCEEDED, ["one", SUCCESS_LINE])] and delivery.reported.whole
+    assert events[2:] == [(SUCCEEDED, ["one", SUCCESS_LINE])] and delivery.reported.whole
 
 
-def test_a_failure_is_told_with_its_reason(make):
-    delivery, channel = (
-        make(b"", journal.ROLLED_BACK, reason="the disk is full", detail="line\nline"),
-        Channel(),
-    )
+def test_a_failure_is_reported_with_its_reason(make):
+    facts = {"reason": "the disk is full", "detail": "line\nline"}
+    delivery, channel = make(b"", journal.ROLLED_BACK, **facts), Channel()
     delivery.ship(channel)
-    assert channel.told[-1] == (FAILED, None, "the disk is full\nline\nline")
+    assert channel.statuses[-1] == (FAILED, None, "the disk is full\nline\nline")
     assert channel.log == [f"{FAILURE_LINE} the disk is full"]
 
 
-def test_what_is_written_after_the_end_does_not_count(make):
+def test_output_after_the_end_does_not_count(make):
     delivery, channel = make(b"a\nb\nlate\n", journal.SUCCEEDED, log_size=4), Channel()
     delivery.ship(channel)
     assert channel.log == ["a", "b", SUCCESS_LINE]
 
 
-def test_a_log_that_is_gone_ends_all_the_same(make, tmp_path):
+def test_a_log_that_is_gone_gets_its_closing_line_all_the_same(make, tmp_path):
     delivery, channel = make(b"a\nb\n"), Channel()
     delivery.ship(channel)
     (tmp_path / "deployments" / ID / "log").unlink()
@@ -264,12 +258,10 @@ def test_a_log_that_is_gone_ends_all_the_same(make, tmp_path):
 @pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize("kept", [0, 1, 37, 25_000])
 def test_lines_that_the_workspace_has_lost_are_sent_again(make, final, kept):
-    """A gap is answered with the line that is expected: the delivery goes back to where that one begins."""
+    """The workspace answers a gap with the line that it expects: the delivery returns to that."""
     rng = random.Random(kept)
-    log = (
-        b"".join(b"%d " % i + b"x" * rng.choice([0, 1, 30]) + b"\n" for i in range(30_000))
-        + b"y" * 200_000
-    )
+    lines = [b"%d " % i + b"x" * rng.choice([0, 1, 30]) + b"\n" for i in range(30_000)]
+    log = b"".join([*lines, b"y" * 200_000])
     expected = [line.decode() for line in cut(log, 1 << 30, True)[0]]
     delivery, channel = make(log), Channel()
     while len(channel.log) < 27_000:
@@ -284,12 +276,12 @@ def test_lines_that_the_workspace_has_lost_are_sent_again(make, final, kept):
     assert channel.log == [*expected, SUCCESS_LINE]
 
 
-def test_lines_that_the_workspace_has_already_are_not_doubled(make, tmp_path):
+def test_lines_that_the_workspace_has_already_are_not_repeated(make, tmp_path):
     log = b"".join(b"line %d\n" % i for i in range(20_000))
     delivery, channel = make(log), Channel()
     delivery.ship(channel)
     (tmp_path / "deployments" / ID / "reported.json").write_text("damaged")
-    delivery.held.close()
+    delivery.lock.close()
     delivery = make(log, journal.SUCCEEDED)
     delivery.ship(channel)
     assert channel.log == [*(f"line {i}" for i in range(20_000)), SUCCESS_LINE]
@@ -298,11 +290,11 @@ def test_lines_that_the_workspace_has_already_are_not_doubled(make, tmp_path):
 @pytest.mark.parametrize(("kept", "noted"), [(0, 0), (0, 2), (0, 4), (1, 2), (1, 4), (2, 4)])
 @pytest.mark.parametrize("arrived", [0, 1, 2, 3, 5])
 def test_the_closing_line_of_a_log_that_is_lost(make, arrived, kept, noted):
-    """Lines arrived, this was not noted, and then the log was gone: the closing line is counted behind them."""
+    """Lines arrived, which was not noted, and the log is gone: the closing line goes after them."""
     delivery, channel = make(b"a\n" * 5), Channel()
     channel.log = ["a"] * max(arrived, noted // 2)
     delivery.note(started=True, line=noted // 2, offset=noted)
-    delivery.held.close()
+    delivery.lock.close()
     delivery = make(b"b\n"[:kept], journal.SUCCEEDED)
     before = list(channel.log)
     for _ in range(3):
@@ -315,16 +307,13 @@ def test_the_closing_line_of_a_log_that_is_lost(make, arrived, kept, noted):
 @pytest.mark.parametrize("shipped", [False, True])
 @pytest.mark.parametrize("lost", ["answer", "call", "note", "notes"])
 def test_the_closing_line_comes_once_whatever_is_cut(make, monkeypatch, log, shipped, lost):
-    """The answer to it, it itself, the note that it has arrived or all notes (by a power loss), and then the agent."""
+    """Its call or its answer is cut, its note is lost, or all notes (by a power loss)."""
     delivery, channel, step = make(log), Channel(), journal.SUCCEEDED if log else journal.SUPERSEDED
     if shipped:
         delivery.ship(channel)
     delivery.entry.enter(step)
-    take, note, closing = (
-        channel.lines,
-        delivery.note,
-        cachix_reports.closing_line(delivery.entry.record),
-    )
+    closing = cachix_reports.closing_line(delivery.entry.record)
+    take, note = channel.lines, delivery.note
 
     def lines(index, lines):
         if closing in lines and lost in ("answer", "call"):
@@ -344,7 +333,7 @@ def test_the_closing_line_comes_once_whatever_is_cut(make, monkeypatch, log, shi
     with pytest.raises(Unreachable):
         delivery.ship(channel)
     channel.lines = take
-    delivery.held.close()
+    delivery.lock.close()
     delivery = make(log, step)
     delivery.ship(channel)
     assert delivery.reported.whole and channel.log == [*log.decode().splitlines(), closing]
@@ -359,16 +348,15 @@ def test_a_failing_log_does_not_hold_back_the_end(make, problem):
     for _ in range(3):
         with pytest.raises(type(problem)):
             delivery.ship(channel)
-    assert (
-        channel.told == [(IN_PROGRESS, None, None), (SUCCEEDED, None, None)] and channel.log == []
-    )
+    assert channel.statuses == [(IN_PROGRESS, None, None), (SUCCEEDED, None, None)]
+    assert channel.log == []
     assert channel.calls.index(SUCCEEDED) < [call[0] for call in channel.calls].index("lines") + 2
     delivery.ship(channel)
     assert channel.log == ["a", SUCCESS_LINE] and delivery.reported.whole
 
 
-def test_a_log_arrives_over_a_way_that_is_too_slow_for_whole_batches(make):
-    """A call has a deadline: what does not get through is tried with fewer lines, down to one."""
+def test_a_log_arrives_over_a_link_that_is_too_slow_for_whole_batches(make):
+    """A call has a deadline. After a failure it is retried with fewer lines, down to one."""
     log = b"".join(b"%d " % i + b"x" * 1000 + b"\n" for i in range(300))
     delivery, channel, most = make(log, journal.SUCCEEDED), Channel(), []
     take = channel.lines
@@ -385,13 +373,10 @@ def test_a_log_arrives_over_a_way_that_is_too_slow_for_whole_batches(make):
             delivery.ship(channel)
         if delivery.reported.whole:
             break
-    assert (
-        channel.log == [line.decode() for line in log.splitlines()] + [SUCCESS_LINE]
-        and min(most) == 1
-    )
+    assert channel.log == [*log.decode().splitlines(), SUCCESS_LINE] and min(most) == 1
 
 
-def test_after_a_long_outage_the_log_comes_as_fast_as_ever(make):
+def test_after_a_long_outage_the_log_comes_at_full_speed_again(make):
     delivery, channel = make(b"x\n" * 100_000, journal.SUCCEEDED), Channel()
     channel.problems["lines"] = [Unreachable("no")] * 20
     while not delivery.reported.whole:
@@ -400,13 +385,13 @@ def test_after_a_long_outage_the_log_comes_as_fast_as_ever(make):
     assert len(channel.log) == 100_001 and len(channel.calls) < 20 + 100
 
 
-def test_frames_that_drip_have_a_deadline_together():
-    """Each takes less than a call may take, but not all of them."""
-    taken = []
+def test_slow_frames_have_a_deadline_together():
+    """Each of them is in time, but not all together."""
+    frames = []
 
     class Socket:
         def send(self, frame):
-            taken.append(frame)
+            frames.append(frame)
             time.sleep(0.1)
 
         def ping(self, mark):
@@ -419,19 +404,16 @@ def test_frames_that_drip_have_a_deadline_together():
     channel.sockets[path] = Socket()
     with pytest.raises(Unreachable, match="no answer"):
         channel.lines(0, ["x"] * 100)
-    assert len(taken) < 50 and path not in channel.sockets
+    assert len(frames) < 50 and path not in channel.sockets
 
 
-def test_a_workspace_that_takes_no_line_is_not_asked_without_a_pause(make):
+def test_a_workspace_that_takes_no_lines_gets_a_pause(make):
     delivery, channel = make(b"a\n", journal.SUCCEEDED), Channel()
     channel.lines = lambda index, lines: channel.calls.append("lines") or 0
-    with pytest.raises(Unreachable, match="none was taken"):
+    with pytest.raises(Unreachable, match="took none of the 2 lines that were sent"):
         delivery.ship(channel)
-    assert (
-        channel.told[-1][0] == SUCCEEDED
-        and not delivery.reported.logged
-        and channel.calls.count("lines") == 1
-    )
+    assert channel.statuses[-1][0] == SUCCEEDED and not delivery.reported.logged
+    assert channel.calls.count("lines") == 1
 
 
 def test_a_state_that_can_not_be_written_stops_no_report(make, monkeypatch):
@@ -448,28 +430,26 @@ def test_a_state_that_can_not_be_written_stops_no_report(make, monkeypatch):
     assert channel.log == ["a", SUCCESS_LINE] and delivery.reported.whole
 
 
-# --- the reporter's thread --------------------------------------------------------------------------------------------
+# --- the reporter's thread ------------------------------------------------------------------------
 
 
 @pytest.fixture
 def reporter(make, monkeypatch, tmp_path):
-    """A reporter that runs, with a channel of the test's: (reporter, channel)."""
-    made, channel = (
-        Reporter(Peer("http://a", "t", "web"), Waits(backoff=0.02, slowest=0.05, tail=0.01)),
-        Channel(),
-    )
-    monkeypatch.setattr(made, "channel", lambda delivery, registered: channel)
-    made.start()
-    return made, channel
+    """A running reporter, and its channel in memory."""
+    waits = Waits(backoff=0.02, slowest=0.05, tail=0.01)
+    thread, channel = Reporter(Peer("http://a", "t", "web"), waits), Channel()
+    monkeypatch.setattr(thread, "channel", lambda delivery, registered: channel)
+    thread.start()
+    return thread, channel
 
 
 def send(reporter, delivery):
-    delivery.held.close()
+    delivery.lock.close()
     reporter.add(delivery.entry)
     reporter.register(cachix_protocol.AgentRegistered(ID))
 
 
-def test_the_reporter_tries_again_until_all_is_told(make, reporter):
+def test_the_reporter_retries_until_everything_is_delivered(make, reporter):
     reporter, channel = reporter
     channel.problems = {
         "status": [Unreachable("a"), None, Refused("b")],
@@ -477,34 +457,43 @@ def test_the_reporter_tries_again_until_all_is_told(make, reporter):
     }
     send(reporter, make(b"a\n", journal.SUCCEEDED))
     assert reporter.idle.wait(10)
-    assert channel.told == [(SUCCEEDED, None, None)] and channel.log == ["a", SUCCESS_LINE]
+    assert channel.statuses == [(SUCCEEDED, None, None)] and channel.log == ["a", SUCCESS_LINE]
 
 
-def test_a_deployment_that_nobody_knows_is_given_up(make, reporter, capsys):
+def test_the_report_of_an_unknown_deployment_is_dropped(make, reporter, capsys):
     reporter, channel = reporter
     channel.problems["status"] = [Gone("http://a does not know deployment 1")] * 9
     send(reporter, make(b"a\n", journal.SUCCEEDED))
-    assert reporter.idle.wait(10) and "its report is given up" in capsys.readouterr().err
+    assert reporter.idle.wait(10)
+    message = "http://a does not know deployment 1: its report was dropped"
+    assert message in capsys.readouterr().err
 
 
-def test_a_mistake_in_one_report_ends_no_other(make, reporter, capsys):
-    """Whatever goes wrong with one delivery, the thread goes on."""
+def test_a_bug_in_one_report_does_not_end_the_reporter(make, reporter, capsys):
     reporter, channel = reporter
-    channel.problems["status"] = [
-        RuntimeError("a mistake"),
-        UnicodeEncodeError("utf-8", "\ud800", 0, 1, "no"),
-    ]
+    bugs = [RuntimeError("a bug"), UnicodeEncodeError("utf-8", "\ud800", 0, 1, "no")]
+    channel.problems["status"] = bugs
     send(reporter, make(b"a\n", journal.SUCCEEDED))
     assert reporter.idle.wait(10) and reporter.is_alive()
-    assert channel.told[-1][0] == SUCCEEDED
-    assert "a mistake" in capsys.readouterr().err
+    assert channel.statuses[-1][0] == SUCCEEDED
+    assert "a bug" in capsys.readouterr().err
 
 
-# --- answers over HTTP ------------------------------------------------------------------------------------------------
+def test_the_pause_that_a_workspace_asks_for_is_kept(make, reporter, capsys):
+    reporter, channel = reporter
+    channel.problems["status"] = [Unreachable("http://a answered HTTP 429", retry_after=0.5)]
+    begin = time.monotonic()
+    send(reporter, make(b"a\n", journal.SUCCEEDED))
+    assert reporter.idle.wait(10) and 0.5 <= time.monotonic() - begin < 5
+    assert channel.calls.count(IN_PROGRESS) == 2
+    assert "not reported yet, next attempt in 0 s: http://a ans" in capsys.readouterr().err
+
+
+# --- answers over HTTP ----------------------------------------------------------------------------
 
 
 class Server:
-    """An HTTP server that answers with what is queued: status, headers, body."""
+    """An HTTP server. `queue` has its next answers: status, headers, body."""
 
     def __init__(self):
         self.queue, self.seen = [], []
@@ -535,7 +524,7 @@ class Server:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def answer(self, path, body):
-        """What is answered when nothing is queued."""
+        """The answer while the queue is empty."""
         return 200, {"Content-Type": "application/json"}, b'{"status":"InProgress","next":1}'
 
     def close(self):
@@ -545,9 +534,9 @@ class Server:
 
 @pytest.fixture
 def server():
-    made = Server()
-    yield made
-    made.close()
+    instance = Server()
+    yield instance
+    instance.close()
 
 
 PAGE = {"Content-Type": "text/html"}
@@ -576,13 +565,13 @@ OF_JSON = {"Content-Type": "application/json"}
 )
 def test_answers_to_a_status(server, status, headers, body, result):
     server.queue.append((status, headers, body))
-    channel = HttpChannel(Peer(server.url, "t", "web"), ID)
+    channel = HttpChannel(Peer(server.url, "t", "web"), ID, timeout=1.0)
     if isinstance(result, bool):
         assert channel.status(IN_PROGRESS, None) is result
     else:
-        with pytest.raises(result) as caught:
-            channel.status(IN_PROGRESS, None, timeout=1.0)
-        assert getattr(caught.value, "retry_after", 0.0) == (7.0 if status == 429 else 0.0)
+        with pytest.raises(result) as raised:
+            channel.status(IN_PROGRESS, None)
+        assert getattr(raised.value, "retry_after", 0.0) == (7.0 if status == 429 else 0.0)
     assert len(server.seen) == 1
 
 
@@ -591,7 +580,7 @@ def test_answers_to_a_status(server, status, headers, body, result):
 )
 def test_answers_to_a_log_without_the_next_line(server, body):
     server.queue.append((200, OF_JSON, body))
-    with pytest.raises(Unreachable):
+    with pytest.raises(Unreachable, match="answered without the next line's index"):
         HttpChannel(Peer(server.url, "t", "web"), ID).lines(0, ["a"])
 
 
@@ -600,29 +589,19 @@ def test_a_gap_is_no_error(server):
     assert HttpChannel(Peer(server.url, "t", "web"), ID).lines(9, ["a"]) == 3
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("7", 7), ("0.5", 0.5), ("-1", 0), ("1e9", 3600), ("inf", 3600), ("nan", 0), ("Tue, 24 Nov 2026 03:00:00 GMT", 0)],
-)  # fmt: skip
-def test_retry_after(text, seconds):
-    answer = type("Answer", (), {"headers": {"Retry-After": text}})
-    assert cachix_connection.retry_after(answer) == seconds
-
-
 def test_an_answer_without_end_has_a_deadline():
     """Bytes come all the time, so that no packet is ever late."""
-    import socket as sockets
-
-    listener = sockets.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", 0))
     ended = threading.Event()
+    head = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
 
     def drip():
         connection, _ = listener.accept()
         connection.recv(1 << 16)
         with contextlib.suppress(OSError):
-            connection.sendall(
-                b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-            )
+            connection.sendall(head)
             while not ended.wait(0.05):
                 connection.sendall(b"1\r\n \r\n")
         connection.close()
@@ -631,34 +610,34 @@ def test_an_answer_without_end_has_a_deadline():
     thread.start()
     began = time.monotonic()
     with pytest.raises(Unreachable):
-        channel = HttpChannel(Peer(f"http://127.0.0.1:{listener.getsockname()[1]}", "t"), ID)
-        channel.status(IN_PROGRESS, None, timeout=0.5)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        HttpChannel(Peer(url, "t"), ID, timeout=0.5).status(IN_PROGRESS, None)
     assert time.monotonic() - began < 3
     ended.set()
     thread.join(5)
     listener.close()
 
 
-def test_no_body_is_larger_than_what_proxies_let_through(make, server):
-    """nginx refuses more than 1 MiB unless it is told otherwise, and would do so for ever."""
+def test_no_body_is_larger_than_proxies_allow(make, server):
+    """By default nginx refuses more than 1 MiB, so that a larger report would never arrive."""
     delivery = make(b'\\"quoted"\\' * 150_000 + b"\n" + b"short\n" * 20_000, journal.SUCCEEDED)
-    known = []
+    lines = []
 
     def take(path, body):
         if len(body) > 1 << 20:
             return 413, PAGE, b"<h1>Request Entity Too Large</h1>"
         if "/log/" in path:
-            known.extend(body.splitlines())
-        return 200, OF_JSON, json.dumps({"status": "", "next": len(known)}).encode()
+            lines.extend(body.splitlines())
+        return 200, OF_JSON, json.dumps({"status": "", "next": len(lines)}).encode()
 
     server.answer = take
     delivery.ship(HttpChannel(Peer(server.url, "t", "web"), ID))
     while not delivery.reported.whole:
         delivery.ship(HttpChannel(Peer(server.url, "t", "web"), ID))
-    assert json.loads(known[-1])["line"] == SUCCESS_LINE
+    assert json.loads(lines[-1])["line"] == SUCCESS_LINE
 
 
-# --- live ------------------------------------------------------------------------------------------------------------
+# --- live -----------------------------------------------------------------------------------------
 
 
 def numbered(lines):
@@ -666,30 +645,30 @@ def numbered(lines):
     return [int(line[5:]) for line in lines if line.startswith("line ")]
 
 
+def talk(rounds, count):
+    """A shell command that prints `count` numbered lines in each of its rounds, without haste."""
+    lines = f"seq -f 'line %.0f' $((i * {count} - {count - 1})) $((i * {count}))"
+    return f"for i in $(seq 1 {rounds}); do {lines}; sleep 0.03; done"
+
+
 def test_a_workspace_that_is_killed_during_a_deployment(make_workspace, make_machine):
-    """All log lines exactly once and in order, one end."""
+    """It gets all log lines exactly once and in order, and one end."""
     workspace = make_workspace()
     machine = make_machine(workspace=workspace, env=QUICK)
-    talk = "for i in $(seq 1 60); do seq -f 'line %.0f' $((i * 500 - 499)) $((i * 500)); sleep 0.03; done"
-    path = closures.nixos(
-        machine.files, 1, after=f"{talk}; {closures.wait_for('/run/go-on')}; echo line 30001"
-    )
+    after = f"{talk(60, 500)}; {closures.wait_for('/run/go-on')}; echo line 30001"
+    path = closures.nixos(machine.files, 1, after=after)
     deployment = machine.order(path)
     for most in (2_000, 12_000):
         wait_until(lambda n=most: len(machine.workspace.log(deployment)) > n, what=f"{most} lines")
         workspace.kill()
-        wait_until(
-            lambda n=most: (
-                (machine.host.state / f"deployments/{deployment}/log").stat().st_size > n * 12
-            )
-        )
+        log = machine.host.state / f"deployments/{deployment}/log"
+        wait_until(lambda n=most, log=log: log.stat().st_size > n * 12, what="more lines")
         workspace.serve()
     machine.host.path("/run/go-on").touch()
     outcome = machine.outcome(deployment)
     assert outcome.status == "Succeeded"
-    lines = wait_until(
-        lambda: [ls for ls in [workspace.log(deployment)] if ls[-1] == SUCCESS_LINE], what="its end"
-    )[0]
+    wait_until(lambda: workspace.log(deployment)[-1] == SUCCESS_LINE, what="the log's end")
+    lines = workspace.log(deployment)
     assert numbered(lines) == list(range(1, 30_002))
     assert lines.count(SUCCESS_LINE) == 1
 
@@ -700,11 +679,8 @@ def test_bad_answers_for_a_while(host, cache, peer):
     def bad(request):
         left["n"] -= 1
         if left["n"] < 0:
-            return (
-                (peer._take_status(ID, request.json()))
-                if "status" in request.path
-                else take(request)
-            )
+            is_status = "status" in request.path
+            return peer._take_status(ID, request.json()) if is_status else take(request)
         return [(500, b"<h1>oops</h1>"), (429, b""), (502, b""), (413, b"")][left["n"] % 4]
 
     def take(request):
@@ -723,11 +699,9 @@ def test_bad_answers_for_a_while(host, cache, peer):
 
 
 def test_sockets_that_are_cut_during_the_log(host, cache, peer):
-    """Cachix's protocol can't say what has arrived, so lines may come twice; none is lost, nor the end."""
-    talk = (
-        "for i in $(seq 1 40); do seq -f 'line %.0f' $((i * 50 - 49)) $((i * 50)); sleep 0.03; done"
-    )
-    path = closures.nixos(cache, 1, after=f"{talk}; {closures.wait_for('/run/go-on')}")
+    """In Cachix's protocol nothing tells which lines arrived: some come twice, but none is lost."""
+    after = f"{talk(40, 50)}; {closures.wait_for('/run/go-on')}"
+    path = closures.nixos(cache, 1, after=after)
     host.fetch(cache.url, cache.key.public, path)
     host.agent("web", peer.url, "t0ken", env=QUICK)
     deployment = peer.deploy(path)
@@ -746,7 +720,7 @@ def test_sockets_that_are_cut_during_the_log(host, cache, peer):
 
 
 @pytest.mark.parametrize("reports", ["http", None])
-def test_what_a_killed_agent_has_not_told_its_successor_tells(host, cache, peer, reports):
+def test_a_killed_agents_report_is_delivered_by_its_successor(host, cache, peer, reports):
     peer.reports = reports
     path = closures.nixos(cache, 1, after=closures.lines(100))
     host.fetch(cache.url, cache.key.public, path)
@@ -762,10 +736,7 @@ def test_what_a_killed_agent_has_not_told_its_successor_tells(host, cache, peer,
     assert peer.finished(deployment)
     wait_until(lambda: peer.log(deployment)[-1:] == [SUCCESS_LINE], what="the log's end")
     assert numbered(peer.log(deployment)) == list(range(1, 101))
-    wait_until(
-        lambda: json.loads((host.state / f"deployments/{deployment}/reported.json").read_text())[
-            "logged"
-        ]
-    )
+    record = host.state / f"deployments/{deployment}/reported.json"
+    wait_until(lambda: json.loads(record.read_text())["logged"], what="the note of the log's end")
     assert host.record() == [("test", path), ("boot", path)]
     assert agent.stop() == 0
