@@ -48,17 +48,17 @@ from cachix_reports import Reported, Reporter
 if TYPE_CHECKING:
     import websocket
 
-STOP_TIMEOUT = 8.0  # seconds from SIGTERM to the end, whatever hangs
-EXIT_TIMEOUT = 6.0  # seconds for a switch process to begin or to give up
+STOP_TIMEOUT = 8.0  # seconds from SIGTERM to the exit, whatever hangs
+EXIT_TIMEOUT = 6.0  # seconds for a deployment to stop before "go"; `still_wanted` takes up to 5
 
 
 def switch_command() -> list[str]:
-    """The command that starts a switch process: this program once more, at `cachix_switch`.
+    """The command that starts a switch process: this Python once more, at `cachix_switch`.
 
-    It skips whatever a switch process does not need, and the search for modules that this process
-    has done; otherwise it would start later than Nix has looked into the store.
+    It skips the `site` module, and takes over our module search path. Otherwise the switch process
+    would not be ready when a small download is complete.
     """
-    path = [os.path.abspath(place) for place in sys.path]
+    path = [os.path.abspath(entry) for entry in sys.path]
     code = f"import gc, sys; gc.disable(); sys.path[:] = {path!r}"
     code += "; import cachix_switch; sys.exit(cachix_switch.main())"
     return [sys.executable, "-S", "-c", code, os.path.abspath(sys.argv[0])]
@@ -68,7 +68,7 @@ def switch_command() -> list[str]:
 
 
 class Inbox:
-    """Deployments that have arrived, and that the worker has not taken yet."""
+    """Deployments that have arrived, and that the worker has yet to take."""
 
     def __init__(self) -> None:
         self.arrival = threading.Condition()
@@ -81,9 +81,9 @@ class Inbox:
             self.arrival.notify()
 
     def take_all(self) -> list[Deployment]:
-        """Wait for deployments, and take all there are, in the order of their indexes.
+        """Wait for deployments, and take them all, in the order of their indexes.
 
-        A deployment that is sent again may arrive out of order.
+        They may arrive out of order, as the workspace may send one again.
         """
         with self.arrival:
             self.arrival.wait_for(lambda: self.waiting)
@@ -97,7 +97,7 @@ class Inbox:
 
 
 class Worker(threading.Thread):
-    """The thread that takes deployments one at a time, and leads each to its end."""
+    """The thread that leads deployments to their ends, one at a time."""
 
     def __init__(
         self, options: AgentOptions, state: str, reporter: Reporter, stop: threading.Event
@@ -108,7 +108,7 @@ class Worker(threading.Thread):
         self.registered: Optional[AgentRegistered] = None
         self.nix_config: dict[str, str] = {}
         self.deployed = threading.Event()
-        self.accepted: set[str] = set()  # waiting or in progress: they may be sent again
+        self.accepted: set[str] = set()  # ids of those that wait or are in progress
         peer, policy = options.peer, asdict(options.policy)
         config = {"host": peer.host, "token": peer.token, "name": peer.name, "policy": policy}
         self.hooks = AgentHooks(
@@ -138,9 +138,9 @@ class Worker(threading.Thread):
             self.accepted -= {deployment.id for deployment in deployments}
 
     def put(self, deployment: Deployment) -> None:
-        """Accept a deployment, once.
+        """Accept a deployment. The same one is accepted again after its end only.
 
-        If it has ended meanwhile its report is sent again: the workspace may have missed it.
+        That repeats its report, which the workspace may have missed.
         """
         if deployment.id in self.accepted and not conductor.has_ended(self.state, deployment.id):
             return
@@ -148,26 +148,26 @@ class Worker(threading.Thread):
         self.inbox.put(deployment)
 
     def guarded(self, do: Callable[..., None], *arguments: Any) -> None:
-        """Call `do`. Whatever goes wrong with one deployment, the agent takes the next."""
+        """Call `do`, and print any error: whatever goes wrong, the next deployment is taken."""
         try:
             do(*arguments)
         except Exception as error:
             complain(error)
 
     def begin(self, deployment: Deployment) -> Optional[journal.Journal]:
-        """Report a new deployment from now on, and return its journal.
+        """Start to report a new deployment, and return its journal.
 
-        None for a deployment that is known already; if it has ended it is reported again.
+        None if the deployment has a journal already; if it has ended it is reported again.
         """
         directory = os.path.join(self.state, "deployments", deployment.id)
-        known = None
+        earlier = None
         with contextlib.suppress(journal.Unreadable):
-            known = journal.load(directory)
-        if known is not None:
-            if known.record.step in journal.FINAL:
+            earlier = journal.load(directory)
+        if earlier is not None:
+            if earlier.record.step in journal.FINAL:
                 with contextlib.suppress(OSError):
-                    os.unlink(known.path("reported.json"))
-                self.reporter.add(known)
+                    os.unlink(earlier.path("reported.json"))
+                self.reporter.add(earlier)
             return None
         record = journal.Record(
             id=deployment.id,
@@ -207,19 +207,19 @@ class Worker(threading.Thread):
     def recover(self) -> None:
         """Finish and report what an earlier agent left behind.
 
-        Whatever has changed the machine is finished even if an agent of another name, or at another
-        workspace, began it.
+        A deployment that has changed the machine is finished even if an agent of another name, or
+        of another workspace, started it.
         """
         netrc.remove_stale(self.state)
         journals, problems = history.load_all(self.state)
         for problem in problems:
             tell(problem)
-        # first those that need no download: the workspace's cache is not known yet
+        # those that need no download first: the workspace has yet to tell us its cache
         for entry in sorted(journals, key=lambda entry: entry.record.step in journal.HARMLESS):
             self.recover_one(entry)
 
     def recover_one(self, entry: journal.Journal) -> None:
-        """Finish and report one deployment."""
+        """Finish and report one deployment, unless another agent does that."""
         record = entry.record
         ours = (record.agent, record.host) == (self.options.name, self.options.peer.host)
         ended = record.step in journal.FINAL
@@ -237,7 +237,7 @@ class Worker(threading.Thread):
     @contextlib.contextmanager
     def source(self) -> Iterator[nix.Source]:
         """The workspace's cache for Nix, with a netrc that exists only while it is needed."""
-        while self.registered is None:  # an earlier agent's deployment needs the cache too
+        while self.registered is None:  # we may be finishing an earlier agent's deployment
             if self.stop.wait(0.1):
                 raise Error("the agent is exiting")
         cache = self.registered.cache
@@ -261,9 +261,9 @@ class Worker(threading.Thread):
             file.close()
 
     def still_wanted(self, entry: journal.Journal) -> None:
-        """Look once more, right before anything changes.
+        """Check that the deployment is still to be activated, right before anything changes.
 
-        Raises Ended if the deployment was cancelled or superseded, Error if the agent is exiting.
+        Raises Ended if it was cancelled or superseded, Error if the agent is exiting.
         """
         if self.registered is not None and self.registered.reports == "http":
             timeout = self.options.waits.call / 2
@@ -287,7 +287,7 @@ class Stopped(Exception):
 
 
 class Agent:
-    """The main thread: the websocket of an agent's whole life."""
+    """The main thread, which keeps the agent connected to its workspace."""
 
     def __init__(self, options: AgentOptions, state: str) -> None:
         self.options, self.state, self.waits = options, state, options.waits
@@ -300,12 +300,12 @@ class Agent:
         self.exit_by = float("inf")
 
     def run(self) -> int:
-        """Stay connected until asked to stop; the exit status."""
+        """Stay connected until asked to stop; the exit status. Raises Refused at the start only."""
         self.reporter.start()
         self.worker.start()
         failures, first = 0, True
         while not self.stop.is_set():
-            began, slowest = time.monotonic(), False
+            start, slowest = time.monotonic(), False
             try:
                 self.socket = connect(self.options.peer, "/ws", self.waits.connect)
                 first = False
@@ -322,7 +322,7 @@ class Agent:
                     tell(str(error))
             if self.stop.is_set():
                 break
-            failures = 0 if time.monotonic() - began > self.waits.healthy else failures + 1
+            failures = 0 if time.monotonic() - start > self.waits.healthy else failures + 1
             if slowest or self.replaced:
                 self.pause(self.waits.slowest)
             else:
@@ -333,14 +333,14 @@ class Agent:
         return 0
 
     def pause(self, seconds: float) -> None:
-        """Wait before the next connection. A broken one is not kept open until then."""
+        """Drop the connection, and wait before the next one."""
         if self.socket is not None:
             hang_up(self.socket)
         debug(f"connecting again in {seconds:.1f} s")
         self.stop.wait(seconds)
 
     def prepare_exit(self) -> None:
-        """Stop downloads, and tell a running switch process, which goes on, not to wait for us."""
+        """Stop downloads, and tell a running switch process, which goes on, that we are leaving."""
         self.stop.set()
         process.end_all()
         switch, name = self.worker.conductor.switch, self.options.name
@@ -348,13 +348,13 @@ class Agent:
         if switch is None:
             return
         while not switch.step and conductor.is_busy(name) and time.monotonic() < deadline:
-            time.sleep(0.02)  # the worker has yet to write that this was no attempt
+            time.sleep(0.02)  # the worker has yet to note that this attempt does not count
             process.end_all()
         if switch.step not in (journal.ACTIVATING, journal.CHECKING):
             switch.pipe.say_goodbye()
 
     def request_stop(self) -> None:
-        """Ask the main thread to end, from another one."""
+        """End the agent from another thread than the main one."""
         self.prepare_exit()
         if self.socket is not None:
             with contextlib.suppress(Exception):
@@ -366,21 +366,21 @@ class Agent:
         """Receive until the connection ends. Raises Stopped, or Unreachable with the reason."""
         import websocket
 
-        heard = pinged = time.monotonic()
+        last_frame = last_ping = time.monotonic()
         self.send_ping(sock)
-        while not self.stop.is_set():  # also asked for while it connected
-            due = min(pinged + self.waits.ping, heard + self.waits.silence)
+        while not self.stop.is_set():  # the stop may have come before we had connected
+            due = min(last_ping + self.waits.ping, last_frame + self.waits.silence)
             sock.settimeout(max(0.01, due - time.monotonic()))
             try:
                 opcode, frame = sock.recv_data_frame(control_frame=True)
-                heard = time.monotonic()
+                last_frame = time.monotonic()
             except websocket.WebSocketTimeoutException:
-                if time.monotonic() >= heard + self.waits.silence:
-                    silence = f"{self.waits.silence:.0f} s"
-                    raise Unreachable(f"nothing heard for {silence}, connecting again") from None
-                if time.monotonic() >= pinged + self.waits.ping:
+                if time.monotonic() >= last_frame + self.waits.silence:
+                    silence = f"no answer for {self.waits.silence:.0f} s"
+                    raise Unreachable(f"{silence}, connecting again") from None
+                if time.monotonic() >= last_ping + self.waits.ping:
                     self.send_ping(sock)
-                    pinged = time.monotonic()
+                    last_ping = time.monotonic()
                 continue
             except (OSError, websocket.WebSocketException) as error:
                 raise connection_lost(error) from None
@@ -424,7 +424,7 @@ class Agent:
         try:
             message = decode_to_agent(data)
         except (Undecodable, UnicodeDecodeError) as error:
-            tell(f"a message of the workspace was skipped: {error}")
+            tell(f"skipped a message from the workspace: {error}")
             return
         if isinstance(message, AgentRegistered):
             self.register(message)
@@ -436,7 +436,7 @@ class Agent:
             self.pending.clear()
 
     def register(self, message: AgentRegistered) -> None:
-        """Take note that the workspace knows this agent, in a file for switch processes too."""
+        """Take note of our registration, also in a file that switch processes watch."""
         tell(f"{self.options.name} is connected to {self.options.peer.host}")
         self.replaced = False
         self.worker.registered = message
@@ -462,26 +462,26 @@ class Agent:
 
 
 def connection_lost(error: Exception) -> Unreachable:
-    """The error for a connection that broke."""
+    """The error for a websocket that broke."""
     return Unreachable(f"the connection was lost: {error or type(error).__name__}")
 
 
 def watch_signals(agent: Agent) -> None:
     """Let SIGTERM and SIGINT end the agent, even while a name look-up holds its main thread."""
-    receives, sends = socket.socketpair()
-    sends.setblocking(False)
-    signal.set_wakeup_fd(sends.fileno(), warn_on_full_buffer=False)
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
 
-    def run(keep: socket.socket = sends) -> None:
-        while not {signal.SIGTERM, signal.SIGINT} & set(receives.recv(64)):
+    def run(keep_open: socket.socket = writer) -> None:
+        while not {signal.SIGTERM, signal.SIGINT} & set(reader.recv(64)):
             pass
         tell("asked to stop")
         deadline = time.monotonic() + STOP_TIMEOUT
         agent.request_stop()
         time.sleep(max(0.0, deadline - time.monotonic()))
-        os._exit(0)  # whatever holds the main thread: a name look-up, a peer that takes nothing
+        os._exit(0)  # the main thread hangs: in a name look-up, or because nobody reads our close
 
     threading.Thread(target=run, name="signals", daemon=True).start()
 
@@ -492,8 +492,8 @@ def agent_command(options: AgentOptions) -> int:
     for directory in (state, os.path.join(state, "deployments")):
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)
-        except OSError as error:  # each deployment will fail with that reason: better than no agent
-            hint = "set STATE_DIRECTORY to one that can"
+        except OSError as error:  # each deployment will fail with this reason: better than no agent
+            hint = "set STATE_DIRECTORY to a directory that can be written"
             complain(Error(f"{directory} can't be created ({error.strerror}): {hint}"))
     agent = Agent(options, state)
     if options.bootstrap:
@@ -507,17 +507,17 @@ def agent_command(options: AgentOptions) -> int:
 
 
 def lock_name(options: AgentOptions) -> bool:
-    """Take the lock of the agent's name for the rest of this process.
+    """Take the lock of the agent's name for as long as this process lives. Raises Error.
 
-    False if an agent of that name is running and --if-stopped was given, else raises AlreadyRunning.
+    If another agent of that name is running: False with --if-stopped, else raises AlreadyRunning.
     """
     path = lock.shared_path("agent", options.name)
     pid_path = path.replace(".lock", ".pid")
     try:
         if lock.take(path) is None:
             pid = lock.read(pid_path)
-            known = f" (pid {pid})" if pid else ""
-            message = f"an agent named {options.name} is already running{known}"
+            owner = f" (pid {pid})" if pid else ""
+            message = f"an agent named {options.name} is already running{owner}"
             if options.if_stopped:
                 debug(message)
                 return False
@@ -531,7 +531,7 @@ def lock_name(options: AgentOptions) -> bool:
 
 
 def hand_over(agent: Agent) -> None:
-    """End a bootstrapping agent once the machine's own agent has taken over; else it stays."""
+    """End a bootstrapping agent once the machine's own agent has taken over (a thread)."""
     worker, name, timeout = agent.worker, agent.options.name, agent.waits.handover
     path = lock.shared_path("agent", name)
     while not agent.stop.is_set():

@@ -1,8 +1,10 @@
-"""The command line of the agent: what docopt is given, what is refused with which sentence, where the token is from."""
+"""The command line of the program: its options and arguments, every refusal, and the token."""
 
 import os
 import re
 import string
+import subprocess
+import sys
 
 import pytest
 from hosts import PROJECT, command
@@ -13,57 +15,70 @@ import cachix_connection
 import cachix_console
 import cachix_deploy
 import cachix_options
-import cachix_options
 import cachix_protocol
-from cachix_console import normalized, read_token
+from cachix_console import read_token
 from cachix_deploy import main
-from cachix_options import parse
+from cachix_options import USAGE, parse
 from cachix_protocol import UsageError
 
 SECRET = "s3cr3t-t0ken"
+LONG_OPTIONS = cachix_console.long_options(USAGE)
+PLAIN_WORDS = ["deploy", "agent", "activate", "web", "system", "spec.json", "--", "-", "", "-v"]
+ODD_WORDS = ["--host http://a", "--host=http://a", "--host=", "--host  x"]
+BAD_WORDS = ["--verb", "--tok", "--token=x"]
 WORDS = st.one_of(
-    st.sampled_from(["deploy", "agent", "activate", "web", "system", "spec.json", "--", "-", "", "-v", "--agent"]),
-    st.sampled_from(cachix_console.LONG_OPTIONS).filter(lambda option: option not in ("--help", "--version")),
-    st.sampled_from(["--host http://a", "--host=http://a", "--host=", "--verb", "--tok", "--token=x", "--host  x"]),
+    st.sampled_from(PLAIN_WORDS),
+    st.sampled_from([name for name in LONG_OPTIONS if name not in ("--help", "--version")]),
+    st.sampled_from(ODD_WORDS + BAD_WORDS),
     st.text(string.printable + "ä\ud800\0", max_size=8),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
-    """Nothing of the developer's: a token is there, a home too, and no agent can start by mistake."""
+    """Set a token and a state directory, and let no agent start by mistake."""
     for name in ("CREDENTIALS_DIRECTORY", "CACHIX_ACTIVATE_TOKEN", "CACHIX_DEPLOY_WAITS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CACHIX_AGENT_TOKEN", SECRET)
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
     monkeypatch.setattr(cachix_deploy, "agent_command", lambda options: 0)
-    monkeypatch.setattr(cachix_deploy, "verbose", False)
+    monkeypatch.setattr(cachix_console, "verbose", False)
 
 
-def refused(capsys, *argv, status=64):
-    """The one sentence with which a command line is refused."""
+def refusal(capsys, *argv, status=64):
+    """Run a command line that is refused; the sentence of its error."""
     assert main(list(argv)) == status
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1, err
     return err[7:].rstrip("\n")
 
 
-# --- the docopt front ------------------------------------------------------------------------------------------------
+# --- the docopt front -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--host http://a", "agent", "web"], ["--host", "http://a", "agent", "web"]),
+        (["--host http://a", "agent", "web"], ["--host=http://a", "agent", "web"]),
         (["--host=http://a b", "agent"], ["--host=http://a b", "agent"]),
         (["deploy", "", "agent", "web", ""], ["deploy", "agent", "web"]),
-        (["--token-file", "--odd-name", "agent"], ["--token-file", "--odd-name", "agent"]),
+        (["--token-file", "--odd-name", "agent"], ["--token-file=--odd-name", "agent"]),
+        (["--token-file=--odd-name", "agent"], ["--token-file=--odd-name", "agent"]),
         (["agent", "two words"], ["agent", "two words"]),
-        (["activate", "--agent", "--any", "--", "--any"], ["activate", "--agent", "--any", "--", "--any"]),
+        (["agent", "--host"], ["agent", "--host"]),
+        (["activate", "--agent", "--any", "--", "-x"], ["activate", "--agent=--any", "--", "-x"]),
     ],
-)  # fmt: skip
-def test_what_docopt_is_given(argv, words):
-    assert normalized(argv) == words
+)
+def test_command_lines_as_docopt_gets_them(argv, words):
+    assert cachix_console.normalize(argv, USAGE) == words
+
+
+@pytest.mark.parametrize("value", ["--odd-name", "--host", "--token", "-x", "--verbose", "x=y"])
+def test_a_value_may_look_like_an_option(value):
+    for argv in (["--token-file", value], [f"--token-file={value}"], [f"--token-file {value}"]):
+        assert parse([*argv, "agent", "web"])["--token-file"] == value
+        assert parse(["agent", "web", *argv])["NAME"] == "web"
+    assert parse(["activate", "s.json", "--agent", value])["--agent"] == [value]
 
 
 @pytest.mark.parametrize(
@@ -87,11 +102,9 @@ def test_options_stand_anywhere(argv):
 def test_defaults():
     options = cachix_options.agent_options(parse(["agent"]))
     assert options.peer.host == "https://cachix.org" and options.name and options.profile is None
-    assert (options.settings.confirm_timeout, options.settings.activation_timeout) == (120, 3600)
-    assert (options.settings.on_unit_failure, options.settings.on_reboot_needed) == (
-        "rollback",
-        "fail",
-    )
+    policy = options.policy
+    assert (policy.confirm_timeout, policy.activation_timeout) == (120, 3600)
+    assert (policy.on_unit_failure, policy.on_reboot_needed) == ("rollback", "fail")
 
 
 def test_several_agents_of_a_spec():
@@ -107,28 +120,24 @@ def test_any_words_are_parsed_or_refused_by_a_sentence(words):
     try:
         options = parse(words)
     except UsageError as error:
-        assert (
-            re.fullmatch(r".+: see --help", str(error))
-            and "\n" not in str(error)
-            and error.status == 64
-        )
+        assert re.fullmatch(r".+: see --help", str(error)) and error.status == 64
     else:
         assert options["agent"] != options["activate"]
 
 
 @settings(deadline=None)
 @given(st.lists(WORDS, max_size=5))
-def test_a_second_look_changes_nothing(words):
+def test_a_normal_command_line_stays_as_it_is(words):
     try:
-        once = normalized(words)
+        once = cachix_console.normalize(words, USAGE)
     except UsageError:
         return
     assert "" not in once
     if not any(" " in word for word in once):
-        assert normalized(once) == once
+        assert cachix_console.normalize(once, USAGE) == once
 
 
-# --- refusals: one sentence, status 64, no value shown -------------------------------------------------------------
+# --- refusals: one sentence, status 64, no value in it --------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -136,29 +145,44 @@ def test_a_second_look_changes_nothing(words):
 )
 @pytest.mark.parametrize("form", ["{}={}", "{} {}"])
 def test_abbreviations_are_refused_without_their_value(capsys, word, form):
-    said = refused(capsys, *form.format(word, SECRET).split(" "), "agent", "web")
-    assert said.startswith(f"there is no option {word}") and SECRET not in said
-    assert ("--token-file" in said) == word.startswith("--tok")
+    sentence = refusal(capsys, *form.format(word, SECRET).split(" "), "agent", "web")
+    assert sentence.startswith(f"there is no option {word}") and SECRET not in sentence
+    assert ("--token-file" in sentence) == word.startswith("--tok")
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "sentence"),
     [
-        ([], "there must be a command, agent or activate: see --help"),
-        (["deploy"], "there must be a command, agent or activate: see --help"),
-        (["agnet", "web"], "there must be a command, agent or activate: see --help"),
-        (["agent", "web", "system", "more"], "agent takes no such arguments: see --help"),
-        (["activate"], "activate needs a deploy.json: see --help"),
-        (["agent", "activate", "x", "y"], "agent takes no such arguments: see --help"),
-        (["agent", "-q"], "agent takes no such arguments: see --help"),
-        (["agent", "--host"], "--host requires argument: see --help"),
-        (["agent", "--verbose=yes"], "--verbose must not have an argument: see --help"),
-        (["switch"], "there must be a command, agent or activate: see --help"),
-        (["switch", "a", "b"], "there must be a command, agent or activate: see --help"),
+        ([], "missing command: agent or activate"),
+        (["deploy"], "missing command: agent or activate"),
+        (["agnet", "web"], "missing command: agent or activate"),
+        (["--host", "agent"], "missing command: agent or activate"),
+        (["agent", "web", "system", "more"], "unexpected arguments for agent"),
+        (["activate"], "activate needs a deploy.json"),
+        (["activate", "s.json", "more"], "unexpected arguments for activate"),
+        (["agent", "activate", "x", "y"], "unexpected arguments for agent"),
+        (["agent", "-q"], "unexpected arguments for agent"),
+        (["agent", "--host"], "--host requires argument"),
+        (["agent", "--verbose=yes"], "--verbose must not have an argument"),
+        (["switch"], "missing command: agent or activate"),
+        (["switch", "a", "b"], "missing command: agent or activate"),
     ],
 )
-def test_wrong_usage(capsys, argv, said):
-    assert refused(capsys, *argv) == said
+def test_wrong_usage(capsys, argv, sentence):
+    assert refusal(capsys, *argv) == f"{sentence}: see --help"
+
+
+def test_a_switch_process_is_no_command_of_the_program(capsys, host):
+    """Agents start it by themselves. Typed by hand, it would wait for its agent for hours."""
+    sentence = "missing command: agent or activate: see --help"
+    assert refusal(capsys, "switch", "x") == sentence
+    argv = [*command("cachix-deploy"), "switch", "00000000-0000-4000-8000-000000000001"]
+    process = host.popen(argv, stdin=subprocess.PIPE, stderr=subprocess.PIPE)  # stdin stays open
+    assert process.stdin is not None and process.stderr is not None
+    assert process.wait(10) == 64
+    assert process.stderr.read().decode() == f"error: {sentence}\n"
+    process.stdin.close()
+    process.stderr.close()
 
 
 @pytest.mark.parametrize(
@@ -167,8 +191,8 @@ def test_wrong_usage(capsys, argv, said):
 )
 @pytest.mark.parametrize("what", ["NAME", "PROFILE"])
 def test_names_are_checked(capsys, name, what):
-    said = refused(capsys, "agent", *([name] if what == "NAME" else ["web", name]))
-    assert said.startswith(f"{what} ") and "letters, digits" in said
+    sentence = refusal(capsys, "agent", *([name] if what == "NAME" else ["web", name]))
+    assert sentence.startswith(f"{what} ") and "letters, digits" in sentence
 
 
 @pytest.mark.parametrize("name", ["a", "web-1.example_com", "0", "x" * 128, "A.B"])
@@ -178,12 +202,12 @@ def test_names_that_are_fine(name):
 
 @pytest.mark.parametrize(
     "host",
-    ["ftp://a", "http://", "https://", "http://[", "http://[::1", "http://a:b", "http://a:99999", "http://a?x=1", "://",
-     "http://\u2100", "http://a]b", "file:///etc/passwd", "https:///path"],
-)  # fmt: skip
+    ["ftp://a", "http://", "https://", "http://[", "http://[::1", "http://a:b", "http://a:99999"]
+    + ["http://a?x=1", "://", "http://\u2100", "http://a]b", "file:///etc/passwd", "https:///path"],
+)
 def test_hosts_are_checked(capsys, host):
-    said = refused(capsys, "--host", host, "agent", "web")
-    assert said.startswith("--host must be a URL such as https://cachix.org, not ")
+    sentence = refusal(capsys, "--host", host, "agent", "web")
+    assert sentence.startswith("--host must be a URL such as https://cachix.org, not ")
 
 
 @pytest.mark.parametrize(
@@ -211,17 +235,22 @@ def test_any_host_is_taken_or_refused(host):
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [(option, value) for option in ("--confirm-timeout", "--activation-timeout")
-     for value in ("0", "-1", "x", "nan", "inf", "1e9", "1,5", "5s")]
-    + [("--on-unit-failure", "ignore"), ("--on-unit-failure", "Rollback"), ("--on-reboot-needed", "now")],
-)  # fmt: skip
-def test_values_are_checked(capsys, option, value):
-    said = refused(capsys, "agent", "web", f"{option}={value}")
-    assert said.startswith(f"{option} must be ") and repr(value) in said
+    ("option", "values"),
+    [
+        ("--confirm-timeout", ["0", "-1", "x", "nan", "inf", "1e9", "1,5", "5s", "--verbose"]),
+        ("--activation-timeout", ["0", "-1", "x", "nan", "inf", "1e9", "1,5", "5s", "--verbose"]),
+        ("--on-unit-failure", ["ignore", "Rollback"]),
+        ("--on-reboot-needed", ["now"]),
+    ],
+)
+def test_values_are_checked(capsys, option, values):
+    for value in values:
+        for argv in ([f"{option}={value}"], [option, value]):
+            sentence = refusal(capsys, "agent", "web", *argv)
+            assert sentence.startswith(f"{option} must be ") and repr(value) in sentence
 
 
-# --- the token -------------------------------------------------------------------------------------------------------
+# --- the token ------------------------------------------------------------------------------------
 
 
 def test_no_token(capsys, monkeypatch):
@@ -229,31 +258,25 @@ def test_no_token(capsys, monkeypatch):
         monkeypatch.delenv("CACHIX_AGENT_TOKEN")
         if value is not None:
             monkeypatch.setenv("CACHIX_AGENT_TOKEN", value)
-        said = refused(capsys, "agent", "web")
-        assert said == "there is no token: set CACHIX_AGENT_TOKEN, or give --token-file=FILE"
+        sentence = refusal(capsys, "agent", "web")
+        assert sentence == "there is no token: set CACHIX_AGENT_TOKEN, or give --token-file=FILE"
         monkeypatch.setenv("CACHIX_AGENT_TOKEN", "")
 
 
 @pytest.mark.parametrize("text", ["a b", "two\nlines", "ä", "x\x00y", "bell\a"])
-def test_a_token_that_can_be_none_is_not_shown(capsys, tmp_path, text):
+def test_an_impossible_token_is_not_shown(capsys, tmp_path, text):
     (tmp_path / "token").write_text(text)
-    said = refused(capsys, "agent", "web", f"--token-file={tmp_path}/token")
-    assert said == "the token has blanks or characters that no token has"
+    sentence = refusal(capsys, "agent", "web", f"--token-file={tmp_path}/token")
+    assert sentence == "the token contains whitespace or non-ASCII characters"
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        SECRET,
-        f"{SECRET}\n",
-        f"CACHIX_AGENT_TOKEN={SECRET}\n",
-        f"CACHIX_AGENT_TOKEN='{SECRET}'\n",
-        f' "{SECRET}" \r\n',
-    ],
+    "form",
+    ["{}", "{}\n", "CACHIX_AGENT_TOKEN={}\n", "CACHIX_AGENT_TOKEN='{}'\n", ' "{}" \r\n'],
 )
-def test_the_forms_of_a_token_file(tmp_path, monkeypatch, text):
+def test_the_forms_of_a_token_file(tmp_path, monkeypatch, form):
     monkeypatch.setenv("CACHIX_AGENT_TOKEN", "another")
-    (tmp_path / "token").write_text(text)
+    (tmp_path / "token").write_text(form.format(SECRET))
     assert read_token("CACHIX_AGENT_TOKEN", str(tmp_path / "token")) == SECRET
 
 
@@ -263,9 +286,8 @@ def test_token_files_that_can_not_be_used(capsys, tmp_path, monkeypatch, kind):
     if kind == "directory":
         path.mkdir()
     elif kind != "missing":
-        path.write_bytes(
-            b"\xff\xfe\x80" if kind == "binary" else b"\n" if kind == "empty" else SECRET.encode()
-        )
+        contents = {"binary": b"\xff\xfe\x80", "empty": b"\n"}
+        path.write_bytes(contents.get(kind, SECRET.encode()))
     if kind == "unreadable":  # root may read everything
         real = open
 
@@ -275,11 +297,9 @@ def test_token_files_that_can_not_be_used(capsys, tmp_path, monkeypatch, kind):
             return real(name, *args, **kw)
 
         monkeypatch.setattr("builtins.open", denied)
-    said = refused(capsys, "agent", "web", "--token-file", str(path))
-    assert said.startswith(
-        "there is no token" if kind == "empty" else f"the token file {path} can't be read: "
-    )
-    assert SECRET not in said
+    sentence = refusal(capsys, "agent", "web", "--token-file", str(path))
+    reason = "there is no token" if kind == "empty" else f"the token file {path} can't be read: "
+    assert sentence.startswith(reason) and SECRET not in sentence
 
 
 def test_credentials_of_systemd(tmp_path, monkeypatch):
@@ -295,33 +315,24 @@ def test_credentials_of_systemd(tmp_path, monkeypatch):
 def test_each_command_has_its_own_token(capsys, monkeypatch, variable):
     monkeypatch.delenv("CACHIX_AGENT_TOKEN")
     argv = ["agent", "web"] if "AGENT" in variable else ["activate", "s.json"]
-    assert variable in refused(capsys, *argv)
+    assert variable in refusal(capsys, *argv)
 
 
-# --- the program -----------------------------------------------------------------------------------------------------
+# --- the program ----------------------------------------------------------------------------------
 
 
 def test_without_home_the_passwd_entry_counts(host, peer):
-    argv = [
-        "env",
-        "-u",
-        "HOME",
-        "-u",
-        "XDG_CACHE_HOME",
-        "-u",
-        "XDG_STATE_HOME",
-        *command("cachix-deploy"),
-    ]
-    code = "import activate.lock as l, activate.journal as j; print(l.shared_path('agent', 'x'), j.state_directory())"
-    done = host.run(
-        [*argv[:7], "-u", "STATE_DIRECTORY", str(PROJECT / ".venv/bin/python"), "-c", code]
-    )
+    names = ("HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "STATE_DIRECTORY")
+    env = ["env", *(f"--unset={name}" for name in names)]
+    code = "from activate import lock; print(lock.shared_path('agent', 'x'))"
+    done = host.run([*env, sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
     home = os.path.expanduser("~root")
-    assert done.stdout.split()[0] == f"{home}/.cache/cachix/deploy/locks/agent-x.lock"
+    assert done.stdout.strip() == f"{home}/.cache/cachix/deploy/locks/agent-x.lock"
     peer.misbehave("/ws", "401")
-    env = {"CACHIX_AGENT_TOKEN": SECRET, "XDG_CACHE_HOME": str(host.directory / "home/cache")}
-    done = host.run(["env", "-u", "HOME", *argv[7:], "--host", peer.url, "agent", "web"], 20, env)
+    variables = {"CACHIX_AGENT_TOKEN": SECRET, "XDG_CACHE_HOME": str(host.directory / "home/cache")}
+    argv = ["env", "--unset=HOME", *command("cachix-deploy"), "--host", peer.url, "agent", "web"]
+    done = host.run(argv, 20, variables)
     assert done.returncode == 77 and "Traceback" not in done.stderr, done.stderr
 
 
@@ -330,41 +341,42 @@ def test_help_and_version_of_the_installed_programs(host, program):
     for words in (["--help"], ["-h"], ["deploy", "agent", "--help"]):
         done = host.run([*command(program), *words])
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout == cachix_options.USAGE.strip("\n") + "\n"
+        assert done.stdout == USAGE.strip("\n") + "\n"
     done = host.run([*command(program), "--version"])
     assert (done.returncode, done.stdout) == (0, f"cachix-deploy {cachix_protocol.__version__}\n")
     done = host.run([*command(program), "agent", "a b"], env={"CACHIX_AGENT_TOKEN": SECRET})
-    assert (done.returncode, done.stdout) == (64, "") and done.stderr.startswith(
-        "error: NAME 'a b' is not usable"
-    )
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr.startswith("error: NAME 'a b' is not usable")
     done = host.run([*command(program), "--token", SECRET, "agent"])
     assert done.returncode == 64 and SECRET not in done.stderr
 
 
+@pytest.mark.parametrize("option", ["-O", "-OO"])
+def test_python_without_docstrings(host, option):
+    program = [sys.executable, option, str(PROJECT / "cachix_deploy.py")]
+    done = host.run([*program, "--help"])
+    assert (done.returncode, done.stdout, done.stderr) == (0, USAGE.strip("\n") + "\n", "")
+    done = host.run([*program, "agent", "--tok", "x"])
+    assert done.returncode == 64 and done.stderr.startswith("error: there is no option --tok;")
+    done = host.run([*program, "agnet"])
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr == "error: missing command: agent or activate: see --help\n"
+
+
 def test_the_usage_names_each_option_once():
-    text = cachix_options.USAGE
-    listed = re.findall(r"^  (?:-\w )?(--[a-z-]+)", text, re.MULTILINE)
-    assert len(listed) == len(set(listed)) and set(listed) == set(cachix_console.LONG_OPTIONS)
-    assert set(re.findall(r"--[a-z-]+", text)) == set(listed)
-    assert all(len(line) <= 120 for line in text.splitlines())
+    assert len(LONG_OPTIONS) == len(set(LONG_OPTIONS))
+    assert set(re.findall(r"--[a-z-]+", USAGE)) == set(LONG_OPTIONS)
+    assert all(len(line) <= 100 for line in USAGE.splitlines())
 
 
-def test_readme_names_no_other_options_than_the_usage():
+def test_the_readme_names_the_options_of_the_usage_and_no_others():
     readme = (PROJECT / "README.rst").read_text()
-    lines = [
-        line
-        for line in readme.splitlines()
-        if not re.search(r"cachix-workspace|nix |nix-|--to |pip ", line)
-    ]
-    told = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines)))
-    workspace = {"--public-url", "--listen", "--data"}
-    assert told - workspace <= set(cachix_console.LONG_OPTIONS)
-    described = set(re.findall(r"^``(--[a-z-]+)", readme, re.MULTILINE))
-    agents = {
-        o
-        for o in cachix_console.LONG_OPTIONS
-        if o not in ("--help", "--version", "--verbose", "--host")
-    }
-    assert agents <= told and described <= agents
-    for status in re.findall(r"(\d+) ([a-z ]+)", cachix_options.USAGE.split("Exit status: ")[1]):
-        assert status[0] in readme
+    foreign = re.compile(r"cachix-workspace|nix |nix-|--to |pip ")
+    lines = [line for line in readme.splitlines() if not foreign.search(line)]
+    names = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines)))
+    assert names - {"--public-url", "--listen", "--data"} <= set(LONG_OPTIONS)
+    entries = set(re.findall(r"^``(--[a-z-]+)", readme, re.MULTILINE))
+    options = set(LONG_OPTIONS) - {"--help", "--version", "--verbose", "--host"}
+    assert options <= names and entries <= options
+    for status in re.findall(r"\d+", USAGE.split("Exit status: ")[1]):
+        assert status in readme
