@@ -1,4 +1,4 @@
-"""`activate deploy.json`: orders deployments, shows their logs, waits for their ends."""
+"""The command `activate deploy.json`: orders deployments, and follows them until they end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cachix_protocol import (
     uuid_field,
 )
 
-ORDER_PATIENCE = 10.0  # seconds without any answer to the order: --host may be wrong
+ORDER_PATIENCE = 10.0  # seconds without any answer to the order, as --host may be wrong
 NAME_COLOURS = ("36", "33", "35", "34", "96", "93", "95", "94")
 STATUS_COLOURS = {SUCCEEDED: "32", FAILED: "31", CANCELLED: "33"}
 
@@ -48,7 +48,7 @@ class ActivateOptions:
 
 
 def decode_spec(raw: bytes, name: str) -> Spec:
-    """The deploy.json `raw`, which the user knows as `name`. Raises Error that shows the place."""
+    """Decode and check a deploy.json, which messages call `name`. Raises Error."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = sorted(key for key, _ in pairs)
@@ -77,7 +77,7 @@ def decode_spec(raw: bytes, name: str) -> Spec:
 
 
 def read_spec(options: ActivateOptions) -> Spec:
-    """The deploy.json, reduced to the chosen agents. Raises Error."""
+    """Read the deploy.json, and keep the chosen agents. Raises Error."""
     path = options.spec_path
     name = "the specification on stdin" if path == "-" else path
     try:
@@ -98,10 +98,13 @@ def read_spec(options: ActivateOptions) -> Spec:
 
 
 def post_order(peer: Peer, path: str, spec: Spec, deadline: float) -> Answer:
-    """Send the order until it is answered. Sending it twice does no harm: it names a state."""
+    """Send the order until it is answered. Raises Unreachable.
+
+    To repeat it does no harm, as it names the state that the agents are to reach.
+    """
     body = dumps(spec.to_json()).encode()
     headers = {"Content-Type": "application/json;charset=utf-8"}
-    begin, pause = time.monotonic(), 1.0
+    start, pause = time.monotonic(), 1.0
     while True:
         try:
             answer = http(peer, "POST", path, data=body, headers=headers)
@@ -113,7 +116,7 @@ def post_order(peer: Peer, path: str, spec: Spec, deadline: float) -> Answer:
             problem = error
         pause = max(pause, problem.retry_after)
         patience = PATIENCE if problem.overloaded else ORDER_PATIENCE
-        if time.monotonic() + pause > min(begin + patience, deadline):
+        if time.monotonic() + pause > min(start + patience, deadline):
             raise problem
         tell(f"{problem}; trying again in {pause:.0f} s")
         time.sleep(pause)
@@ -121,9 +124,9 @@ def post_order(peer: Peer, path: str, spec: Spec, deadline: float) -> Answer:
 
 
 def order(peer: Peer, spec: Spec, deadline: float) -> dict[str, tuple[str, str]]:
-    """Order the deployments: an id and a URL for each agent.
+    """Order the deployments; the id and the URL of each, by agent. Raises Error.
 
-    The ids are empty if the workspace only knows v1 of the API. Raises Error.
+    The ids are empty if the workspace only knows v1 of the API.
     """
     answer = post_order(peer, "/api/v2/deploy/activate", spec, deadline)
     if answer.status == 404:
@@ -147,17 +150,21 @@ def _id_and_url(records: dict[str, Any], agent: str) -> tuple[str, str]:
 # --- the command ----------------------------------------------------------------------------------
 
 
+def format_seconds(seconds: float) -> str:
+    """A duration for people, such as 1.5 s or 0:01:30; a dash for none."""
+    if seconds >= 60:
+        return str(datetime.timedelta(seconds=round(seconds)))
+    return f"{seconds:.1f} s" if seconds else "-"
+
+
 def summarize(screen: Screen, followers: list[Follower]) -> None:
-    """Print a line for each agent: the end, how long it took, the closure's size, the URL."""
+    """Print a line for each agent: status, duration, the closure's size, URL."""
     rows = []
     for follower in followers:
-        size, took = follower.state.closure_size, f"{follower.took:.1f} s"
-        if follower.took >= 60:
-            took = str(datetime.timedelta(seconds=round(follower.took)))
-        status, size_text = clean(follower.state.status), "-" if size is None else format_size(size)
-        rows.append(
-            [follower.agent, status, took if follower.took else "-", size_text, follower.url]
-        )
+        size = follower.state.closure_size
+        size_text = "-" if size is None else format_size(size)
+        status, duration = clean(follower.state.status), format_seconds(follower.duration)
+        rows.append([follower.agent, status, duration, size_text, follower.url])
     screen.print("")
     for row, follower in zip(align(rows), followers):
         row[1] = screen.paint(row[1], STATUS_COLOURS.get(follower.state.status))
@@ -165,7 +172,7 @@ def summarize(screen: Screen, followers: list[Follower]) -> None:
 
 
 def announce(screen: Screen, peer: Peer, spec: Spec, followers: list[Follower]) -> None:
-    """Print a line for each deployment that was started: its agent, URL and store path."""
+    """Print a line for each new deployment: its agent, URL and store path."""
     screen.print(f"Deploying by {peer.host}:")
     rows = [[follower.agent, follower.url, spec.agents[follower.agent]] for follower in followers]
     for index, row in enumerate(align(rows)):
@@ -175,9 +182,10 @@ def announce(screen: Screen, peer: Peer, spec: Spec, followers: list[Follower]) 
 
 
 def activate_command(options: ActivateOptions) -> int:
-    """Deploy a deploy.json, and follow it to its end; the exit status. Raises Error.
+    """Deploy a deploy.json, and follow the deployments; the exit status. Raises Error.
 
-    If the workspace only knows v1 of the API there is nothing to wait for: an error, but for --async.
+    Without --async it is an error if the workspace only knows v1 of the API: there is no id to
+    follow a deployment by.
     """
     if not options.token:
         raise UsageError("no token: set CACHIX_ACTIVATE_TOKEN, or give --token-file=FILE")
@@ -186,16 +194,16 @@ def activate_command(options: ActivateOptions) -> int:
     peer, spec = Peer.create(options.host, options.token), read_spec(options)
     screen, wake = Screen(), threading.Event()
     try:
-        ordered = order(peer, spec, deadline).items()
+        orders = order(peer, spec, deadline).items()
         followers = [
-            Follower(peer, agent, id, clean(url), screen, wake) for agent, (id, url) in ordered
+            Follower(peer, agent, id, clean(url), screen, wake) for agent, (id, url) in orders
         ]
         announce(screen, peer, spec, followers)
         if options.asynchronous:
             return 0
         if not all(follower.id for follower in followers):
-            hint = "started them, but tells no ids to wait for (v1 of its API): follow the URLs"
-            raise Error(f"{peer.host} {hint}")
+            hint = "but can't be asked how they end (v1 of its API): look at the URLs"
+            raise Error(f"{peer.host} has started them, {hint}")
         try:
             follow(followers, screen, wake, deadline)
         finally:

@@ -1,4 +1,4 @@
-"""Following deployments: their status by polling, their logs by websocket, until all have ended."""
+"""Following deployments until they end: their status by polling, their logs by websocket."""
 
 from __future__ import annotations
 
@@ -29,23 +29,22 @@ from cachix_protocol import (
     loads,
 )
 
-POLL_SECONDS = 2.0  # between two looks at a deployment, as Cachix's client does
-PATIENCE = 60.0  # without a usable answer until the workspace counts as out of reach
+POLL_SECONDS = 2.0  # between two polls of a deployment, as in Cachix's client
+PATIENCE = 60.0  # seconds without a usable answer until the workspace is out of reach
 QUIET_SECONDS = 3.0  # without a new line after the end until a log counts as complete
-DRAIN_SECONDS = 120.0  # the longest time that logs are shown after all have ended
+DRAIN_SECONDS = 120.0  # for which logs are shown at most after all deployments have ended
 VIEWER_SILENCE = 30.0  # until a ping, and once more until the connection counts as dead
 
 # --- answers --------------------------------------------------------------------------------------
 
 
 def rejection(peer: Peer, answer: Answer) -> Error:
-    """The error for an answer that is no success, with its text: our JSON, Cachix's, or plain."""
+    """The error for an answer without success, with its text: our JSON, Cachix's, or plain text."""
     status, text = answer.status, answer.body.decode("utf-8", "replace")
     with contextlib.suppress(Undecodable):
         record = loads(answer.body)
-        values = (
-            [record.get("error"), record.get("message")] if isinstance(record, dict) else [record]
-        )
+        is_object = isinstance(record, dict)
+        values = [record.get("error"), record.get("message")] if is_object else [record]
         text = next((value for value in values if isinstance(value, str)), text)
     text = "" if text.lstrip().startswith("<") else clean(" ".join(text.split()))[:500]
     text = f": {text}" if text else ""
@@ -63,14 +62,14 @@ def rejection(peer: Peer, answer: Answer) -> Error:
 
 
 def decode_answer(peer: Peer, answer: Answer) -> Any:
-    """The JSON of a successful answer. Raises Undecodable, or Error for any other answer."""
+    """The JSON of a successful answer. Raises Undecodable; Error if it is not successful."""
     if not 200 <= answer.status < 300:
         raise rejection(peer, answer)
     return loads(answer.body)
 
 
 def no_workspace(peer: Peer, problem: Undecodable) -> Unreachable:
-    """The error for an answer outside the protocol, such as the page of a proxy."""
+    """The error for an answer that breaks the protocol, such as the page of a proxy."""
     hint = f"unexpected response: is this a Cachix Deploy workspace? ({problem})"
     return Unreachable(f"{peer.host}: {hint}")
 
@@ -80,7 +79,7 @@ def no_workspace(peer: Peer, problem: Undecodable) -> Unreachable:
 
 @dataclass(frozen=True)
 class DeploymentState:
-    """A deployment as the workspace reports it. Times are RFC 3339, the size is in bytes."""
+    """A deployment as the workspace sees it. Times are RFC 3339, the size is in bytes."""
 
     status: str = "Unknown"
     started: Optional[str] = None
@@ -97,7 +96,7 @@ class DeploymentState:
         )
 
     def seconds(self) -> Optional[float]:
-        """How long it ran, by the workspace's clock; None if it does not say."""
+        """How long it ran, by the workspace's clock; None if a time is missing."""
         start, finish = _timestamp(self.started), _timestamp(self.finished)
         return None if start is None or finish is None else max(0.0, finish - start)
 
@@ -126,8 +125,8 @@ class Follower:
         self.wake = wake
         self.nudge = threading.Event()  # tells the viewer that the deployment has ended
         self.state = DeploymentState()
-        self.began = self.heard = time.monotonic()
-        self.due = self.took = 0.0
+        self.started_at = self.quiet_since = time.monotonic()
+        self.due = self.duration = 0.0
         self.shown = 0
         self.stopped = False
         self.socket: Optional[websocket.WebSocket] = None
@@ -141,7 +140,7 @@ class Follower:
     def poll(self, timeout: float) -> None:
         """Ask for the status once, and start to show the log. Raises Error.
 
-        A deployment that is cancelled already has no log.
+        A deployment that was cancelled before it was started has no log.
         """
         self.due = time.monotonic() + POLL_SECONDS
         answer = http(self.peer, "GET", f"/api/v1/deploy/deployment/{self.id}", timeout)
@@ -151,15 +150,17 @@ class Follower:
         except Undecodable as problem:
             raise no_workspace(self.peer, problem) from None
         if self.state.status == IN_PROGRESS != before:
-            self.began = time.monotonic()
+            self.started_at = time.monotonic()
         if self.thread is None and self.state.status != CANCELLED:
             name = f"view-{self.id}"
             self.thread = threading.Thread(target=self.view, name=name, daemon=True)
             self.thread.start()
         if self.ended:
-            self.heard, seconds = time.monotonic(), self.state.seconds()
+            self.quiet_since, seconds = time.monotonic(), self.state.seconds()
+            if seconds is None:
+                seconds = self.quiet_since - self.started_at
             if self.thread is not None:
-                self.took = self.heard - self.began if seconds is None else seconds
+                self.duration = seconds
             self.nudge.set()
 
     def view(self) -> None:
@@ -169,7 +170,7 @@ class Follower:
             late, before, complete = self.ended, self.shown, False
             try:
                 complete = self.stream() or (late and self.shown == before)
-                self.due = 0.0  # a log most likely ends when its deployment does
+                self.due = 0.0  # the deployment has most likely ended with its log
                 self.wake.set()
             except (Refused, Unreachable) as error:
                 warn = debug if complained else tell
@@ -183,7 +184,7 @@ class Follower:
                 return
 
     def stream(self) -> bool:
-        """Show the new lines of one connection. True if the workspace closed it in order."""
+        """Show the new lines of one connection. True if the workspace closed it with code 1000."""
         path = f"/api/v1/deploy/log/{self.id}?view=true"
         self.socket = sock = connect(self.peer, path)
         count, pinged = 0, False
@@ -200,7 +201,7 @@ class Follower:
                     continue
                 pinged = False
                 if opcode == websocket.ABNF.OPCODE_CLOSE:
-                    return frame.data[:2] in (b"", b"\x03\xe8")  # no code, or 1000
+                    return frame.data[:2] in (b"", b"\x03\xe8")  # no code means 1000
                 if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
                     count += 1
                     self.take(count, frame.data)
@@ -213,18 +214,18 @@ class Follower:
         return False
 
     def take(self, count: int, data: bytes) -> None:
-        """Show line number `count` of the log, unless an earlier connection brought it."""
-        self.heard = time.monotonic()
+        """Show line number `count` of the log, unless an earlier connection has shown it."""
+        self.quiet_since = time.monotonic()
         if count > self.shown:
             self.shown = count
             self.show(data)
 
     def show(self, data: bytes) -> None:
-        """Print a line of the log; one with carriage returns (a progress bar) as several."""
+        """Print a line of the log, split at carriage returns (progress bars)."""
         try:
             text = checked_field(loads(data), "line", str)
         except Undecodable as error:
-            tell(f"warning: a line of the log of {self.agent} is skipped: {error}")
+            tell(f"warning: skipped a line of the log of {self.agent}: {error}")
             return
         for part in [part for part in re.split(r"[\r\n]+", text) if part] or [""]:
             if not self.stopped:
@@ -247,20 +248,20 @@ class Follower:
 def wait_for(
     followers: list[Follower], screen: Screen, wake: threading.Event, deadline: float
 ) -> None:
-    """Poll the deployments until they end, or to the deadline.
+    """Poll the deployments until they end, or until the deadline.
 
-    Raises Unreachable if no usable answer comes for PATIENCE seconds, any other Error at once.
+    Raises Unreachable after PATIENCE seconds without a usable answer, any other Error at once.
     """
-    answered, failures, now = time.monotonic(), 0, time.monotonic()
-    pending = followers
+    failures, pending = 0, followers
+    last_answer = now = time.monotonic()
     while pending and not screen.broken and now < deadline:
         try:
             for follower in sorted(pending, key=lambda follower: follower.due):
                 if follower.due <= (now := time.monotonic()) < deadline:
                     follower.poll(min(20.0, max(1.0, deadline - now)))
-                    answered, failures = time.monotonic(), 0
+                    last_answer, failures = time.monotonic(), 0
         except Unreachable as problem:
-            if time.monotonic() - answered >= PATIENCE:
+            if time.monotonic() - last_answer >= PATIENCE:
                 silence = f"no answer for {PATIENCE:.0f} s, the deployments go on unseen"
                 raise Unreachable(f"{silence}: {problem}") from None
             failures += 1
@@ -276,11 +277,11 @@ def wait_for(
 
 
 def show_rest(followers: list[Follower], screen: Screen, deadline: float) -> None:
-    """Wait until each log is complete: its viewer is done, or no line came for QUIET_SECONDS."""
+    """Wait until each log is complete, or brings no line for QUIET_SECONDS."""
     limit = min(deadline, time.monotonic() + DRAIN_SECONDS)
     for follower in followers:
         while follower.thread is not None and follower.thread.is_alive() and not screen.broken:
-            left = min(limit, follower.heard + QUIET_SECONDS) - time.monotonic()
+            left = min(limit, follower.quiet_since + QUIET_SECONDS) - time.monotonic()
             if left <= 0:
                 break
             follower.thread.join(left)
@@ -289,7 +290,7 @@ def show_rest(followers: list[Follower], screen: Screen, deadline: float) -> Non
 def follow(
     followers: list[Follower], screen: Screen, wake: threading.Event, deadline: float
 ) -> None:
-    """Show the logs until all deployments have ended. Raises Error if one has not."""
+    """Show the logs until all deployments have ended. Raises Error if one has not in time."""
     try:
         wait_for(followers, screen, wake, deadline)
         show_rest([follower for follower in followers if follower.ended], screen, deadline)
