@@ -1,4 +1,4 @@
-"""Our agent at a workspace that speaks as Cachix's backend does, against what Cachix's own agent was recorded to do."""
+"""Our agent at a stand-in for Cachix's backend, compared with recordings of Cachix's own agent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from caches import Cache, Files
 from closures import nixos, plain, script
 from hosts import Host, Program, wait_until
-from peer import GARBAGE, Answer, Peer, Request, headers, message, outline, transcript
+from peer import AGENT_ID, GARBAGE, Answer, Peer, Request, headers, message, outline, transcript
 
 TOKEN = "peer-agent-token"
 
@@ -25,7 +25,7 @@ def start(host: Host, peer: Peer, *args: str, url: str = "") -> Program:
 
 
 def present(host: Host, cache: Cache, path: str) -> str:
-    """A path that the host has already, so that no cache is needed."""
+    """Put `path` into the host's store, so that no cache is needed."""
     host.fetch(cache.url, cache.key.public, path)
     return path
 
@@ -34,16 +34,14 @@ def lower(pairs: list[tuple[str, str]]) -> dict[str, str]:
     return {key.lower(): value for key, value in pairs}
 
 
-def test_a_deployment_is_told_as_cachix_tells_it(host: Host, cache: Cache, peer: Peer) -> None:
+def test_a_deployment_is_reported_as_by_cachix(host: Host, cache: Cache, peer: Peer) -> None:
     recorded = transcript("agent-no-cache")
     path = present(host, cache, plain(cache, 1))
     agent = start(host, peer)
     deployment_id = peer.deploy(path)
     assert peer.finished(deployment_id)
-    wait_until(
-        lambda: peer.log(deployment_id)[-1:] == ["Successfully activated the deployment."],
-        what="the log's end",
-    )
+    last = ["Successfully activated the deployment."]
+    wait_until(lambda: peer.log(deployment_id)[-1:] == last, what="the log's end")
     assert agent.stop() == 0
 
     assert outline(peer.events, "/ws-deployment") == outline(recorded, "/ws-deployment")
@@ -52,33 +50,27 @@ def test_a_deployment_is_told_as_cachix_tells_it(host: Host, cache: Cache, peer:
     for frame in peer.frames():
         assert (frame["masked"], frame["rsv"], frame["fin"]) == (1, 0, 1), frame
         assert frame.get("close_code", 1000) == 1000, frame
-    for told in peer.messages():
-        assert (
-            told["agent"] == "11111111-2222-4333-8444-555555555555"
-            and told["command"]["id"] == deployment_id
-        )
-        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z", told["command"]["time"])
+    for record in peer.messages():
+        command = record["command"]
+        assert record["agent"] == AGENT_ID and command["id"] == deployment_id
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z", command["time"])
     assert peer.frames("/ws")[0]["frame"] == "ping" and not peer.frames("/ws", "text")
 
 
-def test_handshakes_carry_what_cachix_sends_and_one_header_more(
+def test_handshakes_have_the_headers_of_cachix_and_one_more(
     host: Host, cache: Cache, peer: Peer
 ) -> None:
-    recorded = [
-        event["raw"]
-        for event in transcript("agent-no-cache")
-        if event.get("event") == "http-request"
-    ]
+    events = transcript("agent-no-cache")
+    recorded = [event["raw"] for event in events if event.get("event") == "http-request"]
     path = present(host, cache, plain(cache, 1))
     start(host, peer)
     deployment_id = peer.deploy(path)
     assert peer.finished(deployment_id)
     wait_until(lambda: peer.heads("/api/v1/deploy/log/"), what="the log socket")
-    for begin in ("/ws", "/ws-deployment", "/api/v1/deploy/log/"):
-        theirs = lower(
-            headers(next(raw for raw in recorded if raw.split(" ")[1].startswith(begin)))
-        )
-        ours = lower(headers(next(raw for raw in peer.heads(begin))))
+    for path in ("/ws", "/ws-deployment", "/api/v1/deploy/log/"):
+        heads = [raw for raw in recorded if raw.split(" ")[1].startswith(path)]
+        theirs = lower(headers(heads[0]))
+        ours = lower(headers(next(raw for raw in peer.heads(path))))
         agent = ours.pop("user-agent")
         assert re.fullmatch(r"cachix-deploy/\S+", agent)
         assert ours.pop("host") == peer.url[7:] and theirs.pop("host")
@@ -86,31 +78,20 @@ def test_handshakes_carry_what_cachix_sends_and_one_header_more(
         assert ours == theirs
 
 
-def test_messages_in_any_frames_and_rubbish_between_them(
+def test_messages_in_any_frames_with_garbage_between_them(
     host: Host, cache: Cache, peer: Peer
 ) -> None:
     paths = [present(host, cache, plain(cache, number)) for number in (1, 2)]
     agent = start(host, peer)
     connection = peer.agent()
-    for rubbish in (
-        "",
-        "{",
-        "[]",
-        '{"command":{}}',
-        message("Unknown", {}),
-        message("Deployment", {"id": "x"}),
-        "9" * 70000,
-    ):
-        connection.send_text(rubbish)
+    messages = [message("Unknown", {}), message("Deployment", {"id": "x"})]
+    for garbage in ("", "{", "[]", '{"command":{}}', "9" * 70000, *messages):
+        connection.send_text(garbage)
     connection.send("binary", b"\xff\xfe")
     first = peer.deploy(paths[0], fragments=5)
     assert peer.finished(first)
-    contents = {
-        "storePath": paths[1],
-        "id": "00000000-0000-4000-8000-00000000000A",
-        "index": 2,
-        "new key": [1],
-    }
+    upper = "00000000-0000-4000-8000-00000000000A"
+    contents = {"storePath": paths[1], "id": upper, "index": 2, "new key": [1]}
     connection.send_text(message("Deployment", contents), kind="binary")
     assert peer.finished("00000000-0000-4000-8000-00000000000a")
     assert agent.process.poll() is None and len(peer.heads("/ws")) <= 1
@@ -127,7 +108,7 @@ def test_a_deployment_waits_for_the_registration(host: Host, cache: Cache, peer:
     assert peer.finished(deployment_id)
 
 
-def test_a_report_that_is_lost_is_sent_again(host: Host, cache: Cache, peer: Peer) -> None:
+def test_a_lost_report_is_sent_again(host: Host, cache: Cache, peer: Peer) -> None:
     """As in agent-finish-lost, where Cachix's agent gives up after five attempts."""
     system = present(host, cache, nixos(cache, 1, after=closures.wait_for("/run/go-on")))
     start(host, peer)
@@ -137,16 +118,16 @@ def test_a_report_that_is_lost_is_sent_again(host: Host, cache: Cache, peer: Pee
     peer.connection("/ws-deployment").reset()
     host.path("/run/go-on").touch()
     assert peer.finished(deployment_id, 90)
-    tags = [one["method"] for one in peer.messages(deployment_id)]
+    tags = [record["method"] for record in peer.messages(deployment_id)]
     assert tags[0] == "DeploymentStarted" and tags[-1] == "DeploymentFinished"
 
 
 def serve_files(files: Files, token: str) -> Any:
-    """A function that answers as a private cache."""
+    """A function that answers requests as a private cache does."""
 
     def answer(request: Request) -> Answer:
-        wanted = "Basic " + base64.b64encode(f":{token}".encode()).decode()
-        if request.path != "/nix-cache-info" and request.headers.get("authorization") != wanted:
+        basic = "Basic " + base64.b64encode(f":{token}".encode()).decode()
+        if request.path != "/nix-cache-info" and request.headers.get("authorization") != basic:
             return 401, {"error": "private"}
         file = files.directory / request.path.lstrip("/")
         return (200, file.read_bytes()) if file.is_file() else (404, {"error": "not found"})
@@ -154,8 +135,8 @@ def serve_files(files: Files, token: str) -> Any:
     return answer
 
 
-def test_a_private_cache_is_found_as_cachix_finds_it(host: Host, cache: Cache, peer: Peer) -> None:
-    """Its name is a subdomain of the workspace, its key has no name, and the agent's token is the password."""
+def test_a_private_cache_as_with_cachix(host: Host, cache: Cache, peer: Peer) -> None:
+    """A subdomain of the workspace, a key without a name, the agent's token as the password."""
     cache.key.name = "mycache.localhost-1"
     path = plain(cache, 1)
     peer.cache = {"cacheName": "mycache", "publicKey": cache.key.bare, "isPublic": False}
@@ -165,20 +146,19 @@ def test_a_private_cache_is_found_as_cachix_finds_it(host: Host, cache: Cache, p
     assert peer.finished(deployment_id), peer.log(deployment_id)
     assert host.profile() == path
     nars = [lower(headers(head)) for head in peer.heads("/nar/")]
-    assert nars and all(one["host"] == f"mycache.localhost:{peer.port}" for one in nars)
-    left = [name for name in os.listdir(host.state) if "netrc" in name]
-    assert not left
+    assert nars and {nar["host"] for nar in nars} == {f"mycache.localhost:{peer.port}"}
+    assert not [name for name in os.listdir(host.state) if "netrc" in name]
 
 
 @pytest.mark.parametrize("code", [1000, None])
-def test_it_ends_where_the_workspace_asks_it_to(host: Host, peer: Peer, code: object) -> None:
+def test_it_exits_if_the_workspace_asks_it_to(host: Host, peer: Peer, code: object) -> None:
     agent = start(host, peer)
     peer.agent().close(code)  # type: ignore[arg-type]
     assert agent.wait(12) == 0
 
 
 @pytest.mark.parametrize("code", [1001, 1011, 1012, 4003])
-def test_it_connects_again_after_every_other_close(host: Host, peer: Peer, code: int) -> None:
+def test_it_reconnects_after_every_other_close(host: Host, peer: Peer, code: int) -> None:
     agent = start(host, peer)
     first = peer.agent()
     first.close(code)
@@ -188,7 +168,7 @@ def test_it_connects_again_after_every_other_close(host: Host, peer: Peer, code:
 
 
 @pytest.mark.parametrize("kind", ["302", "500", "200", "cut", "reset"])
-def test_it_connects_again_after_a_refused_handshake(host: Host, peer: Peer, kind: str) -> None:
+def test_it_reconnects_after_a_refused_handshake(host: Host, peer: Peer, kind: str) -> None:
     peer.misbehave("/ws$", kind, times=1)
     agent = start(host, peer)
     assert peer.agent(60)
@@ -196,7 +176,7 @@ def test_it_connects_again_after_a_refused_handshake(host: Host, peer: Peer, kin
 
 
 @pytest.mark.parametrize("kind", ["garbage", "reset"])
-def test_it_connects_again_when_the_connection_breaks(host: Host, peer: Peer, kind: str) -> None:
+def test_it_reconnects_when_the_connection_breaks(host: Host, peer: Peer, kind: str) -> None:
     agent = start(host, peer, "--verbose")
     first = peer.agent()
     if kind == "garbage":
@@ -207,7 +187,7 @@ def test_it_connects_again_when_the_connection_breaks(host: Host, peer: Peer, ki
     assert agent.process.poll() is None
 
 
-def test_a_token_refused_at_once_ends_it(host: Host, peer: Peer) -> None:
+def test_it_exits_if_its_token_is_refused_at_the_start(host: Host, peer: Peer) -> None:
     peer.misbehave("/ws", "401")
     agent = start(host, peer)
     assert agent.wait(20) == 77
@@ -238,8 +218,7 @@ def test_reports_over_http(host: Host, cache: Cache, peer: Peer) -> None:
     second = peer.deploy(nixos(cache, 2), failing)
     assert not peer.finished(second)
     wait_until(
-        lambda: peer.log(second)[-1:] and peer.log(second)[-1].startswith("Failed to"),
-        what="the log's end",
+        lambda: any(line.startswith("Failed to") for line in peer.log(second)), what="the log's end"
     )
     assert not peer.messages() and not peer.heads("/api/v1/deploy/log/x")
     assert [status["status"] for status in peer.statuses[first]][-1] == "Succeeded"

@@ -1,9 +1,11 @@
-"""Our agent against the recorded sessions of Cachix's own, scenario by scenario: the same frames in the same order."""
+"""Our agent, compared with recorded sessions of Cachix's: the same frames in the same order."""
 
 import itertools
 import json
 import re
 import shutil
+import threading
+import uuid
 
 import closures
 import pytest
@@ -11,7 +13,8 @@ from hosts import wait_until
 from peer import AGENT_ID, headers, is_at, message, outline, shape, transcript
 
 from cachix_connection import Peer, reach
-from cachix_protocol import FAILURE_LINE, PROTOCOL_VERSION, SUCCESS_LINE
+from cachix_deploy import Inbox
+from cachix_protocol import FAILURE_LINE, PROTOCOL_VERSION, SUCCESS_LINE, Deployment
 from cachix_protocol import Cache as WireCache
 
 TOKEN = "peer-agent-token"
@@ -32,192 +35,179 @@ def present(host, cache, *paths):
 
 def scenarios(name):
     """The events of a recorded session by the labels of its scenarios."""
-    found, label = {}, ""
+    result, label = {}, ""
     for event in transcript(name):
         label = event["label"] if event.get("event") == "scenario" else label
-        found.setdefault(label, []).append(event)
-    return found
+        result.setdefault(label, []).append(event)
+    return result
 
 
-def said(events, path):
-    """The texts that a client sent to a path."""
-    wanted = ("C->S", "text")
-    return [
-        json.loads(e["payload"])
-        for e in events
-        if (e.get("dir"), e.get("frame")) == wanted and is_at(e["path"], path)
-    ]
+def client_messages(events, path):
+    """The texts that a client sent to `path`, decoded."""
+    texts = [e for e in events if (e.get("dir"), e.get("frame")) == ("C->S", "text")]
+    return [json.loads(event["payload"]) for event in texts if is_at(event["path"], path)]
 
 
-def ended(peer, deployment):
-    """Wait for the whole report of a deployment and the end of its sockets; whether it has succeeded."""
-    succeeded = peer.finished(deployment, 30)
+def has_succeeded(peer, deployment):
+    """Wait until a deployment is reported whole, and its websockets have ended; its result."""
+    result = peer.finished(deployment, 30)
     paths = ("/ws-deployment", LOG + deployment)
 
-    def closed():
-        return all(c.ended.is_set() for c in peer.connections if c.path in paths) and peer.log(
-            deployment
-        )
+    def is_over():
+        own = [connection for connection in peer.connections if connection.path in paths]
+        return all(connection.ended.is_set() for connection in own) and peer.log(deployment)
 
-    wait_until(closed, 20, "the end of the deployment's sockets")
-    return succeeded
+    wait_until(is_over, 20, "the end of the deployment's sockets")
+    return result
 
 
-def check_report(peer, deployment, recorded, events):
-    """What both clients have in common, and where ours differs on purpose."""
-    assert outline(events, "/ws-deployment") == outline(recorded, "/ws-deployment")
-    messages = said(events, "/ws-deployment")
-    assert len({one["id"] for one in messages}) == len(messages)
-    for one in messages:
-        assert (
-            one["agent"] == AGENT_ID
-            and one["method"] == one["command"]["tag"]
-            and UUID4.fullmatch(one["id"])
-        )
-        assert one["command"]["id"] == deployment and TIME.fullmatch(one["command"]["time"])
-    sizes = [one["command"]["closureSize"] for one in messages[:-1]]
+def check_messages(events, deployment):
+    """Check our messages on /ws-deployment."""
+    messages = client_messages(events, "/ws-deployment")
+    assert len({record["id"] for record in messages}) == len(messages)
+    for record in messages:
+        command = record["command"]
+        assert record["agent"] == AGENT_ID and record["method"] == command["tag"]
+        assert UUID4.fullmatch(record["id"])
+        assert command["id"] == deployment and TIME.fullmatch(command["time"])
+    sizes = [record["command"]["closureSize"] for record in messages[:-1]]
     assert sizes[0] is None and all(size > 0 for size in sizes[1:])
-    times = [one["command"]["time"] for one in messages]
+    times = [record["command"]["time"] for record in messages]
     assert times == sorted(times)
 
-    lines, theirs = said(events, LOG), said(recorded, LOG)
+
+def check_sockets(events):
+    """Check our frames on the websockets of a deployment."""
+    for number in {e["conn"] for e in events if "frame" in e and e["path"] != "/ws"}:
+        frames = [e for e in events if e.get("conn") == number and e.get("dir") == "C->S"]
+        kinds = [frame["frame"] for frame in frames]
+        assert kinds[-1] == "close" and frames[-1]["close_code"] == 1000
+        assert kinds.count("close") == 1
+        for frame in frames:
+            assert (frame["masked"], frame["rsv"], frame["fin"]) == (1, 0, 1)
+        if "text" in kinds:  # ours: a ping after each batch, whose pong acknowledges the batch
+            assert kinds[0] == "text" and kinds[-2] == "ping"
+            assert all(len(set(part)) == 1 for _, part in itertools.groupby(kinds))
+
+
+def check_report(deployment, recorded, events):
+    """Compare a report with the recorded one, but for intended differences; our lines."""
+    assert outline(events, "/ws-deployment") == outline(recorded, "/ws-deployment")
+    check_messages(events, deployment)
+    check_sockets(events)
+    lines, theirs = client_messages(events, LOG), client_messages(recorded, LOG)
     assert {repr(shape(line)) for line in lines} == {repr(shape(line)) for line in theirs}
     assert all(TIME.fullmatch(line["time"]) and "\n" not in line["line"] for line in lines)
     texts = [line["line"] for line in lines]
     closing = [text for text in texts if text.startswith((SUCCESS_LINE, FAILURE_LINE))]
     assert closing == texts[-1:]
-    last = theirs[-1]["line"]
-    assert texts[-1] == last if last == SUCCESS_LINE else texts[-1].startswith(f"{FAILURE_LINE} ")
-
-    for number in {e["conn"] for e in events if "frame" in e and e["path"] != "/ws"}:
-        frames = [e for e in events if e.get("conn") == number and e.get("dir") == "C->S"]
-        kinds = [frame["frame"] for frame in frames]
-        assert (
-            kinds[-1] == "close" and frames[-1]["close_code"] == 1000 and kinds.count("close") == 1
-        )
-        for frame in frames:
-            assert (frame["masked"], frame["rsv"], frame["fin"]) == (1, 0, 1)
-        if "text" in kinds:  # ours: each batch is followed by a ping, whose pong acknowledges it
-            assert kinds[0] == "text" and kinds[-2] == "ping"
-            assert all(len(set(part)) == 1 for _, part in itertools.groupby(kinds))
+    if theirs[-1]["line"] == SUCCESS_LINE:
+        assert texts[-1] == SUCCESS_LINE
+    else:
+        assert texts[-1].startswith(f"{FAILURE_LINE} ")
     return texts
 
 
 def run(peer, label, path, rollback=None):
-    """One scenario: deploy, and give the recording's events, ours, the id and whether it has succeeded."""
-    mark = len(peer.events)
+    """Deploy as in a recorded scenario; the result, and the checked lines of the log."""
+    start = len(peer.events)
     deployment = peer.deploy(path, rollback)
-    succeeded = ended(peer, deployment)
-    return scenarios("agent-deployments")[label], peer.events[mark:], deployment, succeeded
+    result = has_succeeded(peer, deployment)
+    recorded = scenarios("agent-deployments")[label]
+    return result, check_report(deployment, recorded, peer.events[start:])
+
+
+def close_codes(events):
+    """The codes of all close frames."""
+    return [event["close_code"] for event in events if event.get("frame") == "close"]
 
 
 def test_plain_paths_as_recorded(host, cache, peer):
-    """agent-deployments, from success over a path that is nowhere to rollback scripts of all kinds."""
+    """agent-deployments: a success, a path that is nowhere, rollback scripts of all kinds."""
     one, two, three = (closures.plain(cache, number) for number in (1, 2, 3))
     fails = closures.script(cache, "fails", "echo to stdout; echo to stderr >&2; exit 1")
     fine = closures.script(cache, "fine", "echo all good")
     text = closures.script(cache, "text", "echo 'café ✓'")
-    parts = closures.script(
-        cache,
-        "parts",
-        "for i in 1 2; do printf 'out-%s ' $i; printf 'err-%s ' $i >&2; done; echo; echo",
-    )
+    both = "printf 'out-%s ' $i; printf 'err-%s ' $i >&2"
+    parts = closures.script(cache, "parts", f"for i in 1 2; do {both}; done; echo; echo")
     useless = closures.unusable_script(cache, "not-executable")
     present(host, cache, one, two, three, fails, fine, text, parts, useless)
+    nowhere = "/nix/store/00000000000000000000000000000000-nope"
+    failed = rf"the rollback script {fails} ended with status 1.*rolled back to {one}"
     agent = start(host, peer)
     peer.agent()
-    for label, path, script, result, runs in (
-        ("b-success", one, None, True, one),
-        ("b2-redeploy-same", one, None, True, one),
-        ("c-nonexistent", "/nix/store/00000000000000000000000000000000-nope", None, False, one),
-        ("d-rollback", two, fails, False, one),
-        ("d2-rollback-ok", two, fine, True, two),
-        ("d3-rollback-noexec", three, useless, False, two),
-        ("garbage-path", "not-a-path", None, False, two),
-        ("utf8", one, text, True, one),
-        ("interleave", one, parts, True, one),
+    for label, path, script, succeeds, profile, line in (
+        ("b-success", one, None, True, one, "Success"),
+        ("b2-redeploy-same", one, None, True, one, "Success"),
+        ("c-nonexistent", nowhere, None, False, one, "Failed.* is not in any substituter of this"),
+        ("d-rollback", two, fails, False, one, f"Failed.* {failed}"),
+        ("d2-rollback-ok", two, fine, True, two, "Success"),
+        ("d3-rollback-noexec", three, useless, False, two, f"Failed.*`{useless}` could not be st"),
+        ("garbage-path", "not-a-path", None, False, two, "Failed.*which is not a store path"),
+        ("utf8", one, text, True, one, "café ✓"),
+        ("interleave", one, parts, True, one, "out-1 err-1 out-2 err-2 $"),
     ):
-        recorded, events, deployment, succeeded = run(peer, label, path, script)
-        assert succeeded is result, (label, peer.log(deployment))
-        lines = check_report(peer, deployment, recorded, events)
-        assert host.profile() == runs, label
-        expected = {
-            "c-nonexistent": r"Failed.* is not in any substituter of this machine: push it there first",
-            "d-rollback": rf"Failed.* the rollback script {fails} ended with status 1.*rolled back to {one}",
-            "d3-rollback-noexec": rf"Failed.*`{useless}` could not be started.*rolled back to {two}",
-            "garbage-path": r"Failed.*'not-a-path', which is not a store path",
-            "utf8": "café ✓",
-            "interleave": "out-1 err-1 out-2 err-2 ",
-        }
-        assert any(re.match(expected.get(label, "Success"), line) for line in lines), (label, lines)
-        commands = [line for line in lines if line.startswith("$ ")]
-        if script and label != "d3-rollback-noexec":
+        result, lines = run(peer, label, path, script)
+        assert result is succeeds, (label, lines)
+        assert host.profile() == profile, label
+        assert any(re.match(line, text) for text in lines), (label, lines)
+        commands = [text for text in lines if text.startswith("$ ")]
+        if script and script != useless:
             assert f"$ {script}" in commands
-        if (
-            label == "b-success"
-        ):  # ours: nothing is downloaded, so that no nix-store stands in the log
+        if label == "b-success":  # ours: no nix-store in the log, as nothing is downloaded
             assert commands == [f"$ nix-env --profile /nix/var/nix/profiles/system --set {one}"]
         if label == "interleave":
             assert lines[lines.index("out-1 err-1 out-2 err-2 ") + 1] == ""
     assert agent.process.poll() is None and len(peer.heads("/ws")) == 1
     assert agent.stop() == 0
-    theirs = [
-        e["close_code"]
-        for e in scenarios("agent-deployments")["sigterm"]
-        if e.get("frame") == "close"
-    ]
-    ours = [e["close_code"] for e in peer.frames("/ws", "close", "")]
-    assert theirs[0] == 1000 and ours[0] == 1000
+    assert close_codes(scenarios("agent-deployments")["sigterm"])[0] == 1000
+    assert close_codes(peer.frames("/ws", "close", ""))[0] == 1000
+
+
+SET_PROFILE = "nix-env --profile /nix/var/nix/profiles/system --set PATH"
+SWITCH = "PATH/bin/switch-to-configuration"
 
 
 @pytest.mark.parametrize(
-    ("label", "kind", "result", "commands"),
+    ("label", "kind", "succeeds", "commands"),
     [
-        ("nixos-ok", "nixos", True, ["{path}/bin/switch-to-configuration test", "nix-env --profile {p} --set {path}",
-                                     "{path}/bin/switch-to-configuration boot"]),
-        ("nixos-fail", "nixos", False, ["{path}/bin/switch-to-configuration test"]),
-        ("hm", "home_manager", True, ["{path}/activate"]),
-        ("darwin", "darwin", True, ["{path}/sw/bin/darwin-rebuild activate", "nix-env --profile {p} --set {path}"]),
+        ("nixos-ok", "nixos", True, [f"{SWITCH} test", SET_PROFILE, f"{SWITCH} boot"]),
+        ("nixos-fail", "nixos", False, [f"{SWITCH} test"]),
+        ("hm", "home_manager", True, ["PATH/activate"]),
+        ("darwin", "darwin", True, ["PATH/sw/bin/darwin-rebuild activate", SET_PROFILE]),
     ],
-)  # fmt: skip
-def test_systems_as_recorded(host, cache, peer, label, kind, result, commands):
-    """The same reports; the commands are our own: nothing boots before it has been checked."""
+)
+def test_systems_as_recorded(host, cache, peer, label, kind, succeeds, commands):
+    """The reports are the same, the commands our own: nothing boots before it has been checked."""
     host.path("/nix/var/nix/profiles/per-user/root").mkdir(parents=True, exist_ok=True)
-    path = getattr(closures, kind)(cache, 1, after="" if result else "echo failing; exit 4")
+    path = getattr(closures, kind)(cache, 1, after="" if succeeds else "echo failing; exit 4")
     present(host, cache, path)
     start(host, peer)
-    recorded, events, deployment, succeeded = run(peer, label, path)
-    assert succeeded is result, peer.log(deployment)
-    lines = check_report(peer, deployment, recorded, events)
-    wanted = [f"$ {line.format(path=path, p='/nix/var/nix/profiles/system')}" for line in commands]
-    assert [line for line in lines if line.startswith("$ ")] == wanted
-    if not result:
+    result, lines = run(peer, label, path)
+    assert result is succeeds, lines
+    expected = [f"$ {command.replace('PATH', path)}" for command in commands]
+    assert [line for line in lines if line.startswith("$ ")] == expected
+    if not succeeds:
         assert "some units failed (status 4)" in lines[-1]
 
 
 def test_each_handshake_has_the_recorded_headers(host, cache, peer):
-    recorded = [
-        e["raw"] for e in transcript("agent-deployments") if e.get("event") == "http-request"
-    ]
+    events = transcript("agent-deployments")
+    recorded = [event["raw"] for event in events if event.get("event") == "http-request"]
     start(host, peer)
-    ended(peer, peer.deploy(present(host, cache, closures.plain(cache, 1))))
+    assert has_succeeded(peer, peer.deploy(present(host, cache, closures.plain(cache, 1))))
     assert {head.split(" ")[1].rpartition("/")[0] + "/" for head in recorded} >= {"/", LOG}
     heads = [head for head in peer.heads() if "Upgrade" in head]
     assert len(heads) >= 3
     for head in heads:
-        begin = next(
-            path for path in ("/ws-deployment", "/ws", LOG) if is_at(head.split(" ")[1], path)
-        )
-        theirs = dict(headers(next(raw for raw in recorded if is_at(raw.split(" ")[1], begin))))
+        paths = [path for path in ("/ws-deployment", "/ws", LOG) if is_at(head.split(" ")[1], path)]
+        theirs = dict(headers(next(raw for raw in recorded if is_at(raw.split(" ")[1], paths[0]))))
         ours = dict(headers(head))
         assert head.split(" ")[0] == "GET" and head.split("\r\n")[0].endswith(" HTTP/1.1")
         assert set(ours) - set(theirs) == {"User-Agent"} and not set(theirs) - set(ours)
         assert ours["version"] == theirs["version"] == PROTOCOL_VERSION
-        assert (ours["name"], ours["system"], ours["Authorization"]) == (
-            "web",
-            theirs["system"],
-            f"Bearer {TOKEN}",
-        )
+        assert (ours["name"], ours["system"]) == ("web", theirs["system"])
+        assert ours["Authorization"] == f"Bearer {TOKEN}"
         assert len(headers(head)) == len(ours)
 
 
@@ -230,16 +220,14 @@ def test_a_path_prefix_and_the_port_of_the_host_count(peer):
         assert dict(headers(head))["Host"] == peer.url[7:]
 
 
-# --- single messages --------------------------------------------------------------------------------------------------
+# --- single messages ------------------------------------------------------------------------------
 
-SKIPPED = {
-    "not json", "json wrong type", "unknown tag", "empty text", "null", "uuid no dashes", "trailing garbage",
-    "Deployment index float 1.5", "Deployment index string", "text invalid utf8",
-}  # fmt: skip
-REGISTERED = {
-    "missing id", "missing agent field", "missing cache field", "missing method", "wrong method right tag",
-    "extra fields", "uuid uppercase", "leading/trailing ws", "BOM", "binary frame with valid json", "fragmented",
-}  # fmt: skip
+SKIPPED = {"not json", "json wrong type", "unknown tag", "empty text", "null", "uuid no dashes"}
+SKIPPED |= {"trailing garbage", "Deployment index float 1.5", "Deployment index string"}
+SKIPPED |= {"text invalid utf8"}
+REGISTERED = {"missing id", "missing agent field", "missing cache field", "missing method"}
+REGISTERED |= {"wrong method right tag", "extra fields", "uuid uppercase", "leading/trailing ws"}
+REGISTERED |= {"BOM", "binary frame with valid json", "fragmented"}
 ELSEWHERE = {"rollbackScript key missing", "masked server frame", "reserved opcode 3"}
 
 
@@ -249,44 +237,30 @@ def test_every_recorded_odd_message_is_skipped_with_a_sentence_or_accepted(host,
     agent.wait_for("web is connected")
     recorded = scenarios("agent-invalid-messages")
     assert set(recorded) - {""} == SKIPPED | REGISTERED | ELSEWHERE
-    for label, events in recorded.items():
-        frames = [
-            e for e in events if e.get("dir") == "S->C" and e["path"] == "/ws" and e["conn"] == 1
-        ]
-        if label in ELSEWHERE or not label:
-            continue
-        before = agent.text()
-        for frame in frames:
+    for label in [label for label in recorded if label in SKIPPED | REGISTERED]:
+        events = [e for e in recorded[label] if e.get("dir") == "S->C" and e["path"] == "/ws"]
+        size = len(agent.text())
+        for frame in [event for event in events if event["conn"] == 1]:
             kind = {"cont": "continuation"}.get(frame["frame"], frame["frame"])
-            payload = (
-                bytes.fromhex(frame["payload_hex"]) if "payload_hex" in frame else frame["payload"]
-            )
+            is_binary = "payload_hex" in frame
+            payload = bytes.fromhex(frame["payload_hex"]) if is_binary else frame["payload"]
             connection.send(kind, payload, bool(frame["fin"]))
-        word = (
-            "a message of the workspace was skipped: "
-            if label in SKIPPED
-            else "web is connected to "
-        )
-        wait_until(
-            lambda b=before, w=word: w in agent.text()[len(b) :], 10, f"{word} after `{label}`"
-        )
-        assert agent.text()[len(before) :].count("\n") == 1, label
+        skipped, registered = "skipped a message from the workspace: ", "web is connected to "
+        line = skipped if label in SKIPPED else registered
+        wait_until(lambda n=size, line=line: line in agent.text()[n:], 10, f"{line}after `{label}`")
+        assert agent.text()[size:].count("\n") == 1, label
     deployment = json.loads(recorded["rollbackScript key missing"][1]["payload"])
     connection.send_text(json.dumps(deployment))
     contents = deployment["command"]["contents"]
     assert "rollbackScript" not in contents and not peer.finished(contents["id"])
     assert len(peer.heads("/ws")) == 1 and "Traceback" not in agent.text()
     assert not peer.messages("11111111-2222-4333-8444-555555555555")
-    connection.raw(b"\x83\x00")
-    wait_until(
-        lambda: len(peer.heads("/ws")) == 2,
-        10,
-        "the connection after a reserved opcode, as recorded",
-    )
+    connection.raw(b"\x83\x00")  # a reserved opcode, as recorded
+    wait_until(lambda: len(peer.heads("/ws")) == 2, 10, "the next connection")
 
 
 def test_asked_to_stop_as_recorded(host, peer):
-    """agent-close-1000; the answer to a close has no reason in ours."""
+    """agent-close-1000. Our answer to a close has no reason."""
     frames = [e for e in transcript("agent-close-1000") if e.get("frame") == "close"]
     agent = start(host, peer)
     peer.agent().send("close", bytes.fromhex(frames[0]["payload"]))
@@ -310,13 +284,12 @@ def test_the_agents_socket_carries_pings_alone(host, peer):
     assert set(ours) == {("ping", "", 1, 0), ("pong", "srv-ping-payload", 1, 0)}
 
 
-def test_an_end_that_is_lost_is_told_when_the_workspace_is_back(host, cache, peer):
+def test_a_lost_end_is_reported_when_the_workspace_is_back(host, cache, peer):
     """agent-finish-lost: Cachix's agent gives up after five attempts, ours does not."""
     attempts = [e for e in transcript("agent-finish-lost") if e.get("status") == 503]
     assert len(attempts) == 5
-    path = present(
-        host, cache, closures.nixos(cache, 1, after_boot=closures.wait_for("/run/go-on"))
-    )
+    path = closures.nixos(cache, 1, after_boot=closures.wait_for("/run/go-on"))
+    present(host, cache, path)
     agent = start(host, peer, backoff=0.02, slowest=0.05)
     deployment = peer.deploy(path)
     wait_until(lambda: host.boot_default() == path, what="the commit, after all checks")
@@ -326,73 +299,46 @@ def test_an_end_that_is_lost_is_told_when_the_workspace_is_back(host, cache, pee
     wait_until(lambda: fault.times <= 2, 30, "more attempts than Cachix's agent makes")
     assert peer.finished(deployment)
     wait_until(lambda: peer.log(deployment)[-1:] == [SUCCESS_LINE], what="the log's end")
-    tags = [one["method"] for one in peer.messages(deployment)]
-    assert (
-        tags == sorted(tags, key=["DeploymentStarted", "DeploymentFinished"].index)
-        and len(tags) >= 2
-    )
+    tags = [record["method"] for record in peer.messages(deployment)]
+    starts = tags.count("DeploymentStarted")
+    assert 1 <= starts < len(tags) and set(tags[starts:]) == {"DeploymentFinished"}
     assert agent.process.poll() is None
 
 
-# --- caches ----------------------------------------------------------------------------------------------------------
+# --- caches ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("host_url", "fields", "url", "key"),
+    ("workspace", "fields", "url", "key"),
     [
-        ("https://cachix.org", {}, "https://mycache.cachix.org", "mycache.cachix.org-1:BASE64="),
-        ("http://localhost", {}, "http://mycache.localhost", "mycache.localhost-1:BASE64="),
-        (
-            "http://localhost:8080",
-            {},
-            "http://mycache.localhost:8080",
-            "mycache.localhost-1:BASE64=",
-        ),
-        (
-            "https://a.example/deploy",
-            {},
-            "https://mycache.a.example",
-            "mycache.a.example-1:BASE64=",
-        ),
-        (
-            "https://joe:pw@a.example",
-            {},
-            "https://mycache.a.example",
-            "mycache.a.example-1:BASE64=",
-        ),
-        (
-            "https://cachix.org",
-            {"uri": "http://b:1/cache/x"},
-            "http://b:1/cache/x",
-            "mycache.cachix.org-1:BASE64=",
-        ),
-        (
-            "https://cachix.org",
-            {"publicKey": "own-1:KEY="},
-            "https://mycache.cachix.org",
-            "own-1:KEY=",
-        ),
+        ("https://cachix.org", {}, "https://mycache.cachix.org", "mycache.cachix.org-1:KEY="),
+        ("http://localhost", {}, "http://mycache.localhost", "mycache.localhost-1:KEY="),
+        ("http://localhost:80", {}, "http://mycache.localhost:80", "mycache.localhost-1:KEY="),
+        ("https://a.b/deploy", {}, "https://mycache.a.b", "mycache.a.b-1:KEY="),
+        ("https://joe:pw@a.b", {}, "https://mycache.a.b", "mycache.a.b-1:KEY="),
+        ("https://a.b", {"uri": "http://c:1/x"}, "http://c:1/x", "mycache.a.b-1:KEY="),
+        ("https://a.b", {"publicKey": "own-1:KEY="}, "https://mycache.a.b", "own-1:KEY="),
     ],
 )
-def test_where_a_cache_is(host_url, fields, url, key):
-    record = {"cacheName": "mycache", "publicKey": "BASE64=", "isPublic": True, **fields}
-    peer, cache = Peer.create(host_url, TOKEN, "web"), WireCache.from_json(record)
+def test_the_url_and_the_key_of_a_cache(workspace, fields, url, key):
+    record = {"cacheName": "mycache", "publicKey": "KEY=", "isPublic": True, **fields}
+    peer, cache = Peer.create(workspace, TOKEN, "web"), WireCache.from_json(record)
     assert (peer.substituter(cache), peer.public_key(cache)) == (url, key)
     assert cache.to_json() == record
 
 
 def deploy_from(host, cache, peer, path, **env):
-    """Deploy from the cache by its `uri`; whether it has succeeded, and the log."""
+    """Deploy from the cache by its `uri`; the result and the log."""
     peer.cache = cache.wire()
     host.agent("web", peer.url, TOKEN, env=env)
     deployment = peer.deploy(path)
-    succeeded = ended(peer, deployment)
+    result = has_succeeded(peer, deployment)
     assert not [name for name in host.state.iterdir() if "netrc" in name.name]
-    return succeeded, peer.log(deployment)
+    return result, peer.log(deployment)
 
 
 def impatient(host):
-    """Let Nix try a download once, and give up a stalled one after a second; the environment for the agent."""
+    """Let Nix give up a download at once, a stalled one after a second; environment variables."""
     with open(host.directory / "etc/nix.conf", "a") as conf:
         conf.write("download-attempts = 1\n")
     (host.directory / "bin").mkdir()
@@ -403,35 +349,28 @@ def impatient(host):
     return {"PATH": f"{nix_store.parent}:{host.environment['PATH']}"}
 
 
-def test_a_private_cache_hears_the_token_as_a_password(host, cache, peer):
-    """agent-private-cache: Basic, an empty user, the agent's token; never in the log."""
+def test_a_private_cache_gets_the_token_as_a_password(host, cache, peer):
+    """agent-private-cache: Basic, an empty user, the agent's token. The log does not have it."""
     cache.token = TOKEN
     succeeded, log = deploy_from(host, cache, peer, path := closures.plain(cache, 1))
     assert succeeded and host.profile() == path
-    basic = next(e["raw"] for e in transcript("agent-private-cache") if "/nar/" in e.get("raw", ""))
-    assert (
-        dict(headers(basic))["Authorization"] == "Basic OnBlZXItYWdlbnQtdG9rZW4="
-    )  # :peer-agent-token
-    heard = {request.authorization for request in cache.requests if request.status == 200}
-    assert dict(headers(basic))["Authorization"] in heard
-    assert all(
-        r.authorization == dict(headers(basic))["Authorization"]
-        for r in cache.requests
-        if "/nar/" in r.path
-    )
+    raw = next(e["raw"] for e in transcript("agent-private-cache") if "/nar/" in e.get("raw", ""))
+    basic = dict(headers(raw))["Authorization"]
+    assert basic == "Basic OnBlZXItYWdlbnQtdG9rZW4="  # :peer-agent-token
+    assert basic in {request.authorization for request in cache.requests if request.status == 200}
+    assert {r.authorization for r in cache.requests if "/nar/" in r.path} == {basic}
     command = next(line for line in log if line.startswith(f"$ nix-store --realise {path}"))
     assert f"--option extra-substituters {cache.url}" in command and cache.key.public in command
     assert not [line for line in log if TOKEN in line]
 
 
 def test_a_token_that_the_cache_refuses(host, cache, peer):
-    """Nix takes 401 for a path that is not there, so the reason names both."""
+    """To Nix, 401 means that a path is missing, so the reason names both."""
     cache.token = "another"
     succeeded, log = deploy_from(host, cache, peer, closures.plain(cache, 1))
     assert not succeeded
-    assert log[-1].endswith(
-        f" is not in {cache.url}: push it there first, or let this agent's token read it"
-    ), log
+    hint = "push it there first, or let this agent's token read it"
+    assert log[-1].endswith(f" is not in {cache.url}: {hint}"), log
     assert {request.status for request in cache.requests if "narinfo" in request.path} == {401}
     assert not [line for line in log if TOKEN in line]
 
@@ -450,20 +389,18 @@ def test_damage_has_its_reason(host, cache, peer, how, reason):
     path = closures.plain(cache, 1)
     cache.damage(path, how)
     succeeded, log = deploy_from(host, cache, peer, path)
-    assert not succeeded and log[-1].startswith(
-        f"{FAILURE_LINE} {reason.format(url=cache.url, path=path)}"
-    ), log
+    assert not succeeded
+    assert log[-1].startswith(f"{FAILURE_LINE} {reason.format(url=cache.url, path=path)}"), log
     assert host.profile() is None
 
 
 @pytest.mark.parametrize("kind", ["503", "reset", "truncate", "stall"])
-def test_a_cache_that_breaks_off_has_its_reason(host, cache, peer, kind):
+def test_a_broken_download_has_its_reason(host, cache, peer, kind):
     path = closures.plain(cache, 1)
     cache.misbehave("/nar/", kind)
     succeeded, log = deploy_from(host, cache, peer, path, **impatient(host))
-    assert not succeeded and re.match(
-        rf"{FAILURE_LINE} the download from {cache.url} broke off: .+", log[-1]
-    ), log
+    assert not succeeded
+    assert re.match(f"{FAILURE_LINE} the download from {cache.url} broke off: .+", log[-1]), log
     assert host.profile() is None
 
 
@@ -474,23 +411,44 @@ def test_a_cache_that_recovers_is_no_failure(host, cache, peer):
     assert succeeded, log
 
 
-def test_deployments_come_one_at_a_time_and_the_newest_counts(host, cache, peer):
+def order(index):
+    """A deployment with this index."""
+    return Deployment("/nix/store/x", str(uuid.uuid4()), index)
+
+
+def test_the_inbox_hands_out_deployments_by_their_index():
+    inbox = Inbox()
+    for index in (3, 1, 2):
+        inbox.put(order(index))
+    assert inbox.has_newer(2) and not inbox.has_newer(3)
+    assert [deployment.index for deployment in inbox.take_all()] == [1, 2, 3]
+    assert not inbox.has_newer(0)
+
+
+def test_the_inbox_waits_for_a_deployment():
+    inbox, batches = Inbox(), []
+    worker = threading.Thread(target=lambda: batches.append(inbox.take_all()), daemon=True)
+    worker.start()
+    worker.join(0.1)
+    assert worker.is_alive() and not batches
+    inbox.put(order(7))
+    worker.join(5)
+    assert [deployment.index for deployment in batches[0]] == [7]
+
+
+def test_deployments_run_one_at_a_time_and_only_the_newest_of_those_that_wait(host, cache, peer):
     first = present(host, cache, closures.nixos(cache, 1, after=closures.wait_for("/run/go-on")))
     others = [present(host, cache, closures.nixos(cache, number)) for number in (2, 3)]
     start(host, peer)
-    known = [peer.deploy(first)]
+    ids = [peer.deploy(first)]
     wait_until(lambda: host.running() == first, what="the first one")
-    known += [peer.deploy(path) for path in others]
-    twice = peer.agent()
-    contents = {"storePath": others[1], "id": known[2], "index": 3, "rollbackScript": None}
-    twice.send_text(message("Deployment", contents))
+    ids += [peer.deploy(path) for path in others]
+    contents = {"storePath": others[1], "id": ids[2], "index": 3, "rollbackScript": None}
+    peer.agent().send_text(message("Deployment", contents))  # once more
     host.path("/run/go-on").touch()
-    assert [peer.finished(one) for one in known] == [True, False, True]
-    wait_until(lambda: peer.log(known[1]), what="the reason")
-    assert peer.log(known[1])[-1] == f"{FAILURE_LINE} deployment 3 came before this one was begun"
-    assert host.record() == [
-        ("test", first),
-        ("boot", first),
-        ("test", others[1]),
-        ("boot", others[1]),
-    ]
+    assert [peer.finished(deployment) for deployment in ids] == [True, False, True]
+    wait_until(lambda: peer.log(ids[1]), what="the reason")
+    reason = "deployment 3 arrived before this one was started"
+    assert peer.log(ids[1])[-1] == f"{FAILURE_LINE} {reason}"
+    calls = [(action, path) for path in (first, others[1]) for action in ("test", "boot")]
+    assert host.record() == calls
