@@ -18,7 +18,7 @@ from cachix_protocol import (
     Cache,
     Refused,
     Unreachable,
-    UsageError,
+    checked_url,
     loads,
     nix_system,
 )
@@ -159,18 +159,6 @@ def complete_proxies() -> None:
         value = os.environ.get(name)
         if value and "://" not in value:
             os.environ[name] = f"http://{value}"
-
-
-def checked_url(text: str, option: str, example: str) -> str:
-    """An http or https URL without a slash at its end. Raises UsageError that names the option."""
-    try:
-        parts = urllib.parse.urlsplit(text)
-        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
-    except ValueError:
-        valid = False
-    if not valid or parts.query:
-        raise UsageError(f"{option} must be a URL such as {example}, not {text!r}")
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
 
 
 @dataclass(frozen=True)

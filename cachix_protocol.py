@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 from activate.process import Error as Error
+from activate.text import BASE32 as BASE32
 from activate.text import is_store_path as is_store_path
 
 __version__ = "0.1.0"
@@ -78,6 +79,23 @@ FAILURE_LINE = "Failed to activate the deployment."
 def is_agent_name(text: object) -> bool:
     """Whether `text` may be an agent's name: it becomes part of file names and of a header."""
     return isinstance(text, str) and AGENT_NAME.fullmatch(text) is not None
+
+
+def checked_url(text: str, option: str, example: str, bare: bool = False) -> str:
+    """An http or https URL without a slash at its end. Raises UsageError that names the option.
+
+    With `bare` it may hold neither a user's name nor a fragment.
+    """
+    from urllib.parse import urlsplit, urlunsplit
+
+    try:
+        parts = urlsplit(text)
+        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+    except ValueError:
+        valid = False
+    if not valid or parts.query or (bare and (parts.username is not None or parts.fragment)):
+        raise UsageError(f"{option} must be a URL such as {example}, not {text!r}")
+    return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
 
 
 def utc_now() -> str:
