@@ -95,15 +95,16 @@ def normalize(argv: list[str], usage: str) -> list[str]:
 
     docopt takes unambiguous prefixes, so that a mistyped `--token SECRET` would be a
     `--token-file`. It refuses `"--host URL"` as one argument, which home-manager's module passes.
-    It takes a value that begins with `--` for an option. Empty arguments are dropped.
+    It takes a value that begins with `--` for an option. Empty arguments are dropped, but for those
+    that are the value of an option.
     """
     options = long_options(usage)
     with_value = {option for option in options if f"{option}=" in usage}
     words: list[str] = []
-    for argument in filter(None, argv):
+    for argument in argv:
         head, blank, rest = argument.partition(" ")
         words += [head, rest] if blank and head in options else [argument]
-    return _check_options([word for word in words if word], options, with_value)
+    return [word for word in _check_options(words, options, with_value) if word]
 
 
 def _check_options(words: list[str], options: tuple[str, ...], with_value: set[str]) -> list[str]:
@@ -127,6 +128,14 @@ def _check_options(words: list[str], options: tuple[str, ...], with_value: set[s
     return checked
 
 
+class UnknownForm(UsageError):
+    """A command line that fits none of the usage's forms. `words` is the normalized line."""
+
+    def __init__(self, reason: str, words: list[str]) -> None:
+        super().__init__(f"{reason}: see --help")
+        self.reason, self.words = reason, words
+
+
 def parse(
     argv: list[str], usage: str, version: str, explain: Callable[[list[str]], str]
 ) -> dict[str, Any]:
@@ -141,9 +150,9 @@ def parse(
         return dict(docopt.docopt(usage, argv=words, version=version))
     except docopt.DocoptExit as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"{explain(words) if reason.startswith('Usage:') else reason}: see --help"
-        ) from None
+    if reason.startswith("Usage:"):
+        raise UnknownForm(explain(words), words)
+    raise UsageError(f"{reason}: see --help")
 
 
 def number(options: dict[str, Any], name: str, low: float, high: float) -> float:
@@ -155,10 +164,14 @@ def number(options: dict[str, Any], name: str, low: float, high: float) -> float
 
 
 def positive(options: dict[str, Any], name: str, unit: str, high: float = 1e7) -> float:
-    """The value of an option that is a number of `unit` above 0. Raises UsageError."""
+    """The value of an option that is a number of `unit`, above 0 and at most `high`.
+
+    Raises UsageError.
+    """
     value = _float(options[name])
     if not 0 < value <= high:
-        raise UsageError(f"{name} must be a number of {unit} above 0, not {options[name]!r}")
+        limits = f"above 0 and at most {high:,.0f}"
+        raise UsageError(f"{name} must be a number of {unit} {limits}, not {options[name]!r}")
     return value
 
 
