@@ -7,17 +7,17 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, func, insert, select, update
 
 from cachix_protocol import FAILURE_LINE, SUCCESS_LINE, LogLine, Undecodable, dumps, loads
-from cachix_workspace.deployments import Record
+from cachix_workspace.deployments import DeploymentRow
 from cachix_workspace.tables import deployments, log_chunks
 
 CHUNK_LINES = 1000
 CHUNK_CHARACTERS = 1 << 18
-BATCH_CHARACTERS = 1 << 20  # what a reader gets at a time
+BATCH_CHARACTERS = 1 << 20  # a reader gets about so many at a time
 BATCH_ROWS = 256
 
 
 class Gap(Exception):
-    """Lines were left out; `next` is the offset to go on at."""
+    """Lines were left out. `next` is the offset to continue at."""
 
     def __init__(self, next_offset: int) -> None:
         super().__init__(next_offset)
@@ -25,16 +25,15 @@ class Gap(Exception):
 
 
 def decode(text: object) -> str:
-    """A line as it is stored: its JSON without anything that the protocol does not name. Raises Undecodable."""
+    """A line as it is stored: its JSON, with the names of the protocol only. Raises Undecodable."""
     record = LogLine.from_json(loads(text if isinstance(text, (str, bytes)) else b""))
     line = dumps(record.to_json())
-    return line.encode(
-        "utf-8", "replace"
-    ).decode()  # JSON may escape half a surrogate pair, UTF-8 can't
+    # JSON may escape half a surrogate pair, which UTF-8 can't encode
+    return line.encode("utf-8", "replace").decode()
 
 
 def decode_many(body: bytes) -> list[str]:
-    """The lines of a request. Raises Undecodable that counts the line."""
+    """The lines of a request. Raises Undecodable that names the line by its number."""
     texts = body.split(b"\n")
     if texts[-1] == b"":
         texts.pop()
@@ -47,53 +46,52 @@ def decode_many(body: bytes) -> list[str]:
     return lines
 
 
-def append(connection: Connection, record: Record, offset: int | None, lines: Sequence[str]) -> int:
-    """Store those of `lines` (the first has index `offset`) that are new; the next index. None: they are all new.
+def append(
+    connection: Connection, deployment: DeploymentRow, offset: int | None, lines: Sequence[str]
+) -> int:
+    """Store the new ones of `lines`; the index that follows them. Raises Gap.
 
-    `record` must have been read, locked, in this transaction. Raises Gap.
+    `offset` is the index of the first line; None if all are new. `deployment` must have been read,
+    and locked, in this transaction.
     """
-    following = record.log_next
+    following = deployment.log_next
     if offset is not None:
         if offset > following:
             raise Gap(following)
         lines = lines[following - offset :]
-    for chunk in chunks(lines):
-        values = {
-            "deployment_id": record.id,
-            "first": following,
-            "count": len(chunk),
-            "body": "\n".join(chunk),
-        }
-        connection.execute(insert(log_chunks).values(**values))
+    for chunk in split(lines):
+        query = insert(log_chunks).values(
+            deployment_id=deployment.id,
+            first=following,
+            count=len(chunk),
+            body="\n".join(chunk),
+        )
+        connection.execute(query)
         following += len(chunk)
     if lines:
-        connection.execute(
-            update(deployments).where(deployments.c.id == record.id).values(log_next=following)
-        )
+        mine = deployments.c.id == deployment.id
+        connection.execute(update(deployments).where(mine).values(log_next=following))
     return following
 
 
-def chunks(lines: Sequence[str]) -> list[list[str]]:
-    """`lines` in pieces that are small enough to be read one by one (a single line may be longer)."""
-    pieces: list[list[str]] = []
+def split(lines: Sequence[str]) -> list[list[str]]:
+    """`lines` in chunks of bounded size. A single line may be larger than a chunk."""
+    chunks: list[list[str]] = []
     size = 0
     for line in lines:
-        if not pieces or len(pieces[-1]) >= CHUNK_LINES or size + len(line) > CHUNK_CHARACTERS:
-            pieces.append([])
+        if not chunks or len(chunks[-1]) >= CHUNK_LINES or size + len(line) > CHUNK_CHARACTERS:
+            chunks.append([])
             size = 0
-        pieces[-1].append(line)
+        chunks[-1].append(line)
         size += len(line)
-    return pieces
+    return chunks
 
 
 def read(connection: Connection, deployment_id: str, offset: int) -> list[str]:
-    """Some of the lines from `offset` on, about BATCH_CHARACTERS; none at the end."""
+    """The next lines from `offset` on, about BATCH_CHARACTERS of them; none at the end."""
     mine = log_chunks.c.deployment_id == deployment_id
-    first = (
-        select(func.max(log_chunks.c.first))
-        .where(mine & (log_chunks.c.first <= offset))
-        .scalar_subquery()
-    )
+    before = mine & (log_chunks.c.first <= offset)
+    first = select(func.max(log_chunks.c.first)).where(before).scalar_subquery()
     query = select(log_chunks).where(mine & (log_chunks.c.first >= func.coalesce(first, 0)))
     lines: list[str] = []
     size = 0
@@ -107,5 +105,5 @@ def read(connection: Connection, deployment_id: str, offset: int) -> list[str]:
 
 
 def is_closing(line: str) -> bool:
-    """Whether a stored line is one of the two that end the log of an agent."""
+    """Whether a stored line is one of the two with which agents end a log."""
     return loads(line)["line"].startswith((SUCCESS_LINE, FAILURE_LINE))  # type: ignore[no-any-return]

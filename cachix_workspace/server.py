@@ -1,4 +1,4 @@
-"""gunicorn's threaded worker, started from Python: one worker process, a thread for each connection that is in use."""
+"""gunicorn with one threaded worker, started from Python: a thread for each connection in use."""
 
 from __future__ import annotations
 
@@ -8,33 +8,36 @@ import os
 import resource
 import socket
 import struct
-import sys
 import threading
 from typing import Any
 
 from gunicorn.app.base import BaseApplication
 from gunicorn.workers.gthread import ThreadWorker
 
-import cachix_workspace
-from cachix_workspace import Error, Settings
-from cachix_workspace.tables import open_database
+from cachix_console import tell
+from cachix_protocol import Error, UsageError
+from cachix_workspace.app import create_app
+from cachix_workspace.context import Workspace, workspace_of
+from cachix_workspace.database import open_database
+from cachix_workspace.settings import Settings
 
-logger = logging.getLogger("workspace")
+logger = logging.getLogger(__name__)
 
-GRACE = 4  # seconds from SIGTERM until connections that are still open are cut
+GRACE = 4  # seconds from SIGTERM until open connections are cut
 KEEP_ALIVE = 75  # seconds that an idle connection is kept for an agent's next report
-IDLE_CONNECTIONS = 1024  # kept alive beside those in use
-LINGER = 1.0  # seconds to wait for a peer to take an answer before its connection is closed
+IDLE_CONNECTIONS = 1024  # connections kept alive beside those in use
+LINGER = 1.0  # seconds that a peer has to take an answer before its connection is closed
 
 
 def bind(address: str) -> socket.socket:
-    """A listening socket at HOST:PORT, or [HOST]:PORT for IPv6; port 0 picks a free one. Raises Error."""
+    """A listening socket at HOST:PORT, or [HOST]:PORT for IPv6; port 0 picks a free one.
+
+    Raises Error.
+    """
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     if not host or not port.isdigit() or int(port) > 65535:
-        raise cachix_workspace.UsageError(
-            f"--listen must be HOST:PORT such as 127.0.0.1:8080, not {address!r}"
-        )
+        raise UsageError(f"--listen must be HOST:PORT such as 127.0.0.1:8080, not {address!r}")
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -42,9 +45,9 @@ def bind(address: str) -> socket.socket:
         listener.listen(2048)
     except OSError as error:
         listener.close()
-        raise Error(
-            f"can't listen on {address}: {error.strerror or error}; another address is chosen by --listen"
-        ) from None
+        reason = error.strerror or error
+        hint = "choose another address with --listen"
+        raise Error(f"can't listen on {address}: {reason}; {hint}") from None
     return listener
 
 
@@ -54,69 +57,70 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class Worker(ThreadWorker):
-    """Says goodbye on its sockets, never waits for a peer in its main thread, bounds what a peer can hold up."""
+class WorkspaceWorker(ThreadWorker):
+    """Closes its websockets in order, and never lets a peer hold up its main thread."""
 
     def init_process(self) -> None:
-        self.ending = threading.Event()
-        threading.Thread(target=self._close_sockets, name="ending", daemon=True).start()
+        self.stopping = threading.Event()
+        threading.Thread(target=self._close_sockets, name="stopping", daemon=True).start()
         super().init_process()
 
-    def _workspace(self) -> Any:
-        """What the application's routes share (api.Workspace)."""
+    def _workspace(self) -> Workspace:
         application: Any = self.app
-        return application.wsgi().extensions["workspace"]
+        return workspace_of(application.wsgi())
 
     def _close_sockets(self) -> None:
-        self.ending.wait()
+        self.stopping.wait()
         self._workspace().hub.stop()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        self.ending.set()
+        self.stopping.set()
         super().handle_exit(sig, frame)
 
-    handle_quit = handle_exit  # Ctrl-C says goodbye too
+    handle_quit = handle_exit  # Ctrl-C closes the websockets in order too
 
     def is_parent_alive(self) -> bool:
         alive = bool(super().is_parent_alive())
-        if not alive:  # the parent was killed: make way, for a successor wants the port
-            self.ending.set()
+        if not alive:  # gunicorn's master was killed: leave the port to a successor
+            self.stopping.set()
         return alive
 
     def enqueue_req(self, conn: Any) -> None:
         settings = self._workspace().settings
-        for option, seconds in (
-            (socket.SO_RCVTIMEO, settings.receive_timeout),
-            (socket.SO_SNDTIMEO, settings.send_timeout),
-        ):
-            with contextlib.suppress(OSError):
-                conn.sock.setsockopt(
-                    socket.SOL_SOCKET,
-                    option,
-                    struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)),
-                )
+        _set_timeout(conn.sock, socket.SO_RCVTIMEO, settings.receive_timeout)
+        _set_timeout(conn.sock, socket.SO_SNDTIMEO, settings.send_timeout)
         super().enqueue_req(conn)
 
     def handle(self, conn: Any) -> Any:
-        """gunicorn closes in its main thread and would wait there for each peer: let it find nothing to wait for."""
+        """Handle a request, and half-close the connection here if it is not kept.
+
+        gunicorn closes it in the main thread, which would wait for the peer there.
+        """
         keep = super().handle(conn)
-        if keep is False or (
-            isinstance(keep, tuple) and not keep[0]
-        ):  # releases before 24 answer (keep, conn)
+        if keep is False or (isinstance(keep, tuple) and not keep[0]):  # a tuple before gunicorn 24
             _linger(conn.sock)
         return keep
 
 
-def _linger(connection: socket.socket) -> None:
-    """Half-close and read on for a moment, so that the peer gets the answer although bytes of it were left unread."""
+def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_WR)
-        connection.settimeout(LINGER)
+        timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, option, timeval)
+
+
+def _linger(sock: socket.socket) -> None:
+    """Half-close, and read on for a moment.
+
+    A close while bytes are unread would reset the connection, and the answer would be lost.
+    """
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_WR)
+        sock.settimeout(LINGER)
         for _ in range(64):
-            if not connection.recv(1 << 16):
+            if not sock.recv(1 << 16):
                 break
     with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 class Server(BaseApplication):
@@ -128,36 +132,36 @@ class Server(BaseApplication):
 
     def load_config(self) -> None:
         threads = self.settings.max_connections
-        wanted = {
+        config = {
             "bind": f"fd://{self.listener.detach()}",
             "workers": 1,
-            "worker_class": Worker,
+            "worker_class": WorkspaceWorker,
             "threads": threads,
             "worker_connections": threads + IDLE_CONNECTIONS,
             "keepalive": KEEP_ALIVE,
             "graceful_timeout": GRACE,
             "timeout": 60,
-            "sendfile": False,  # Python's sendfile waits for ever for a reader that stalls
+            "sendfile": False,  # Python's sendfile waits without end for a reader that stalls
             "loglevel": "warning",
             "control_socket_disable": True,
-            "post_worker_init": lambda _worker: print(
-                f"listening on {self.url}", file=sys.stderr, flush=True
-            ),
+            "post_worker_init": lambda _worker: tell(f"listening on {self.url}"),
         }
-        for name, value in wanted.items():
+        for name, value in config.items():
             if name in self.cfg.settings:  # older releases lack some
                 self.cfg.set(name, value)
 
     def load(self) -> Any:
-        return cachix_workspace.create_app(self.settings)
+        return create_app(self.settings)
 
 
 def serve(settings: Settings, listener: socket.socket) -> int:
-    """Serve until SIGTERM, SIGINT or SIGQUIT; the exit status. Raises Error where the data directory can't be used."""
-    open_database(
-        settings, create=True
-    ).close()  # told here, not by a process that gunicorn would start again
-    _allow_files(settings.max_connections)
+    """Serve until SIGTERM, SIGINT or SIGQUIT; the exit status.
+
+    Raises Error if the data directory can't be used.
+    """
+    # An error is raised here: gunicorn would start a worker that fails again and again.
+    open_database(settings, create=True).close()
+    _raise_file_limit(settings.max_connections)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     os.environ.pop("GUNICORN_CMD_ARGS", None)
     try:
@@ -167,14 +171,13 @@ def serve(settings: Settings, listener: socket.socket) -> int:
     return 0
 
 
-def _allow_files(connections: int) -> None:
-    """A file descriptor for each connection, as far as the system's hard limit goes."""
+def _raise_file_limit(connections: int) -> None:
+    """Allow a file descriptor for each connection, as far as the system's hard limit permits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = connections + IDLE_CONNECTIONS + 256
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = connections + IDLE_CONNECTIONS + 256
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-        if allowed < wanted:
-            logger.warning(
-                "only %d open files are allowed, %d connections may need more", allowed, connections
-            )
+        if allowed < needed:
+            sentence = "only %d open files are allowed, %d connections may need more"
+            logger.warning(sentence, allowed, connections)

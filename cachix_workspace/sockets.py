@@ -1,24 +1,14 @@
-"""Websockets: /ws, /ws-deployment and the log sockets, and the hub that knows which are open.
-
-Each socket has the thread of its request, which alone sends messages and decides the end, and a reader thread of
-simple-websocket, which answers pings. The first sleeps on one event, `Socket.event`: a message came, the peer left, or
-somebody called `wake` or `end`.
-"""
+"""The websockets: their routes, and the handler of each kind of socket."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import selectors
-import socket
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Callable
 
 import simple_websocket  # type: ignore[import-untyped]
-from sqlalchemy import Connection
-from wsproto.events import CloseConnection, TextMessage
+from flask import Blueprint, Response, request
+from wsproto.utilities import LocalProtocolError, RemoteProtocolError
 
 from cachix_protocol import (
     FAILED,
@@ -32,384 +22,220 @@ from cachix_protocol import (
     decode_from_agent,
     encode_to_agent,
 )
-from cachix_workspace import Refusal, Settings, cache, deployments, logs
-from cachix_workspace.tables import Database
-from cachix_workspace.tokens import Token
+from cachix_workspace import agents, cache, deployments, logs
+from cachix_workspace.admission import agent_name, authenticate
+from cachix_workspace.context import Workspace, current_workspace
+from cachix_workspace.deployments import DeploymentRow, Report
+from cachix_workspace.refusal import Refusal
+from cachix_workspace.tokens import AGENTS, CI, Token
+from cachix_workspace.websocket import COMPLETE, INTERNAL_ERROR, MAX_MESSAGE, Socket
 
-logger = logging.getLogger("workspace")
+logger = logging.getLogger(__name__)
 
-REPLACED = (4001, "another agent of this name has connected")
-REVOKED = (4003, "the token was revoked or has expired")
-RESTART = (1012, "the server restarts")
-INTERNAL_ERROR = (1011, "internal error")
-COMPLETE = (1000, "the log is complete")
-MAX_MESSAGE = 1 << 20  # bytes
-MAX_LINE = (
-    32 << 20
-)  # bytes on a log socket: Cachix's agent sends a line of any length in one message
-BACKLOG = 2000  # messages read but not yet handled; the reader waits beyond, and so, by TCP, does the peer
-BACKLOG_SIZE = 1 << 20  # characters of them
+MAX_LINE = 32 << 20  # bytes of a log message: Cachix's agent sends a line of any length in one
 IDLE = 60.0  # seconds after which a sleeping thread looks around without being woken
-GOODBYE = 2.0  # seconds for the peer to answer a close
 LOG_GRACE = 3.0  # seconds that a viewer waits for the last lines of a deployment that has ended
 
+socket_routes = Blueprint("sockets", __name__)
 
-class Wire:
-    """The connection as simple-websocket uses it: whole frames, one after the other, from any thread."""
+Handler = Callable[[Workspace, Socket], None]
 
-    def __init__(self, raw: socket.socket, timeout: float) -> None:
-        self.raw, self.timeout = raw, timeout
-        self.lock = threading.Lock()
-        self.recv, self.fileno = raw.recv, raw.fileno
 
-    def send(self, frame: bytes) -> int:
-        """Send all of `frame`. A peer that takes nothing for `timeout` seconds is hung up on. Raises OSError."""
-        with self.lock:
-            deadline = time.monotonic() + self.timeout + len(frame) / 100_000
-            rest = memoryview(frame)
+# --- routes ---------------------------------------------------------------------------------------
+
+
+@socket_routes.route("/ws", websocket=True)
+def agent_socket() -> Response:
+    """The socket on which an agent gets its deployments."""
+    token, name = authenticate(AGENTS), agent_name()
+    return serve(token, lambda workspace, sock: serve_agent(workspace, sock, token, name))
+
+
+@socket_routes.route("/ws-deployment", websocket=True)
+def report_socket() -> Response:
+    """The socket on which Cachix's agent reports."""
+    token, name = authenticate(AGENTS), agent_name()
+    return serve(token, lambda workspace, sock: receive_reports(workspace, sock, name))
+
+
+@socket_routes.route("/api/v1/deploy/log/<deployment_id>", websocket=True)
+def log_socket(deployment_id: str) -> Response:
+    """The socket of a viewer (`view=true`), or of Cachix's agent that writes a log."""
+    if request.args.get("view") == "true":
+        return _view_socket(deployment_id)
+    token, name = authenticate(AGENTS), agent_name()
+    with current_workspace().database.read() as connection:
+        log_id = deployments.find_own(connection, name, deployment_id).id
+    return serve(
+        token,
+        lambda workspace, sock: receive_log(workspace, sock, name, log_id),
+        log_id=log_id,
+        max_message=MAX_LINE,
+    )
+
+
+def _view_socket(deployment_id: str) -> Response:
+    token = authenticate(CI)
+    with current_workspace().database.read() as connection:
+        log_id = deployments.find(connection, deployment_id).id
+    return serve(token, lambda workspace, sock: send_log(workspace, sock, log_id), log_id=log_id)
+
+
+class _Handled(Response):
+    """The answer on a connection that was a websocket: there is nothing more to send."""
+
+    def __call__(self, *_arguments: Any) -> Any:
+        raise StopIteration  # to gunicorn this means: close the connection
+
+
+def serve(
+    token: Token, handle: Handler, log_id: str | None = None, max_message: int = MAX_MESSAGE
+) -> Response:
+    """Make this request a websocket, handle it until it ends, and close it.
+
+    After the handshake nothing may raise: gunicorn would write an HTTP answer into the websocket.
+    """
+    workspace = current_workspace()
+    with workspace.hub.slot():
+        try:
+            sock = Socket(request.environ, token.id, workspace.settings, max_message)
+        except (RemoteProtocolError, simple_websocket.ConnectionError) as error:
+            raise Refusal(400, f"this is no websocket handshake: {error}") from None
+        except OSError:
+            return _Handled()
+        with workspace.hub.track(sock, log_id):
             try:
-                while rest:
-                    rest = rest[self.raw.send(rest) :]
-                    if rest and time.monotonic() > deadline:
-                        raise TimeoutError("the peer reads too slowly")
-            except OSError:
-                self.hang_up()
-                raise
-        return len(frame)
-
-    def hang_up(self) -> None:
-        """End the connection at once, from any thread."""
-        with contextlib.suppress(OSError):
-            self.raw.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Nothing: the server closes what it has opened."""
+                handle(workspace, sock)
+            except (OSError, LocalProtocolError) as error:
+                logger.debug("a websocket ended: %s", error)  # the peer is gone, or is closing
+            except Exception:
+                logger.exception("the handler of %s failed", request.path)
+                sock.end(*INTERNAL_ERROR)
+            finally:
+                sock.finish()
+    return _Handled()
 
 
-def _reader(target: Any) -> threading.Thread:
-    return threading.Thread(target=target, name="websocket-reader", daemon=True)
+# --- /ws ------------------------------------------------------------------------------------------
 
 
-class Socket(simple_websocket.Server):  # type: ignore[misc]
-    """A websocket whose sends are locked and bounded, whose messages are taken in batches, and whose end has a code."""
-
-    def __init__(
-        self, environ: dict[str, Any], token_id: int, settings: Settings, max_message: int
-    ) -> None:
-        self.token_id = token_id
-        self.agent_id: str | None = None
-        self.ending: tuple[int, str] | None = None
-        self._taken = threading.Event()
-        self.wire = Wire(environ["gunicorn.socket"], settings.send_timeout)
-        environ = {**environ, "gunicorn.socket": self.wire}
-        environ.pop(
-            "HTTP_SEC_WEBSOCKET_EXTENSIONS", None
-        )  # else the library agrees to permessage-deflate
-        super().__init__(
-            environ,
-            ping_interval=settings.ping_interval,
-            max_message_size=max_message,
-            receive_bytes=1 << 16,
-            thread_class=_reader,
-            selector_class=selectors.PollSelector,  # epoll would cost a file descriptor for each socket
-        )
-
-    def _thread(self) -> None:
-        """The reader. However it ends, the other thread is told (the library forgets to on some errors)."""
-        try:
-            super()._thread()
-        except Exception as error:
-            logger.debug("a websocket broke the protocol: %s", error)
-        finally:
-            self.connected = False
-            self.event.set()
-
-    def _handle_events(self) -> bool:
-        going = bool(super()._handle_events())
-        while self._is_full() and self.open:
-            self._taken.wait(1)
-            self._taken.clear()
-        return going
-
-    def _is_full(self) -> bool:
-        return (
-            len(self.input_buffer) > BACKLOG
-            or sum(map(len, list(self.input_buffer))) > BACKLOG_SIZE
-        )
-
-    @property
-    def open(self) -> bool:
-        """Whether it goes on: the peer is there, and nobody has ended it."""
-        return bool(self.connected) and self.ending is None
-
-    def wake(self) -> None:
-        """Let the thread that handles this socket look around."""
-        self.event.set()
-
-    def end(self, code: int, reason: str) -> None:
-        """Ask for a close with this code, from any thread; the first to ask decides."""
-        if self.ending is None:
-            self.ending = (code, reason)
-        self.event.set()
-
-    def take(self, timeout: float) -> list[str | bytes]:
-        """The messages that have arrived. Waits for one, a wake or an end, `timeout` seconds at most."""
-        if not self.input_buffer and self.open:
-            self.event.wait(timeout)
-        self.event.clear()
-        count = len(self.input_buffer)
-        messages = list(self.input_buffer[:count])
-        del self.input_buffer[:count]
-        self._taken.set()
-        return messages
-
-    def send_texts(self, texts: Sequence[str]) -> None:
-        """Send one message each, in as few writes as possible. Raises OSError where the peer is gone or stalls."""
-        frames = []
-        for text in texts:
-            frames.append(self.ws.send(TextMessage(data=text)))
-        self.wire.send(b"".join(frames))
-
-    def finish(self) -> None:
-        """Send the close frame, wait a little for the peer's, hang up. Never raises."""
-        code, reason = self.ending or INTERNAL_ERROR
-        if self.connected:
-            with contextlib.suppress(Exception):  # the peer may be closing at this moment
-                self.wire.send(self.ws.send(CloseConnection(code, reason)))
-        self.thread.join(
-            GOODBYE
-        )  # also where the peer closed first: the reader may be about to answer
-        self.wire.hang_up()
-        self.connected = False
-        self._taken.set()
-        self.thread.join(GOODBYE)
+def serve_agent(workspace: Workspace, sock: Socket, token: Token, name: str) -> None:
+    """Register the agent, then send each deployment when it is due."""
+    system, version, host = (request.headers.get(key, "") for key in ("system", "version", "Host"))
+    with workspace.database.write() as connection:
+        agent = agents.register(connection, name, system, version)
+        its_cache = cache.find_for_agent(connection, token.cache_id, workspace.settings, host)
+    workspace.hub.register(agent.id, sock)
+    try:
+        sock.send_texts([encode_to_agent(AgentRegistered(agent.id, its_cache, "http"))])
+        sent = _send_due(workspace, sock, agent.id, None)
+        while sock.open:
+            sock.take(IDLE)
+            sent = _send_due(workspace, sock, agent.id, sent)
+    finally:
+        if workspace.hub.unregister(agent.id, sock):
+            with workspace.database.write() as connection:
+                agents.mark_disconnected(connection, agent.id)
 
 
-class Hub:
-    """Which sockets are open. Its lock is held for look-ups only, never while anything is sent."""
+def _send_due(workspace: Workspace, sock: Socket, agent_id: str, sent: int | None) -> int:
+    """Send the deployment that is due, if it is newer than index `sent`; the highest index sent.
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._lock = threading.Lock()
-        self._held = 0
-        self._sockets: set[Socket] = set()
-        self._agents: dict[str, Socket] = {}
-        self._by_log: dict[str, set[Socket]] = {}
-        self._stopping = False
-
-    @contextlib.contextmanager
-    def slot(self) -> Iterator[None]:
-        """One of the connections that sockets may hold: plain requests need the rest. Raises Refusal (503)."""
-        with self._lock:
-            if self._stopping or self._held >= self._limit:
-                raise Refusal(
-                    503,
-                    "the server restarts"
-                    if self._stopping
-                    else "too many connections: try again later",
-                )
-            self._held += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._held -= 1
-
-    @contextlib.contextmanager
-    def holding(self, opened: Socket, log_id: str | None = None) -> Iterator[None]:
-        """Know this socket while the block runs; with `log_id` it is woken when that deployment changes."""
-        with self._lock:
-            self._sockets.add(opened)
-            if log_id is not None:
-                self._by_log.setdefault(log_id, set()).add(opened)
-            if self._stopping:
-                opened.end(*RESTART)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._sockets.discard(opened)
-                if log_id is not None:
-                    self._by_log[log_id].discard(opened)
-                    if not self._by_log[log_id]:
-                        del self._by_log[log_id]
-
-    def register(self, agent_id: str, opened: Socket) -> None:
-        """This socket is the agent's now; one that was before is closed (4001)."""
-        with self._lock:
-            former = self._agents.get(agent_id)
-            self._agents[agent_id] = opened
-        if former is not None:
-            former.end(*REPLACED)
-
-    def unregister(self, agent_id: str, left: Socket) -> bool:
-        """Whether the agent is gone by that, and the server goes on."""
-        with self._lock:
-            current = self._agents.get(agent_id) is left
-            if current:
-                del self._agents[agent_id]
-            return current and not self._stopping
-
-    def wake_agent(self, agent_id: str) -> None:
-        """Something may be due for the agent."""
-        with self._lock:
-            opened = self._agents.get(agent_id)
-        if opened is not None:
-            opened.wake()
-
-    def wake_viewers(self, *deployment_ids: str) -> None:
-        """These deployments have changed, or their logs have grown."""
-        with self._lock:
-            viewers = [opened for each in deployment_ids for opened in self._by_log.get(each, ())]
-        for viewer in viewers:
-            viewer.wake()
-
-    def reports_by_log(self, agent_id: str, deployment_id: str) -> bool:
-        """Whether that agent has the deployment's log socket open: it is at work and needs no reminder."""
-        with self._lock:
-            return any(
-                opened.agent_id == agent_id for opened in self._by_log.get(deployment_id, ())
-            )
-
-    def token_ids(self) -> set[int]:
-        with self._lock:
-            return {opened.token_id for opened in self._sockets}
-
-    def revoke(self, token_ids: set[int]) -> None:
-        """Close the sockets of tokens that no longer count."""
-        with self._lock:
-            ended = [opened for opened in self._sockets if opened.token_id in token_ids]
-        for opened in ended:
-            opened.end(*REVOKED)
-
-    def stop(self) -> None:
-        """Close all sockets (1012), and take no more."""
-        with self._lock:
-            self._stopping = True
-            ended = list(self._sockets)
-        for opened in ended:
-            opened.end(*RESTART)
+    `sent` is None when the agent registers, and counts for this socket only.
+    """
+    if not sock.open:
+        return sent or 0
+    with workspace.database.read() as connection:
+        deployment = deployments.find_due(connection, agent_id, registering=sent is None)
+    if deployment is None or deployment.index <= (sent or 0):
+        return sent or 0
+    if deployment.resumed and workspace.hub.is_writing_log(agent_id, deployment.id):
+        return 0
+    sock.send_texts([encode_to_agent(deployment)])
+    return deployment.index
 
 
-class Handlers:
-    """What is done on each kind of socket."""
+# --- /ws-deployment -------------------------------------------------------------------------------
 
-    def __init__(self, database: Database, hub: Hub, settings: Settings) -> None:
-        self.database, self.hub, self.settings = database, hub, settings
 
-    def agent(
-        self, opened: Socket, token: Token, name: str, system: str, version: str, host: str
-    ) -> None:
-        """/ws: say who the agent is, then send what is due whenever there is something."""
-        with self.database.write() as connection:
-            agent = deployments.register(connection, name, system, version)
-            known = cache.for_agent(connection, token.cache_id, self.settings, host)
-        self.hub.register(agent.id, opened)
-        try:
-            opened.send_texts([encode_to_agent(AgentRegistered(agent.id, known, "http"))])
-            sent = self._deliver(opened, agent.id, None)
-            while opened.open:
-                opened.take(IDLE)
-                sent = self._deliver(opened, agent.id, sent)
-        finally:
-            if self.hub.unregister(agent.id, opened):
-                with self.database.write() as connection:
-                    deployments.disconnected(connection, agent.id)
+def receive_reports(workspace: Workspace, sock: Socket, name: str) -> None:
+    """Apply the reports of Cachix's agent. Ours sends none: it checks whether it gets through."""
+    while True:
+        messages = sock.take(IDLE)
+        for message in messages:
+            try:
+                _apply(workspace, name, decode_from_agent(message))
+            except (Undecodable, Refusal) as error:
+                logger.warning("skipped a message of agent %s on /ws-deployment: %s", name, error)
+        if not messages and not sock.open:
+            return
 
-    def _deliver(self, opened: Socket, agent_id: str, sent: int | None) -> int:
-        """Send what is due beyond index `sent` (None: the agent registers); the highest index sent on this socket."""
-        if not opened.open:
-            return sent or 0
-        with self.database.read() as connection:
-            order = deployments.due(connection, agent_id, registering=sent is None)
-        if order is None or order.index <= (sent or 0):
-            return sent or 0
-        if order.resumed and self.hub.reports_by_log(agent_id, order.id):
-            return 0
-        opened.send_texts([encode_to_agent(order)])
-        return order.index
 
-    def deployment(self, opened: Socket, name: str) -> None:
-        """/ws-deployment: reports of Cachix's agent; or nothing at all, where ours tries whether it gets through."""
-        while True:
-            messages = opened.take(IDLE)
-            for message in messages:
-                try:
-                    self._report(name, decode_from_agent(message))
-                except (Undecodable, Refusal) as error:
-                    logger.warning(
-                        "skipped a message of agent %s on /ws-deployment: %s", name, error
-                    )
-            if not messages and not opened.open:
+def _apply(workspace: Workspace, name: str, command: FromAgent) -> None:
+    if isinstance(command, DeploymentStarted):
+        report = Report(IN_PROGRESS, command.time, command.closure_size)
+    else:
+        report = Report(SUCCEEDED if command.has_succeeded else FAILED, command.time)
+    with workspace.database.write() as connection:
+        row = deployments.find_own(connection, name, command.id)
+        row, accepted = deployments.apply_report(connection, row, report)
+    if not accepted:
+        reported = f"{report.status} for a deployment that is {row.status}"
+        logger.warning("agent %s reports %s", name, reported)
+    workspace.hub.wake_agent(row.agent_id)
+    workspace.hub.wake_viewers(row.id)
+
+
+# --- logs -----------------------------------------------------------------------------------------
+
+
+def receive_log(workspace: Workspace, sock: Socket, name: str, deployment_id: str) -> None:
+    """Append the lines of Cachix's agent, which sends a message for each."""
+    with workspace.database.read() as connection:
+        sock.agent_id = agents.find(connection, name).id
+    while True:
+        messages = sock.take(IDLE)
+        lines = []
+        for message in messages:
+            try:
+                lines.append(logs.decode(message))
+            except Undecodable as error:
+                logger.warning("skipped a line of deployment %s: %s", deployment_id, error)
+        if lines:
+            with workspace.database.write() as connection:
+                row = deployments.find_own(connection, name, deployment_id)
+                logs.append(connection, row, None, lines)
+            workspace.hub.wake_viewers(deployment_id)
+        if not messages and not sock.open:
+            return
+
+
+def send_log(workspace: Workspace, sock: Socket, deployment_id: str) -> None:
+    """Send a viewer all lines from the first on, and close when no more are to come."""
+    offset, last, quiet_since = 0, "", 0.0
+    while sock.open:
+        with workspace.database.read() as connection:
+            row = deployments.find(connection, deployment_id)
+            lines = logs.read(connection, row.id, offset)
+        if lines:
+            sock.send_texts(lines)
+            offset, last, quiet_since = offset + len(lines), lines[-1], time.monotonic()
+            continue
+        wait = IDLE
+        if row.status in TERMINAL:
+            quiet_since = quiet_since or time.monotonic()
+            wait = quiet_since + LOG_GRACE - time.monotonic()
+            if wait <= 0 or _is_complete(row, last):
+                sock.end(*COMPLETE)
                 return
-
-    def _report(self, name: str, command: FromAgent) -> None:
-        if isinstance(command, DeploymentStarted):
-            told = deployments.Report(IN_PROGRESS, command.time, command.closure_size)
-        else:
-            told = deployments.Report(SUCCEEDED if command.has_succeeded else FAILED, command.time)
-        with self.database.write() as connection:
-            record = deployments.find_own(connection, name, command.id)
-            record, accepted = deployments.report(connection, record, told)
-        if not accepted:
-            logger.warning(
-                "agent %s says %s of a deployment that is %s", name, told.status, record.status
-            )
-        self.hub.wake_agent(record.agent_id)
-        self.hub.wake_viewers(record.id)
-
-    def write_log(self, opened: Socket, name: str, deployment_id: str) -> None:
-        """A log socket of Cachix's agent: one line in each message."""
-        with self.database.read() as connection:
-            opened.agent_id = deployments.agent_of(connection, name).id
-        while True:
-            messages = opened.take(IDLE)
-            lines = []
-            for message in messages:
-                try:
-                    lines.append(logs.decode(message))
-                except Undecodable as error:
-                    logger.warning("skipped a line of deployment %s: %s", deployment_id, error)
-            if lines:
-                with self.database.write() as connection:
-                    logs.append(
-                        connection,
-                        deployments.find_own(connection, name, deployment_id),
-                        None,
-                        lines,
-                    )
-                self.hub.wake_viewers(deployment_id)
-            if not messages and not opened.open:
-                return
-
-    def view_log(self, opened: Socket, deployment_id: str) -> None:
-        """A viewer: all lines from the first on; closed when the deployment has ended and nothing more is to come."""
-        offset, last, quiet_since = 0, "", 0.0
-        while opened.open:
-            with self.database.read() as connection:
-                record = deployments.find(connection, deployment_id)
-                lines = logs.read(connection, record.id, offset)
-            if lines:
-                opened.send_texts(lines)
-                offset, last, quiet_since = offset + len(lines), lines[-1], time.monotonic()
-                continue
-            wait = IDLE
-            if record.status in TERMINAL:
-                quiet_since = quiet_since or time.monotonic()
-                wait = quiet_since + LOG_GRACE - time.monotonic()
-                if wait <= 0 or _is_complete(record, last):
-                    opened.end(*COMPLETE)
-                    return
-            opened.take(wait)
+        sock.take(wait)
 
 
-def _is_complete(record: deployments.Record, last: str) -> bool:
-    """Whether no more lines are to come: none was ever to, or the agent has written its closing line."""
-    if record.started_on is None and record.log_next == 0:
+def _is_complete(row: DeploymentRow, last: str) -> bool:
+    """Whether no more lines are to come to a log that has ended with the line `last`.
+
+    It has no lines if the deployment never started, else a closing line.
+    """
+    if row.started_on is None and row.log_next == 0:
         return True
     return bool(last) and logs.is_closing(last)
-
-
-def mark_all_disconnected(connection: Connection) -> None:
-    """A server that starts has no agents yet."""
-    deployments.disconnected(connection)

@@ -1,4 +1,4 @@
-"""The binary caches: by hand, and by real Nix between two hosts."""
+"""The binary caches: plain requests, and real Nix between two hosts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from workspace_support import DEADLINE, Connection, Peer, running, wait_for
 
 HASH = "a" * 32
 NAR = f"nar/{'1' * 52}.nar.xz"
-NARINFO = f"StorePath: /nix/store/{HASH}-x\nURL: {NAR}\nNarHash: sha256:{'1' * 52}\nNarSize: 3\nReferences: \n"
+NARINFO = f"""\
+StorePath: /nix/store/{HASH}-x
+URL: {NAR}
+NarHash: sha256:{"1" * 52}
+NarSize: 3
+References:\x20
+"""
 BUILD = """
 let
   make = name: script: derivation {
@@ -26,7 +32,11 @@ let
     PATH = "/usr/bin:/bin";
   };
   dependency = make "dependency" "echo it > $out";
-in make "thing" "mkdir $out; ln -s ${dependency} $out/dependency; head -c 300000 /dev/urandom > $out/big"
+in make "thing" ''
+  mkdir $out
+  ln -s ${dependency} $out/dependency
+  head -c 300000 /dev/urandom > $out/big
+''
 """
 
 
@@ -138,7 +148,8 @@ def test_an_upload_that_breaks_off_leaves_nothing(peer: Peer, chunked: bool) -> 
     connection = Connection(peer.server.port)
     path = f"nar/{'2' * 52}.nar"
     length = "Transfer-Encoding: chunked" if chunked else "Content-Length: 1000000"
-    head = f"PUT /cache/open/{path} HTTP/1.1\r\nHost: x\r\n{length}\r\nAuthorization: Bearer {peer.ci_token}\r\n\r\n"
+    token = f"Authorization: Bearer {peer.ci_token}"
+    head = f"PUT /cache/open/{path} HTTP/1.1\r\nHost: x\r\n{length}\r\n{token}\r\n\r\n"
     connection.send(head.encode() + (b"10000\r\n" if chunked else b"") + b"x" * 30_000)
     directory = peer.server.data / "cache" / "open" / "nar"
     wait_for(lambda: list(directory.glob(".upload-*")))
@@ -154,16 +165,16 @@ def test_a_large_upload_streams(peer: Peer) -> None:
 
     path = f"nar/{'3' * 52}.nar"
     headers = {"Authorization": f"Bearer {peer.ci_token}"}
-    begun = time.monotonic()
+    began = time.monotonic()
     url = f"{peer.server.url}/cache/open/{path}"
     assert requests.put(url, pieces(), headers=headers, timeout=30).status_code == 201
-    print(f"64 MiB stored in {time.monotonic() - begun:.2f} s")
+    print(f"64 MiB stored in {time.monotonic() - began:.2f} s")
     got = requests.get(url, timeout=30)
     assert len(got.content) == 64 << 20
-    print(f"and read after {time.monotonic() - begun:.2f} s")
+    print(f"and read after {time.monotonic() - began:.2f} s")
 
 
-# --- real Nix --------------------------------------------------------------------------------------------------------
+# --- real Nix -------------------------------------------------------------------------------------
 
 needs_nix = pytest.mark.skipif(shutil.which("nix-store") is None, reason="Nix is not installed")
 

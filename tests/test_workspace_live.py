@@ -1,4 +1,4 @@
-"""The workspace's protocol against a real server, over real sockets."""
+"""The workspace's protocol, on a real server over real sockets."""
 
 from __future__ import annotations
 
@@ -64,26 +64,26 @@ def test_a_deployment_from_ci_to_its_end(peer: Peer, name: str) -> None:
         and registered.cache is None
     )
     scripts = {"x86_64-linux": STORE_PATHS[1], "aarch64-darwin": STORE_PATHS[2]}
-    made = peer.activate({name: STORE_PATHS[0]}, scripts)[name]
-    assert deployment_of(agent) == Deployment(STORE_PATHS[0], made, 1, STORE_PATHS[1])
-    waiting = peer.status(made)
+    deployment = peer.activate({name: STORE_PATHS[0]}, scripts)[name]
+    assert deployment_of(agent) == Deployment(STORE_PATHS[0], deployment, 1, STORE_PATHS[1])
+    waiting = peer.status(deployment)
     assert waiting["status"] == "Pending" and waiting["startedOn"] is None and waiting["index"] == 1
-    viewer = peer.view(made)
-    assert peer.report(name, made, RUNNING).json()["status"] == RUNNING
-    assert peer.report(name, made, RUNNING, closureSize=296).json()["closureSize"] == 296
-    assert peer.log(name, made, 0, ["$ nix-store -r", "ä\0"]).json() == {"next": 2}
+    viewer = peer.view(deployment)
+    assert peer.report(name, deployment, RUNNING).json()["status"] == RUNNING
+    assert peer.report(name, deployment, RUNNING, closureSize=296).json()["closureSize"] == 296
+    assert peer.log(name, deployment, 0, ["$ nix-store -r", "ä\0"]).json() == {"next": 2}
     assert [viewer.expect_text()["line"] for _ in range(2)] == ["$ nix-store -r", "ä\0"]
-    assert peer.report(name, made, S, reason="fine").status_code == 200
-    assert peer.log(name, made, 2, [SUCCESS]).json() == {"next": 3}
+    assert peer.report(name, deployment, S, reason="fine").status_code == 200
+    assert peer.log(name, deployment, 2, [SUCCESS]).json() == {"next": 3}
     assert viewer.expect_text()["line"] == SUCCESS
     assert viewer.expect_close(1) == 1000
-    ended = peer.status(made)
+    ended = peer.status(deployment)
     assert (ended["status"], ended["closureSize"], ended["reason"]) == (S, 296, "fine")
     assert ended["startedOn"] == ended["finishedOn"] == "2026-11-24T01:02:03.000004Z"
-    assert peer.report(name, made, S).status_code == 200
-    refused = peer.report(name, made, F)
+    assert peer.report(name, deployment, S).status_code == 200
+    refused = peer.report(name, deployment, F)
     assert refused.status_code == 409 and refused.json()["status"] == S
-    late = peer.view(made)
+    late = peer.view(deployment)
     assert [late.expect_text()["line"] for _ in range(3)] == ["$ nix-store -r", "ä\0", SUCCESS]
     assert late.expect_close(1) == 1000
 
@@ -102,9 +102,9 @@ def test_version_1_of_activate_answers_urls(peer: Peer, name: str) -> None:
 
 def test_reports_by_websocket(peer: Peer, name: str) -> None:
     agent = peer.registered(name)
-    made = peer.activate({name: STORE_PATHS[0]})[name]
+    deployment = peer.activate({name: STORE_PATHS[0]})[name]
     assert deployment_of(agent).rollback_script is None
-    log = peer.agent(name, f"/api/v1/deploy/log/{made}")
+    log = peer.agent(name, f"/api/v1/deploy/log/{deployment}")
     report = peer.agent(name, "/ws-deployment")
     for junk in ("{", "[]", '{"command":{"tag":"X"}}'):
         report.send_text(junk)
@@ -113,22 +113,22 @@ def test_reports_by_websocket(peer: Peer, name: str) -> None:
     assert report.expect_close() == 1007
     report = peer.agent(name, "/ws-deployment")
     frame = encode_from_agent(
-        str(uuid.uuid4()), DeploymentStarted(made, "2026-11-24T01:00:00Z")
+        str(uuid.uuid4()), DeploymentStarted(deployment, "2026-11-24T01:00:00Z")
     ).encode()
     report.send_frame(TEXT, frame[:20], final=False)
     report.send_frame(0, frame[20:])
-    wait_for(lambda: peer.status(made)["status"] == RUNNING)
+    wait_for(lambda: peer.status(deployment)["status"] == RUNNING)
     log.send_text({"line": "one", "time": "T", "more": 1})
     log.send_frame(BINARY, b'{"line":"two","time":"T"}')
     finished = encode_from_agent(
-        str(uuid.uuid4()), DeploymentFinished(made, "2026-11-24T01:01:00Z", False)
+        str(uuid.uuid4()), DeploymentFinished(deployment, "2026-11-24T01:01:00Z", False)
     )
     report.send_text(finished)
-    wait_for(lambda: peer.status(made)["status"] == F)
+    wait_for(lambda: peer.status(deployment)["status"] == F)
     log.send_text({"line": "Failed to activate the deployment. x", "time": "T"})
     log.send_frame(CLOSE, b"\x03\xe8")
     assert log.expect_close() == 1000
-    lines = wait_for(lambda: len(peer.lines(made)) == 3 and peer.lines(made))
+    lines = wait_for(lambda: len(peer.lines(deployment)) == 3 and peer.lines(deployment))
     assert lines == ["one", "two", "Failed to activate the deployment. x"]
 
 
@@ -175,12 +175,12 @@ def test_one_at_a_time_and_resumed(peer: Peer, name: str) -> None:
 
 def test_an_agent_at_its_log_is_not_reminded(peer: Peer, name: str) -> None:
     agent = peer.registered(name)
-    made = peer.activate({name: STORE_PATHS[0]})[name]
-    assert deployment_of(agent).id == made
-    log = peer.agent(name, f"/api/v1/deploy/log/{made}")
+    deployment = peer.activate({name: STORE_PATHS[0]})[name]
+    assert deployment_of(agent).id == deployment
+    log = peer.agent(name, f"/api/v1/deploy/log/{deployment}")
     log.send_text({"line": "one", "time": "T"})
-    wait_for(lambda: peer.lines(made))
-    peer.report(name, made, RUNNING)
+    wait_for(lambda: peer.lines(deployment))
+    peer.report(name, deployment, RUNNING)
     assert peer.registered(name).is_silent()
     log.close()
 
@@ -203,7 +203,7 @@ def test_cancellation(peer: Peer, name: str) -> None:
     for status in (RUNNING, S, F):
         refused = peer.report(name, second, status)
         assert refused.status_code == 409 and refused.json()["status"] == C
-    assert peer.log(name, second, 0, ["still said"]).status_code == 200
+    assert peer.log(name, second, 0, ["still written"]).status_code == 200
     assert deployment_of(agent).id == third
     peer.report(name, third, S)
     assert peer.http("POST", cancel.replace(first, third)).status_code == 409
@@ -211,14 +211,14 @@ def test_cancellation(peer: Peer, name: str) -> None:
 
 def test_log_offsets(peer: Peer, name: str) -> None:
     peer.registered(name)
-    made = peer.activate({name: STORE_PATHS[0]})[name]
-    assert peer.log(name, made, 0, ["a", "b"]).json() == {"next": 2}
-    gap = peer.log(name, made, 3, ["d"])
+    deployment = peer.activate({name: STORE_PATHS[0]})[name]
+    assert peer.log(name, deployment, 0, ["a", "b"]).json() == {"next": 2}
+    gap = peer.log(name, deployment, 3, ["d"])
     assert gap.status_code == 416 and gap.json() == {"next": 2}
-    assert peer.log(name, made, 1, ["b", "c"]).json() == {"next": 3}
-    assert peer.log(name, made, 0, []).json() == {"next": 3}
-    assert peer.lines(made) == ["a", "b", "c"]
-    path = f"/api/v1/deploy/log/{made}?offset="
+    assert peer.log(name, deployment, 1, ["b", "c"]).json() == {"next": 3}
+    assert peer.log(name, deployment, 0, []).json() == {"next": 3}
+    assert peer.lines(deployment) == ["a", "b", "c"]
+    path = f"/api/v1/deploy/log/{deployment}?offset="
     headers = {"name": name}
     too_long = peer.http(
         "PUT", path + "3", peer.agent_token, data=b"x" * (16 << 20) + b"y", headers=headers
@@ -227,25 +227,25 @@ def test_log_offsets(peer: Peer, name: str) -> None:
     for offset, body in (("-1", b""), ("x", b""), ("3", b"{}\n"), ("3", b"\xff\n"), ("3", b"\n\n")):
         answer = peer.http("PUT", path + offset, peer.agent_token, data=body, headers=headers)
         assert answer.status_code == 400 and answer.json()["error"], (offset, body)
-    assert peer.lines(made) == ["a", "b", "c"]
+    assert peer.lines(deployment) == ["a", "b", "c"]
 
 
-def test_a_viewer_does_not_wait_for_ever_for_a_closing_line(peer: Peer, name: str) -> None:
+def test_a_viewer_waits_a_moment_for_a_closing_line(peer: Peer, name: str) -> None:
     peer.registered(name)
-    made = peer.activate({name: STORE_PATHS[0]})[name]
-    peer.report(name, made, RUNNING)
-    peer.log(name, made, 0, ["a"])
-    viewer = peer.view(made)
-    peer.report(name, made, F)
-    begun = time.monotonic()
+    deployment = peer.activate({name: STORE_PATHS[0]})[name]
+    peer.report(name, deployment, RUNNING)
+    peer.log(name, deployment, 0, ["a"])
+    viewer = peer.view(deployment)
+    peer.report(name, deployment, F)
+    began = time.monotonic()
     assert viewer.expect_text()["line"] == "a"
-    assert viewer.expect_close() == 1000 and 2 < time.monotonic() - begun < 5
+    assert viewer.expect_close() == 1000 and 2 < time.monotonic() - began < 5
 
 
 def test_who_may_do_what(peer: Peer, name: str) -> None:
     peer.registered(name)
-    made = peer.activate({name: STORE_PATHS[0]})[name]
-    log, status = f"/api/v1/deploy/log/{made}", f"/api/v1/deploy/deployment/{made}"
+    deployment = peer.activate({name: STORE_PATHS[0]})[name]
+    log, status = f"/api/v1/deploy/log/{deployment}", f"/api/v1/deploy/deployment/{deployment}"
     for method, path in (
         ("POST", "/api/v2/deploy/activate"),
         ("GET", status),
@@ -263,12 +263,12 @@ def test_who_may_do_what(peer: Peer, name: str) -> None:
     admin = peer.server.token("admin")
     assert peer.http("GET", status, admin).status_code == 200
     other = f"{name}-other"
-    assert peer.report(other, made, RUNNING).status_code == 403  # it has never connected
+    assert peer.report(other, deployment, RUNNING).status_code == 403  # never connected
     peer.registered(other)
-    assert "not one of agent" in peer.report(other, made, RUNNING).json()["error"]
-    assert peer.log(other, made, 0, ["x"]).status_code == 403
+    assert "not one of agent" in peer.report(other, deployment, RUNNING).json()["error"]
+    assert peer.log(other, deployment, 0, ["x"]).status_code == 403
     assert peer.report(name, str(uuid.uuid4()), RUNNING).status_code == 404
-    assert peer.status(made)["status"] == "Pending"
+    assert peer.status(deployment)["status"] == "Pending"
 
 
 @pytest.mark.parametrize(
@@ -298,24 +298,19 @@ def test_refused_handshakes(
 
 def test_wrong_requests(peer: Peer, name: str) -> None:
     peer.registered(name)
+    unknown = {"agents": dict.fromkeys(("nobody", name, "no-one"), STORE_PATHS[0])}
     bodies = {
         b"": "not JSON",
         b"[]": "object",
-        b'{"agents":{}}': "nothing to deploy",
+        b'{"agents":{}}': "`agents` must be",
         b'{"agents":{"x":"/nix/store/aaa"}}': "not a store path",
-        b'{"agents":{"nobody":"%s","%s":"%s","no-one":"%s"}}'
-        % (
-            STORE_PATHS[0].encode(),
-            name.encode(),
-            STORE_PATHS[0].encode(),
-            STORE_PATHS[0].encode(),
-        ): "no-one, nobody",
+        json.dumps(unknown).encode(): "unknown agents: no-one, nobody",
     }
     for body, sentence in bodies.items():
         answer = peer.http("POST", "/api/v2/deploy/activate?", data=body)
         assert answer.status_code == 400 and sentence in answer.json()["error"]
-    made = peer.activate({name: STORE_PATHS[0]})[name]
-    assert peer.status(made)["index"] == 1  # the refused ones left nothing
+    deployment = peer.activate({name: STORE_PATHS[0]})[name]
+    assert peer.status(deployment)["index"] == 1  # the refused ones left nothing
     for more in (
         {"status": "Pending"},
         {"closureSize": -1},
@@ -323,10 +318,11 @@ def test_wrong_requests(peer: Peer, name: str) -> None:
         {"reason": 1},
         {"time": None},
     ):
-        answer = peer.report(name, made, **{"status": RUNNING, **more})
+        answer = peer.report(name, deployment, **{"status": RUNNING, **more})
         assert answer.status_code == 400 and answer.json()["error"], more
     missing = peer.http("GET", "/nowhere")
-    assert missing.status_code == 404 and "error" in missing.json()
+    assert missing.status_code == 404
+    assert missing.json() == {"error": "GET /nowhere: not found"}
     assert peer.http("DELETE", "/").status_code == 405
     assert peer.http("GET", "/ws").status_code == 400
     assert peer.http("GET", "/").json()["service"]
@@ -336,8 +332,8 @@ def test_a_second_connection_replaces_the_first(peer: Peer, name: str) -> None:
     first = peer.registered(name)
     second = peer.registered(name)
     assert first.expect_close() == 4001
-    made = peer.activate({name: STORE_PATHS[0]})[name]
-    assert deployment_of(second).id == made
+    deployment = peer.activate({name: STORE_PATHS[0]})[name]
+    assert deployment_of(second).id == deployment
     listed = json.loads(peer.server.command("agent", "list", "--json"))
     assert [agent["connected"] for agent in listed if agent["name"] == name] == [True]
 
@@ -364,30 +360,28 @@ def test_revoking_a_token_closes_its_sockets(peer: Peer, name: str) -> None:
 
 def test_200000_lines(peer: Peer, name: str) -> None:
     peer.registered(name)
-    made = peer.activate({name: STORE_PATHS[0]})[name]
-    viewer = peer.view(made)
+    deployment = peer.activate({name: STORE_PATHS[0]})[name]
+    viewer = peer.view(deployment)
     count, batch = 200_000, 20_000
-    begun = time.monotonic()
+    began = time.monotonic()
     for first in range(0, count, batch):
-        assert peer.log(name, made, first, [f"line {first + i}" for i in range(batch)]).json() == {
-            "next": first + batch
-        }
-    stored = time.monotonic() - begun
+        lines = [f"line {first + number}" for number in range(batch)]
+        assert peer.log(name, deployment, first, lines).json() == {"next": first + batch}
+    stored = time.monotonic() - began
     for number in range(count):
         assert b'"line %d"' % number in viewer.expect(TEXT)
-    seen = time.monotonic() - begun
+    seen = time.monotonic() - began
     print(f"{count / stored:.0f} lines/s stored, {count / seen:.0f} lines/s seen")
     assert seen < 40
 
 
 def test_a_line_of_20_mb_by_websocket(peer: Peer, name: str) -> None:
     peer.registered(name)
-    made = peer.activate({name: STORE_PATHS[0]})[name]
-    log = peer.agent(name, f"/api/v1/deploy/log/{made}")
+    deployment = peer.activate({name: STORE_PATHS[0]})[name]
+    log = peer.agent(name, f"/api/v1/deploy/log/{deployment}")
     payload = b'{"line":"' + b"x" * 20_000_000 + b'","time":"T"}'
-    header = (
-        b"\x81\xff" + len(payload).to_bytes(8, "big") + b"\0\0\0\0"
-    )  # the mask of zeros saves a minute
+    mask = b"\0\0\0\0"  # zeros save a minute
+    header = b"\x81\xff" + len(payload).to_bytes(8, "big") + mask
     log.send(header + payload)
-    wait_for(lambda: peer.http("GET", f"/api/v1/deploy/log/{made}").json()["next"] == 1, 20)
-    assert len(peer.lines(made)[0]) == 20_000_000
+    wait_for(lambda: peer.http("GET", f"/api/v1/deploy/log/{deployment}").json()["next"] == 1, 20)
+    assert len(peer.lines(deployment)[0]) == 20_000_000

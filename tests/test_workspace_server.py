@@ -1,11 +1,10 @@
-"""What the server libraries do not do by themselves: ends, slots, stalled peers, crashes."""
+"""What the server libraries leave to us: ends, slots, stalled peers, crashes."""
 
 from __future__ import annotations
 
 import json
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -17,56 +16,55 @@ from workspace_support import (
     DEADLINE,
     PING,
     PONG,
-    ROOT,
     STORE_PATHS,
     TEXT,
     Connection,
     Peer,
     command,
-    environment,
     handshake,
     running,
     wait_for,
 )
 
-from cachix_workspace import Settings
+from cachix_workspace.settings import Settings
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_all_sockets_are_told_of_a_restart(number: int) -> None:
+def test_all_sockets_are_closed_before_a_restart(number: int) -> None:
     with running() as server:
         peer = Peer(server)
         agent = peer.registered("web")
-        made = peer.activate({"web": STORE_PATHS[0]})["web"]
-        opened = [
+        deployment = peer.activate({"web": STORE_PATHS[0]})["web"]
+        connections = [
             agent,
             peer.agent("web", "/ws-deployment"),
-            peer.agent("web", f"/api/v1/deploy/log/{made}"),
+            peer.agent("web", f"/api/v1/deploy/log/{deployment}"),
+            peer.view(deployment),
         ]
-        opened.append(peer.view(made))
-        silent = Connection(server.port)  # never says anything
-        begun = time.monotonic()
+        silent = Connection(server.port)  # sends nothing
+        began = time.monotonic()
         server.process.send_signal(number)
-        assert [connection.expect_close(3) for connection in opened] == [1012] * 4
-        assert server.process.wait(DEADLINE) == 0 and time.monotonic() - begun < 5
+        assert [connection.expect_close(3) for connection in connections] == [1012] * 4
+        assert server.process.wait(DEADLINE) == 0 and time.monotonic() - began < 5
         silent.close()
 
 
-def test_a_peer_that_answers_nothing_does_not_delay_the_end() -> None:
+def test_a_silent_peer_does_not_delay_the_end() -> None:
     with running() as server:
         peer = Peer(server)
         peer.registered("web")
-        begun = time.monotonic()
-        assert server.stop() == 0 and time.monotonic() - begun < 5.5
+        began = time.monotonic()
+        assert server.stop() == 0 and time.monotonic() - began < 5.5
 
 
 def test_a_handler_that_fails_closes_with_1011(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
-from cachix_workspace import Settings, server, sockets
+from cachix_workspace import server, sockets
+from cachix_workspace.settings import Settings
 def fail(*_): raise RuntimeError("on purpose")
-sockets.Handlers.deployment = fail
+sockets.receive_reports = fail
 listener = server.bind("127.0.0.1:0")
 sys.exit(server.serve(Settings(Path(sys.argv[1])), listener))
 """
@@ -85,13 +83,13 @@ sys.exit(server.serve(Settings(Path(sys.argv[1])), listener))
 def test_the_rest_of_the_slots_is_for_plain_requests() -> None:
     with running("--max-connections=8") as server:
         peer = Peer(server)
-        held = [peer.registered(f"web-{number}") for number in range(6)]
+        connections = [peer.registered(f"web-{number}") for number in range(6)]
         refused = Connection(server.port)
         refused.send(handshake("/ws", peer.agent_token, name="web-6"))
         head = refused.read_head()
         assert head.startswith("HTTP/1.1 503") and "Retry-After" in head
         assert peer.http("GET", "/").status_code == 200
-        held.pop().close()
+        connections.pop().close()
         wait_for(lambda: _registers(peer, "web-7"))
 
 
@@ -118,8 +116,8 @@ def test_frames_of_several_threads_stay_whole() -> None:
     with running() as server:
         peer = Peer(server)
         peer.registered("web")
-        made = peer.activate({"web": STORE_PATHS[0]})["web"]
-        viewer = peer.view(made)
+        deployment = peer.activate({"web": STORE_PATHS[0]})["web"]
+        viewer = peer.view(deployment)
         pings, lines = 2000, 20_000
 
         def ping() -> None:
@@ -129,9 +127,8 @@ def test_frames_of_several_threads_stay_whole() -> None:
         thread = threading.Thread(target=ping)
         thread.start()
         for first in range(0, lines, 2000):
-            peer.log(
-                "web", made, first, [f"{first + number} " + "x" * 200 for number in range(2000)]
-            )
+            batch = [f"{first + number} " + "x" * 200 for number in range(2000)]
+            peer.log("web", deployment, first, batch)
         seen, pongs = 0, 0
         while seen < lines or pongs < pings:
             opcode, payload = viewer.next_frame()
@@ -150,19 +147,19 @@ def test_a_peer_that_does_not_answer_pings_is_closed() -> None:
         assert connection.expect_close() == 1008
 
 
-def test_a_stalled_reader_is_hung_up_on() -> None:
+def test_a_stalled_reader_is_disconnected() -> None:
     with running(send_timeout=1) as server:
         peer = Peer(server)
         peer.registered("web")
-        made = peer.activate({"web": STORE_PATHS[0]})["web"]
+        deployment = peer.activate({"web": STORE_PATHS[0]})["web"]
         viewer = Connection(server.port)
         viewer.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        viewer.send(handshake(f"/api/v1/deploy/log/{made}?view=true", peer.ci_token))
+        viewer.send(handshake(f"/api/v1/deploy/log/{deployment}?view=true", peer.ci_token))
         viewer.read_head()
         for first in range(0, 40):
-            peer.log("web", made, first, ["x" * 400_000])
+            peer.log("web", deployment, first, ["x" * 400_000])
         wait_for(lambda: not _is_established(server.port, viewer.socket.getsockname()[1]))
-        assert len(peer.lines(made)) == 40
+        assert len(peer.lines(deployment)) == 40
 
 
 def _is_established(server_port: int, peer_port: int) -> bool:
@@ -176,7 +173,7 @@ def _is_established(server_port: int, peer_port: int) -> bool:
     return mine == ["01"]
 
 
-def test_a_stalled_sender_is_hung_up_on() -> None:
+def test_a_stalled_sender_is_disconnected() -> None:
     with running(receive_timeout=1) as server:
         peer = Peer(server)
         stalled = Connection(server.port)
@@ -184,8 +181,8 @@ def test_a_stalled_sender_is_hung_up_on() -> None:
             b"POST /api/v2/deploy/activate HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n"
             b"Authorization: Bearer " + peer.ci_token.encode() + b"\r\n\r\n{"
         )
-        begun = time.monotonic()
-        assert stalled.read_head().startswith("HTTP/1.1 400") and time.monotonic() - begun < 5
+        began = time.monotonic()
+        assert stalled.read_head().startswith("HTTP/1.1 400") and time.monotonic() - began < 5
 
 
 def test_reports_and_orders_are_quick() -> None:
@@ -196,27 +193,27 @@ def test_reports_and_orders_are_quick() -> None:
         agent = peer.registered("web")
         orders, reports = [], []
         for number in range(30):
-            begun = time.monotonic()
-            made = peer.activate({"web": STORE_PATHS[0]})["web"]
-            assert agent.expect_text()["command"]["contents"]["id"] == made
-            orders.append(time.monotonic() - begun)
+            began = time.monotonic()
+            deployment = peer.activate({"web": STORE_PATHS[0]})["web"]
+            assert agent.expect_text()["command"]["contents"]["id"] == deployment
+            orders.append(time.monotonic() - began)
             for status in ("InProgress", "Succeeded"):
-                begun = time.monotonic()
+                began = time.monotonic()
                 body = {
                     "status": status,
                     "time": "2026-11-24T01:02:03Z",
                     "closureSize": number,
                     "reason": None,
                 }
-                url = f"{server.url}/api/v1/deploy/deployment/{made}/status"
+                url = f"{server.url}/api/v1/deploy/deployment/{deployment}/status"
                 assert session.put(url, json=body, timeout=DEADLINE).status_code == 200
-                reports.append(time.monotonic() - begun)
+                reports.append(time.monotonic() - began)
         median = [sorted(times)[len(times) // 2] * 1000 for times in (orders, reports)]
         print(f"activate to frame {median[0]:.1f} ms, report {median[1]:.1f} ms")
         assert median[0] < 50 and median[1] < 50  # ten times what a quiet machine needs
 
 
-# --- crashes ---------------------------------------------------------------------------------------------------------
+# --- crashes --------------------------------------------------------------------------------------
 
 
 def test_kill_9_during_uploads_and_log_writes_loses_nothing() -> None:
@@ -224,18 +221,17 @@ def test_kill_9_during_uploads_and_log_writes_loses_nothing() -> None:
         server.command("cache", "create", "mycache")
         peer = Peer(server)
         peer.registered("web")
-        made = peer.activate({"web": STORE_PATHS[0]})["web"]
-        assert peer.report("web", made, "InProgress").status_code == 200
+        deployment = peer.activate({"web": STORE_PATHS[0]})["web"]
+        assert peer.report("web", deployment, "InProgress").status_code == 200
         acknowledged = [0]
         stop = threading.Event()
 
         def write_log() -> None:
             while not stop.is_set():
                 first = acknowledged[0]
+                batch = [f"line {first + number}" for number in range(500)]
                 try:
-                    answer = peer.log(
-                        "web", made, first, [f"line {first + number}" for number in range(500)]
-                    )
+                    answer = peer.log("web", deployment, first, batch)
                     acknowledged[0] = answer.json()["next"]
                 except requests.RequestException:
                     return
@@ -244,19 +240,18 @@ def test_kill_9_during_uploads_and_log_writes_loses_nothing() -> None:
         thread.start()
         upload = Connection(server.port)
         path = f"/cache/mycache/nar/{'1' * 52}.nar"
-        head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {peer.ci_token}\r\nContent-Length: 99999999\r\n"
-        upload.send(f"{head}\r\n".encode() + b"x" * 1_000_000)
-        wait_for(
-            lambda: acknowledged[0] > 3000 and list(server.data.glob("cache/mycache/nar/.upload-*"))
-        )
+        head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {peer.ci_token}\r\n"
+        upload.send(f"{head}Content-Length: 99999999\r\n\r\n".encode() + b"x" * 1_000_000)
+        uploads = server.data / "cache/mycache/nar"
+        wait_for(lambda: acknowledged[0] > 3000 and list(uploads.glob(".upload-*")))
         server.kill()
         stop.set()
         thread.join(DEADLINE)
         server.start()
-        stored = peer.lines(made)
+        stored = peer.lines(deployment)
         assert acknowledged[0] <= len(stored) <= acknowledged[0] + 500
         assert stored == [f"line {number}" for number in range(len(stored))]
-        assert peer.status(made)["status"] == "InProgress"
+        assert peer.status(deployment)["status"] == "InProgress"
         assert peer.http("GET", path).status_code == 404
         assert not [file for file in server.data.glob("cache/**/*") if file.is_file()]
         agent = peer.registered("web")
@@ -264,7 +259,7 @@ def test_kill_9_during_uploads_and_log_writes_loses_nothing() -> None:
 
 
 def test_a_server_without_its_parent_makes_way() -> None:
-    """gunicorn's master was killed alone: its worker must leave the port to a successor."""
+    """gunicorn's master alone was killed: its worker must leave the port to a successor."""
     with running() as server:
         peer = Peer(server)
         agent = peer.registered("web")
@@ -279,49 +274,42 @@ def test_a_server_without_its_parent_makes_way() -> None:
         wait_for(refused, 6)
 
 
-# --- starting --------------------------------------------------------------------------------------------------------
+# --- starting -------------------------------------------------------------------------------------
 
 
 def test_a_port_in_use(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        done = command("serve", f"--listen={address}", f"--data={tmp_path}", status=1)
-    assert done.stderr.startswith(f"error: can't listen on {address}: Address already in use")
-    assert done.stderr.count("\n") == 1 and not done.stdout
+        process = command("serve", f"--listen={address}", f"--data={tmp_path}", status=1)
+    assert process.stderr.startswith(f"error: can't listen on {address}: Address already in use")
+    assert process.stderr.count("\n") == 1 and not process.stdout
 
 
 def test_a_data_directory_that_cannot_be_used(tmp_path: Path) -> None:
+    def serve(data: Path) -> str:
+        process = command("serve", "--listen=127.0.0.1:0", f"--data={data}", status=1)
+        assert process.stderr.startswith("error: the data directory")
+        return process.stderr
+
     (tmp_path / "file").write_text("")
     tmp_path.chmod(0o755)
     mode = tmp_path.stat().st_mode
     for data in (tmp_path / "file", tmp_path / "file" / "below"):
-        done = command("serve", "--listen=127.0.0.1:0", f"--data={data}", status=1)
-        assert done.stderr.startswith("error: the data directory") and done.stderr.count("\n") == 1
-    done = command(
-        "token", "create", "agent", f"--data={tmp_path}", status=1
-    )  # never made private, whatever it is
-    assert "holds other files" in done.stderr and tmp_path.stat().st_mode == mode
-    (tmp_path / "workspace.db").write_text(
-        "this is no database, and longer than a header of one is" * 9
-    )
-    done = command("serve", "--listen=127.0.0.1:0", f"--data={tmp_path}", status=1)
-    assert done.stderr.startswith("error: the data directory") and "not a database" in done.stderr
+        assert serve(data).count("\n") == 1
+    # a directory of other files is not made private, whatever it is
+    process = command("token", "create", "agent", f"--data={tmp_path}", status=1)
+    assert "holds other files" in process.stderr and tmp_path.stat().st_mode == mode
+    junk = "this is no database, and longer than the header of one is" * 9
+    (tmp_path / "workspace.db").write_text(junk)
+    assert "not a database" in serve(tmp_path)
 
 
-def test_one_line_is_said_and_the_directory_is_private(tmp_path: Path) -> None:
+def test_the_server_prints_one_line_and_its_directory_is_private() -> None:
     with running() as server:
         assert server.data.stat().st_mode & 0o777 == 0o700
         assert server.stop() == 0
         assert server.lines == [f"listening on {server.url}"]
+
+
+def test_the_host_of_a_public_url(tmp_path: Path) -> None:
     assert Settings(tmp_path, "http://[::1]:80").public_host == "::1"
-
-
-def test_help_and_version() -> None:
-    for arguments in (["--help"], ["serve", "-h"]):
-        assert command(*arguments).stdout.startswith("The self-hosted workspace")
-    assert command("--version").stdout.strip()
-    argv = [sys.executable, "-m", "cachix_workspace", "--help"]
-    done = subprocess.run(
-        argv, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, timeout=DEADLINE, check=False
-    )
-    assert done.returncode == 0

@@ -1,4 +1,4 @@
-"""What the workspace's tests share: a real server in a subprocess, and peers that write their frames themselves."""
+"""Shared by the workspace's tests: a real server in a subprocess, and peers on raw sockets."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from typing import Any
 
 import requests
 
-from cachix_workspace import Settings, tokens
-from cachix_workspace.tables import open_database
+from cachix_workspace import tokens
+from cachix_workspace.database import open_database
+from cachix_workspace.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSCRIPTS = Path(__file__).resolve().parent / "transcripts"
@@ -31,9 +32,11 @@ STORE_PATHS = [f"/nix/store/{letter * 32}-system-{letter}" for letter in "abcdf"
 WITH_SETTINGS = """
 import sys
 from pathlib import Path
-from cachix_workspace import Settings, server
+from cachix_workspace import server
+from cachix_workspace.settings import Settings
 listener = server.bind("127.0.0.1:0")
-sys.exit(server.serve(Settings(Path(sys.argv[1]), server.url_of(listener), **eval(sys.argv[2])), listener))
+settings = Settings(Path(sys.argv[1]), server.url_of(listener), **eval(sys.argv[2]))
+sys.exit(server.serve(settings, listener))
 """
 
 
@@ -42,19 +45,15 @@ def environment() -> dict[str, str]:
 
 
 class Server:
-    """`cachix-workspace serve` on a free port, with its own data directory; `settings` reach what no option does."""
+    """`cachix-workspace serve` on a free port, with its own data directory.
+
+    `settings` reach what no option does.
+    """
 
     def __init__(self, data: Path, *options: str, **settings: float) -> None:
         self.data = data
-        self.argv = [
-            sys.executable,
-            "-m",
-            "workspace",
-            "serve",
-            f"--data={data}",
-            "--listen=127.0.0.1:0",
-            *options,
-        ]
+        serve = ["-m", "cachix_workspace", "serve", f"--data={data}", "--listen=127.0.0.1:0"]
+        self.argv = [sys.executable, *serve, *options]
         if settings:
             self.argv = [sys.executable, "-c", WITH_SETTINGS, str(data), repr(settings)]
         self.lines: list[str] = []
@@ -64,20 +63,21 @@ class Server:
         self.process = subprocess.Popen(
             self.argv, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
         )
-        heard = threading.Event()
-        threading.Thread(target=self._read, args=(self.process.stderr, heard), daemon=True).start()
-        assert heard.wait(DEADLINE), self.lines
+        started = threading.Event()
+        arguments = (self.process.stderr, started)
+        threading.Thread(target=self._read, args=arguments, daemon=True).start()
+        assert started.wait(DEADLINE), self.lines
         url = [line for line in self.lines if line.startswith("listening on ")]
         assert url, self.lines
         self.url = url[-1].split()[-1]
         self.port = int(self.url.rpartition(":")[2])
 
-    def _read(self, stream: Any, heard: threading.Event) -> None:
+    def _read(self, stream: Any, started: threading.Event) -> None:
         for line in stream:
             self.lines.append(line.rstrip())
             if line.startswith("listening on "):
-                heard.set()
-        heard.set()
+                started.set()
+        started.set()
 
     def token(self, kind: str, secret: str | None = None) -> str:
         return self.new_token(kind, secret)[1]
@@ -87,9 +87,9 @@ class Server:
     ) -> tuple[int, str]:
         database = open_database(Settings(self.data))
         with database.write() as connection:
-            made = tokens.create(connection, kind, secret=secret, expires_in=days)
+            number, secret = tokens.create(connection, kind, secret=secret, expires_in=days)
         database.close()
-        return made
+        return number, secret
 
     def command(self, *arguments: str, status: int = 0) -> str:
         """stdout of `cachix-workspace ARGUMENTS`, run beside the server."""
@@ -100,18 +100,18 @@ class Server:
         return self.process.wait(DEADLINE)
 
     def kill(self) -> None:
-        """As a power cut would: both processes at once, without a word."""
+        """End both processes at once, as a power cut would."""
         os.killpg(self.process.pid, 9)
         self.process.wait(DEADLINE)
 
 
 def command(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "cachix_workspace", *arguments]
-    done = subprocess.run(
+    process = subprocess.run(
         argv, env=environment(), capture_output=True, text=True, timeout=DEADLINE, check=False
     )
-    assert done.returncode == status, done
-    return done
+    assert process.returncode == status, process
+    return process
 
 
 @contextlib.contextmanager
@@ -133,17 +133,20 @@ def wait_for(condition: Any, timeout: float = DEADLINE) -> Any:
         if value:
             return value
         time.sleep(0.02)
-    raise AssertionError("this was waited for in vain")
+    raise AssertionError(f"the condition was still false after {timeout:.0f} s")
 
 
-# --- websockets, frame by frame --------------------------------------------------------------------------------------
+# --- websockets, frame by frame -------------------------------------------------------------------
 
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 OPCODES = {"text": TEXT, "close": CLOSE, "ping": PING, "pong": PONG}
 
 
 class Connection:
-    """A TCP connection on which a test writes bytes; frames that arrive are kept until their kind is asked for."""
+    """A TCP connection on which a test writes bytes.
+
+    Frames that arrive are kept until a test expects their kind.
+    """
 
     def __init__(self, port: int) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), DEADLINE)
@@ -157,13 +160,12 @@ class Connection:
     def send_frame(self, opcode: int, payload: bytes, final: bool = True) -> None:
         mask = b"\1\2\3\4"
         size = len(payload)
-        length = (
-            bytes([0x80 | size])
-            if size < 126
-            else b"\xfe" + struct.pack("!H", size)
-            if size < 1 << 16
-            else b"\xff" + struct.pack("!Q", size)
-        )
+        if size < 126:
+            length = bytes([0x80 | size])
+        elif size < 1 << 16:
+            length = b"\xfe" + struct.pack("!H", size)
+        else:
+            length = b"\xff" + struct.pack("!Q", size)
         masked = bytes(byte ^ mask[index % 4] for index, byte in enumerate(payload))
         self.send(bytes([(0x80 if final else 0) | opcode]) + length + mask + masked)
 
@@ -191,12 +193,8 @@ class Connection:
         return head.decode()
 
     def read_body(self, head: str) -> bytes:
-        length = [
-            line.split(":")[1]
-            for line in head.split("\r\n")
-            if line.lower().startswith("content-length")
-        ]
-        return self.read(int(length[0]))
+        fields = [line.lower().split(":") for line in head.split("\r\n")]
+        return self.read(next(int(field[1]) for field in fields if field[0] == "content-length"))
 
     def next_frame(self, timeout: float = DEADLINE) -> tuple[int, bytes]:
         first, second = self.read(2, timeout)
@@ -208,17 +206,17 @@ class Connection:
         return first & 0x0F, self.read(size)
 
     def expect(self, opcode: int, timeout: float = DEADLINE) -> bytes:
-        """The payload of the first frame of this kind; others wait for being asked for."""
+        """The payload of the first frame of this kind; the others are kept."""
         for frame in self.frames:
             if frame[0] == opcode:
                 self.frames.remove(frame)
                 return frame[1]
         deadline = time.monotonic() + timeout
         while True:
-            found = self.next_frame(deadline - time.monotonic())
-            if found[0] == opcode:
-                return found[1]
-            self.frames.append(found)
+            frame = self.next_frame(deadline - time.monotonic())
+            if frame[0] == opcode:
+                return frame[1]
+            self.frames.append(frame)
 
     def expect_text(self, timeout: float = DEADLINE) -> Any:
         return json.loads(self.expect(TEXT, timeout))
@@ -243,7 +241,7 @@ class Connection:
 
 
 def handshake(path: str, token: str, **headers: str) -> bytes:
-    known = {
+    fields = {
         "Host": "localhost",
         "Connection": "Upgrade",
         "Upgrade": "websocket",
@@ -252,11 +250,12 @@ def handshake(path: str, token: str, **headers: str) -> bytes:
         "Authorization": f"Bearer {token}",
         **{name.replace("_", "-"): value for name, value in headers.items()},
     }
-    return f"GET {path} HTTP/1.1\r\n{''.join(f'{k}: {v}' + chr(13) + chr(10) for k, v in known.items())}\r\n".encode()
+    lines = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def accept_key(key: str) -> str:
-    """What a server must answer to a Sec-WebSocket-Key."""
+    """The answer of a server to a Sec-WebSocket-Key."""
     digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
     return base64.b64encode(digest).decode()
 
@@ -270,15 +269,15 @@ def open_socket(server: Server, path: str, token: str, **headers: str) -> Connec
 
 
 class Peer:
-    """One workspace with an agent token and an activate token, and what agents and CI say to it."""
+    """A workspace with an agent token and an activate token, and the messages of agents and CI."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
         self.agent_token, self.ci_token = server.token("agent"), server.token("activate")
 
     def agent(self, name: str, path: str = "/ws", **headers: str) -> Connection:
-        known = {"name": name, "version": "1.11.1", "system": "x86_64-linux"}
-        return open_socket(self.server, path, self.agent_token, **{**known, **headers})
+        fields = {"name": name, "version": "1.11.1", "system": "x86_64-linux"}
+        return open_socket(self.server, path, self.agent_token, **{**fields, **headers})
 
     def registered(self, name: str) -> Connection:
         connection = self.agent(name)
@@ -299,11 +298,11 @@ class Peer:
     def activate(
         self, spec: dict[str, str], scripts: dict[str, str] | None = None
     ) -> dict[str, str]:
-        """The deployments' ids by agent."""
+        """Order deployments as CI does; their ids by agent."""
         body = {"agents": spec, **({"rollbackScript": scripts} if scripts else {})}
         answer = self.http("POST", "/api/v2/deploy/activate?", json=body)
         assert answer.status_code == 200, answer.text
-        return {name: made["id"] for name, made in answer.json()["agents"].items()}
+        return {name: ordered["id"] for name, ordered in answer.json()["agents"].items()}
 
     def status(self, deployment: str) -> dict[str, Any]:
         answer = self.http("GET", f"/api/v1/deploy/deployment/{deployment}?")
@@ -322,9 +321,8 @@ class Peer:
         return self.http("PUT", path, self.agent_token, json=body, headers={"name": name})
 
     def log(self, name: str, deployment: str, offset: int, lines: list[str]) -> requests.Response:
-        body = "".join(
-            json.dumps({"line": line, "time": "2026-11-24T01:02:03Z"}) + "\n" for line in lines
-        )
+        records = [{"line": line, "time": "2026-11-24T01:02:03Z"} for line in lines]
+        body = "".join(json.dumps(record) + "\n" for record in records)
         path = f"/api/v1/deploy/log/{deployment}?offset={offset}"
         return self.http("PUT", path, self.agent_token, data=body.encode(), headers={"name": name})
 

@@ -1,0 +1,59 @@
+"""Who asks, and how much: the token, the agent's name, the body within its limit, the offset."""
+
+from __future__ import annotations
+
+from flask import request
+
+from cachix_protocol import is_agent_name
+from cachix_workspace import tokens
+from cachix_workspace.context import current_workspace
+from cachix_workspace.refusal import Refusal
+from cachix_workspace.tokens import Token
+
+
+def authenticate(kinds: frozenset[str]) -> Token:
+    """The token of this request.
+
+    Raises Refusal: 401 without a valid token, 403 if the token's kind is not among `kinds`.
+    """
+    with current_workspace().database.read() as connection:
+        return tokens.authenticate(connection, request.headers.get("Authorization"), kinds)
+
+
+def agent_name() -> str:
+    """The header `name`. Raises Refusal (400) if it can't be an agent's name."""
+    name = request.headers.get("name", "")
+    if not is_agent_name(name):
+        allowed = "letters, digits, `.`, `_`, `-`, at most 128"
+        raise Refusal(400, f"the header `name` must be the agent's name: {allowed}")
+    return name
+
+
+class BodyStream:
+    """The body of this request, block by block."""
+
+    def read(self, size: int, /) -> bytes:
+        """Raises Refusal (400) if the peer leaves, stalls, or breaks HTTP."""
+        try:
+            return request.stream.read(size)
+        except Exception as error:  # gunicorn's own classes, which share no base but this one
+            raise Refusal(400, f"the request broke off: {error}") from None
+
+
+def read_body(limit: int) -> bytes:
+    """The whole body. Raises Refusal if it has over `limit` bytes (413), or broke off (400)."""
+    is_short = (request.content_length or 0) <= limit
+    body = BodyStream().read(limit + 1) if is_short else b""
+    if not is_short or len(body) > limit:
+        raise Refusal(413, f"at most {limit} bytes are taken in one request")
+    if request.content_length is not None and len(body) < request.content_length:
+        raise Refusal(400, "the request broke off")
+    return body
+
+
+def log_offset() -> int:
+    """The query's `offset`, 0 by default. Raises Refusal (400)."""
+    text = request.args.get("offset", "0")
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        raise Refusal(400, "`offset` is the index of a log line: a number from 0 on")
+    return int(text)

@@ -1,0 +1,74 @@
+"""The agents that have ever connected."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, insert, select, update
+
+from cachix_protocol import utc_now
+from cachix_workspace.refusal import Refusal
+from cachix_workspace.tables import agents
+
+MAX_FACT = 64  # characters of what an agent says about its machine
+
+
+@dataclass(frozen=True)
+class AgentRow:
+    """An agent as the database has it.
+
+    `connected` is what the running server believes, `seen_on` when that last changed.
+    """
+
+    id: str
+    name: str
+    system: str
+    version: str
+    created_on: str
+    seen_on: str
+    connected: bool
+    last_index: int
+
+
+def register(connection: Connection, name: str, system: str, version: str) -> AgentRow:
+    """Note that the agent `name` has connected. Its first connection creates it."""
+    now = utc_now()
+    facts = {
+        "system": system[:MAX_FACT],
+        "version": version[:MAX_FACT],
+        "seen_on": now,
+        "connected": True,
+    }
+    query = select(agents.c.id).where(agents.c.name == name).with_for_update()
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        fixed = {"id": str(uuid.uuid4()), "name": name, "created_on": now, "last_index": 0}
+        connection.execute(insert(agents).values(**fixed, **facts))
+    else:
+        connection.execute(update(agents).where(agents.c.id == row.id).values(**facts))
+    return find(connection, name)
+
+
+def find(connection: Connection, name: str | None) -> AgentRow:
+    """The agent of this name. Raises Refusal (403) if it has never connected."""
+    row = connection.execute(select(agents).where(agents.c.name == (name or ""))).one_or_none()
+    if row is None:
+        raise Refusal(
+            403,
+            f"there is no agent {name!r}: "
+            "the header `name` must be that of an agent that has connected to /ws",
+        )
+    return AgentRow(**row._mapping)
+
+
+def list_all(connection: Connection) -> list[AgentRow]:
+    """All agents by name."""
+    rows = connection.execute(select(agents).order_by(agents.c.name))
+    return [AgentRow(**row._mapping) for row in rows]
+
+
+def mark_disconnected(connection: Connection, agent_id: str | None = None) -> None:
+    """Note that an agent is gone, or all that were connected: a starting server has none."""
+    gone = agents.c.connected if agent_id is None else agents.c.id == agent_id
+    connection.execute(update(agents).where(gone).values(connected=False, seen_on=utc_now()))

@@ -1,0 +1,57 @@
+"""The application: settings, database, hub, routes and the thread that watches revoked tokens."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from flask import Flask
+
+from cachix_workspace import agents, cache, tokens
+from cachix_workspace.answers import register_error_handlers
+from cachix_workspace.api import deployment_routes, index_routes, log_routes
+from cachix_workspace.cache_api import ByHost, cache_routes
+from cachix_workspace.context import KEY, Workspace
+from cachix_workspace.database import open_database, put_meta
+from cachix_workspace.hub import Hub
+from cachix_workspace.settings import Settings
+from cachix_workspace.sockets import socket_routes
+
+logger = logging.getLogger(__name__)
+
+ROUTES = (index_routes, deployment_routes, log_routes, cache_routes, socket_routes)
+
+
+def create_app(settings: Settings) -> Flask:
+    """The WSGI application, with its database open and its watch over revoked tokens running."""
+    database = open_database(settings, create=True)
+    with database.write() as connection:
+        put_meta(connection, "public_url", settings.public_url)
+        agents.mark_disconnected(connection)
+    cache.remove_leftovers(settings)
+    workspace = Workspace(settings, database, Hub(settings.max_connections * 3 // 4))
+    app = Flask("cachix_workspace", static_folder=None)
+    app.extensions[KEY] = workspace
+    register_error_handlers(app)
+    for routes in ROUTES:
+        app.register_blueprint(routes)
+    app.wsgi_app = ByHost(app.wsgi_app, settings)  # type: ignore[method-assign]
+    watch = threading.Thread(
+        target=_watch_tokens, args=(workspace,), name="revocations", daemon=True
+    )
+    watch.start()
+    return app
+
+
+def _watch_tokens(workspace: Workspace) -> None:
+    """Close the sockets of tokens that any process has revoked, or that have expired."""
+    pause = threading.Event()
+    while not pause.wait(workspace.settings.revocation_interval):
+        try:
+            used = workspace.hub.token_ids()
+            if used:
+                with workspace.database.read() as connection:
+                    invalid = tokens.invalid_ids(connection)
+                workspace.hub.revoke(used & invalid)
+        except Exception as error:  # this thread is the only one that closes them: it must go on
+            logger.warning("revoked tokens could not be looked up: %s", error)

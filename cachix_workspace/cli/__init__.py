@@ -1,0 +1,1 @@
+"""The command line of `cachix-workspace`: one file for each group of commands."""

@@ -1,0 +1,47 @@
+"""The commands `cache create` and `cache show`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cachix_console import tell
+from cachix_workspace import cache
+from cachix_workspace.cli.output import show, show_json, show_table
+from cachix_workspace.cli.place import open_workspace
+
+
+def run(options: dict[str, Any]) -> None:
+    """Run one of the commands. Raises Error."""
+    if options["create"]:
+        create(options)
+    else:
+        show_cache(options)
+
+
+def create(options: dict[str, Any]) -> None:
+    """Create a cache and print its secret key."""
+    database, settings = open_workspace(options, create=True)
+    with database.write() as connection:
+        row, secret_key = cache.create(
+            connection, options["NAME"], not options["--private"], settings
+        )
+    tell(f"cache {row.name} at {cache.url(settings, row.name)}, public key {row.key}")
+    tell("secret key, which is not shown again:")
+    show(secret_key)
+
+
+def show_cache(options: dict[str, Any]) -> None:
+    """Show a cache."""
+    database, settings = open_workspace(options)
+    with database.read() as connection:
+        row = cache.find_named(connection, options["NAME"])
+    facts = {
+        "name": row.name,
+        "url": cache.url(settings, row.name),
+        "public_key": row.key,
+        "public": row.public,
+    }
+    if options["--json"]:
+        show_json(facts)
+    else:
+        show_table([[key.replace("_", " "), str(value)] for key, value in facts.items()])

@@ -1,0 +1,28 @@
+"""The workspace that a command works on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cachix_protocol import checked_url
+from cachix_workspace.database import Database, get_meta, open_database
+from cachix_workspace.settings import DEFAULT_URL, Settings
+
+
+def public_url(options: dict[str, Any]) -> str | None:
+    """The value of --public-url, None if there is none. Raises UsageError."""
+    text = options.get("--public-url")
+    if not text:
+        return None
+    return checked_url(text, "--public-url", "https://deploy.example.org", bare=True)
+
+
+def open_workspace(options: dict[str, Any], create: bool = False) -> tuple[Database, Settings]:
+    """The workspace in --data, and its settings as `serve` last had them. Raises Error."""
+    url = public_url(options)
+    data = Path(options["--data"])
+    database = open_database(Settings(data), create)
+    with database.read() as connection:
+        stored = get_meta(connection, "public_url")
+    return database, Settings(data, url or stored or DEFAULT_URL)

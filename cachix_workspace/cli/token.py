@@ -1,0 +1,74 @@
+"""The commands `token create`, `token list` and `token revoke`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from cachix_console import number, tell
+from cachix_protocol import Error, UsageError, utc_now
+from cachix_workspace import cache, tokens
+from cachix_workspace.cli.output import show, show_json, show_table
+from cachix_workspace.cli.place import open_workspace
+
+MAX_DAYS = 36_500
+JSON_FIELDS = ("id", "kind", "description", "created_on", "expires_on", "revoked_on")
+
+
+def run(options: dict[str, Any]) -> None:
+    """Run one of the commands. Raises Error."""
+    if options["create"]:
+        create(options)
+    elif options["revoke"]:
+        revoke(options)
+    else:
+        list_all(options)
+
+
+def create(options: dict[str, Any]) -> None:
+    """Create a token and print its secret."""
+    kind = next(kind for kind in tokens.KINDS if options[kind])
+    days = number(options, "--expires", 0, MAX_DAYS) if options["--expires"] else None
+    database, _ = open_workspace(options, create=True)
+    with database.write() as connection:
+        cache_id = None
+        if options["--cache"]:
+            cache_id = cache.find_named(connection, options["--cache"]).id
+        description = options["--description"] or ""
+        token_id, secret = tokens.create(connection, kind, description, days, cache_id)
+    tell(f"{kind} token {token_id}, which is not shown again:")
+    show(secret)
+
+
+def revoke(options: dict[str, Any]) -> None:
+    """Revoke a token."""
+    number = options["ID"]
+    if not re.fullmatch("[0-9]{1,18}", number):
+        raise UsageError(f"ID is a number of `cachix-workspace token list`, not {number[:20]!r}")
+    database, _ = open_workspace(options)
+    with database.write() as connection:
+        if not tokens.revoke(connection, int(number)):
+            raise Error(f"there is no token {number}: see `cachix-workspace token list`")
+    tell(f"token {number} is revoked")
+
+
+def list_all(options: dict[str, Any]) -> None:
+    """List the tokens."""
+    database, _ = open_workspace(options)
+    with database.read() as connection:
+        rows = tokens.list_all(connection)
+    now = utc_now()
+    if options["--json"]:
+        show_json([_facts(token, now) for token in rows])
+        return
+    table = [["ID", "KIND", "STATE", "CREATED", "EXPIRES", "DESCRIPTION"]]
+    for token in rows:
+        created, expires = token.created_on[:10], (token.expires_on or "-")[:10]
+        table.append(
+            [str(token.id), token.kind, token.state(now), created, expires, token.description]
+        )
+    show_table(table)
+
+
+def _facts(token: tokens.Token, now: str) -> dict[str, Any]:
+    return {field: getattr(token, field) for field in JSON_FIELDS} | {"state": token.state(now)}

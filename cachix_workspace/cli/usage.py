@@ -1,0 +1,107 @@
+"""The usage text of `cachix-workspace`, and command lines that do not fit it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import cachix_console
+from cachix_protocol import __version__
+
+USAGE = """\
+The self-hosted workspace of Cachix Deploy.
+
+Usage:
+  cachix-workspace serve [--listen=ADDRESS] [--public-url=URL] [--data=DIR] [--max-connections=N]
+  cachix-workspace token create (agent | activate | admin) [--description=TEXT]
+                                [--expires=DAYS] [--cache=NAME] [--data=DIR]
+  cachix-workspace token list [--json] [--data=DIR]
+  cachix-workspace token revoke ID [--data=DIR]
+  cachix-workspace agent list [--json] [--data=DIR]
+  cachix-workspace cache create NAME [--private] [--public-url=URL] [--data=DIR]
+  cachix-workspace cache show NAME [--json] [--data=DIR]
+  cachix-workspace --help
+  cachix-workspace --version
+
+Commands:
+  serve         Serve agents, CI and the binary caches.
+  token create  Create a token for agents, for CI (activate) or for everything (admin), and print
+                it. It is not shown again.
+  token list    List the tokens, without their secrets.
+  token revoke  Revoke a token. A running server closes its connections within seconds.
+  agent list    List the agents that have ever connected.
+  cache create  Create a binary cache, and print the secret key to sign with. It is not shown
+                again. Whoever pushes also signs.
+  cache show    Show the URL and the public key of a cache.
+
+Options:
+  --data=DIR           The directory of the workspace [default: ./cachix-workspace].
+  --listen=ADDRESS     HOST:PORT; port 0 picks a free one [default: 127.0.0.1:8080].
+  --public-url=URL     The URL by which agents and CI reach the workspace. `serve` defaults to the
+                       address it listens on, `cache create` to the URL that `serve` last used.
+  --max-connections=N  Connections at a time. Three quarters of them may be websockets
+                       [default: 4096].
+  --description=TEXT   What the token is for.
+  --expires=DAYS       The token expires after so many days. By default it never does.
+  --cache=NAME         The binary cache for agents with this token. Default: the oldest cache.
+  --private            Only requests with a token may read the cache.
+  --json               Print JSON.
+  -h --help            Show this text.
+  --version            Show the version.
+
+The commands work beside a running server. Exit status: 0 done; 1 failed; 64 wrong usage.
+"""
+
+
+def parse(argv: list[str]) -> dict[str, Any]:
+    """The command line as a dictionary. Raises UsageError, or SystemExit for --help."""
+    return cachix_console.parse(argv, USAGE, __version__, explain)
+
+
+def command_forms() -> list[tuple[tuple[str, ...], list[str]]]:
+    """The forms of the usage text: the words of the command, and its lines."""
+    forms: list[tuple[tuple[str, ...], list[str]]] = []
+    for line in USAGE.split("Usage:\n")[1].split("\n\n")[0].splitlines():
+        match = re.match(r"  cachix-workspace((?: [a-z]+)+)", line)
+        if match:
+            forms.append((tuple(match[1].split()), [line]))
+        elif line.startswith("    "):
+            forms[-1][1].append(line)
+    return forms
+
+
+def explain(words: list[str]) -> str:
+    """Why a command line fits no form. Arguments are not shown: they may be a token."""
+    group, command = _commands(words)
+    groups = list(dict.fromkeys(form[0] for form, _ in command_forms()))
+    commands = [form[1] for form, _ in command_forms() if form[0] == group and len(form) > 1]
+    if group is None:
+        return f"missing command: {', '.join(groups[:-1])} or {groups[-1]}"
+    if group not in groups:
+        return f"unknown command{_shown(group)}; there are: {', '.join(groups)}"
+    if not commands or command in commands:
+        name = " ".join(filter(None, (group, command if commands else None)))
+        return f"missing or unexpected arguments for `{name}`"
+    if command is None:
+        return f"missing command after `{group}`; {group} has: {', '.join(commands)}"
+    return f"unknown command{_shown(group, command)}; {group} has: {', '.join(commands)}"
+
+
+def fitting_lines(words: list[str]) -> list[str]:
+    """The lines of the usage text for the command of a command line, else for its group."""
+    group, command = _commands(words)
+    mine = [(form, lines) for form, lines in command_forms() if form[0] == group]
+    exact = [(form, lines) for form, lines in mine if form == (group, command)]
+    return [line for _, lines in exact or mine for line in lines]
+
+
+def _commands(words: list[str]) -> tuple[str | None, str | None]:
+    """The words at the places of the group and of its command."""
+    names = [word for word in words if not word.startswith("-")]
+    return (*names, None, None)[0], (*names, None, None)[1]
+
+
+def _shown(*names: str) -> str:
+    """The names, quoted, if they look like commands."""
+    plain = all(re.fullmatch("[a-z]{1,16}", name) for name in names)
+    return f" `{' '.join(names)}`" if plain else ""
