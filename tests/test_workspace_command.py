@@ -211,6 +211,13 @@ def test_a_description_may_be_anything(description: str, capsys: Captured, data:
     assert (token["description"], token["expires_on"]) == (description, None)
 
 
+@pytest.mark.parametrize("days", ["0", "-1", "never", "nan", "inf", "36501"])
+def test_a_token_expires_in_the_future(days: str, capsys: Captured, data: str) -> None:
+    assert main(["token", "create", "agent", f"--expires={days}", data]) == 64
+    sentence = "--expires must be a number of days above 0 and at most 36,500"
+    assert capsys.readouterr() == ("", f"error: {sentence}, not '{days}'\n")
+
+
 def test_a_reader_that_leaves(data: str) -> None:
     argv = [sys.executable, "-m", "cachix_workspace", "token", "create", "agent", data]
     with subprocess.Popen(

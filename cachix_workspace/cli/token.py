@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from cachix_console import number, tell
+from cachix_console import positive, tell
 from cachix_protocol import Error, UsageError, utc_now
 from cachix_workspace import cache, tokens
 from cachix_workspace.cli.output import show, show_json, show_table
@@ -28,15 +28,15 @@ def run(options: dict[str, Any]) -> None:
 def create(options: dict[str, Any]) -> None:
     """Create a token and print its secret."""
     kind = next(kind for kind in tokens.KINDS if options[kind])
-    days = number(options, "--expires", 0, MAX_DAYS) if options["--expires"] else None
+    days = positive(options, "--expires", "days", MAX_DAYS) if options["--expires"] else None
     database, _ = open_workspace(options, create=True)
     with database.write() as connection:
         cache_id = None
         if options["--cache"]:
             cache_id = cache.find_named(connection, options["--cache"]).id
         description = options["--description"] or ""
-        token_id, secret = tokens.create(connection, kind, description, days, cache_id)
-    tell(f"{kind} token {token_id}, which is not shown again:")
+        number, secret = tokens.create(connection, kind, description, days, cache_id)
+    tell(f"{kind} token {number}, which is not shown again:")
     show(secret)
 
 
