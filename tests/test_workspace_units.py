@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import configparser
 import contextlib
 import json
+import re
 from pathlib import Path
 
 import pytest
+import simple_websocket
+from gunicorn.workers.gthread import ThreadWorker
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Connection
-from workspace_support import STORE_PATHS
+from workspace_support import ROOT, STORE_PATHS
 
 from cachix_connection import Peer
 from cachix_protocol import Error, Spec, Undecodable, loads
@@ -19,7 +23,9 @@ from cachix_workspace import agents, cache, deployments, logs, tokens
 from cachix_workspace.database import Database, open_database, put_meta
 from cachix_workspace.deployments import DeploymentRow, Report
 from cachix_workspace.refusal import Refusal
+from cachix_workspace.server import WorkspaceWorker
 from cachix_workspace.settings import Settings
+from cachix_workspace.websocket import Socket
 
 P, R, S, F, C = "Pending", "InProgress", "Succeeded", "Failed", "Cancelled"
 TIME = "2026-11-24T01:00:00.123456789Z"
@@ -177,6 +183,25 @@ def test_a_database_of_a_newer_program_is_left_alone(tmp_path: Path) -> None:
         put_meta(c, "version", "99")
     with pytest.raises(Error, match="schema 99"):
         open_database(Settings(tmp_path))
+
+
+# --- libraries ------------------------------------------------------------------------------------
+
+
+def test_the_internals_that_are_overridden_exist() -> None:
+    worker = ("init_process", "handle_exit", "handle_quit", "is_parent_alive", "enqueue_req")
+    for name in (*worker, "handle"):
+        assert name in vars(WorkspaceWorker) and callable(getattr(ThreadWorker, name)), name
+    for name in ("_thread", "_handle_events"):
+        assert name in vars(Socket) and callable(getattr(simple_websocket.Server, name)), name
+
+
+@pytest.mark.parametrize("library", ["gunicorn", "simple-websocket"])
+def test_libraries_with_overridden_internals_are_bounded(library: str) -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    needed = config["options.extras_require"]["workspace"].splitlines()
+    assert any(re.fullmatch(rf"{library} >=[\d.]+,<\d+", line) for line in needed), needed
 
 
 # --- caches ---------------------------------------------------------------------------------------
