@@ -1,7 +1,8 @@
-"""Build the agent and the CI command, with all that they need, into one file that any Python 3.9 or newer runs."""
+"""Build the agent and the CI command, with all they need, into one file for Python 3.9 or newer."""
 
 from __future__ import annotations
 
+import glob
 import os
 import py_compile
 import shutil
@@ -10,7 +11,9 @@ import sysconfig
 import tempfile
 import zipapp
 
-# What requests needs comes from the environment that the tests run in: the same versions.
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OWN = ("cachix_*.py", "activate")  # patterns; an agent has no use for cachix_workspace/
+# The dependencies come from the environment that the tests run in: the same versions.
 PACKAGES = (
     "requests",
     "urllib3",
@@ -20,8 +23,7 @@ PACKAGES = (
     "websocket",
     "docopt.py",
 )
-OWN = ("cachix_deploy.py", "cachix_activate.py", "activate")
-# Newer Pythons warn of docopt's source, which they compile at every start.
+# Newer Pythons warn about docopt's source, which they compile at every start.
 MAIN = """import sys
 import warnings
 
@@ -36,7 +38,7 @@ LEFT_OUT = shutil.ignore_patterns(
 
 
 def copy(source: str, directory: str) -> None:
-    """Copy a module or a package, without what is compiled for one machine and what an agent never imports."""
+    """Copy a module or package, without machine code and whatever an agent never imports."""
     target = os.path.join(directory, os.path.basename(source))
     if os.path.isdir(source):
         shutil.copytree(source, target, ignore=LEFT_OUT)
@@ -45,9 +47,9 @@ def copy(source: str, directory: str) -> None:
 
 
 def compile_all(directory: str) -> None:
-    """Put byte code beside each source: Pythons of this version load it, all others compile the source themselves.
+    """Put byte code beside each source. Pythons of another version compile the source themselves.
 
-    It is never compared with its source: both are in one file that is replaced as a whole.
+    Byte code is never compared with its source: both are in one file that is replaced as a whole.
     """
     for parent, _, files in os.walk(directory):
         for name in [name for name in files if name.endswith(".py")]:
@@ -57,16 +59,19 @@ def compile_all(directory: str) -> None:
             py_compile.compile(path, path + "c", dfile=shown, doraise=True, invalidation_mode=mode)
 
 
-def main(target: str) -> None:
-    """Write the zip application `target`; it appears whole or not at all."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+def sources() -> list[str]:
+    """Return the paths of all modules and packages that go into the file."""
+    own = [path for pattern in OWN for path in glob.glob(os.path.join(ROOT, pattern))]
+    own = [path for path in own if os.path.basename(path) != "cachix_workspace"]
     site = sysconfig.get_path("purelib")
+    return sorted(own) + [os.path.join(site, name) for name in PACKAGES]
+
+
+def main(target: str) -> None:
+    """Write the zip application `target`, which appears whole or not at all."""
     os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
-        for source in [
-            *(os.path.join(root, name) for name in OWN),
-            *(os.path.join(site, name) for name in PACKAGES),
-        ]:
+        for source in sources():
             copy(source, directory)
         with open(os.path.join(directory, "__main__.py"), "w", encoding="utf-8") as file:
             file.write(MAIN)
