@@ -1,4 +1,4 @@
-"""What tests ask for by name. All of it lives in the test's own temporary directory and ends with the test."""
+"""The fixtures of all tests. They live in the test's own temporary directory and end with it."""
 
 from __future__ import annotations
 
@@ -17,59 +17,64 @@ from live import Workspace
 from machines import Machine
 from peer import Peer
 
-pytest.register_assert_rewrite("invariants", "chains")  # so that they say what was wrong
+pytest.register_assert_rewrite("invariants", "chains")  # so that their failures show the values
+PROMISES = range(1, 16)
+SLOW_FIXTURES = {"make_host", "disks", "reader", "tree", "python39"}  # need Nix, root, downloads
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """For tests/faults, whose own conftest.py comes too late for that, and for the summary below."""
+    """Add the options of tests/faults, whose own conftest.py is loaded too late for that."""
     parser.addoption(
         "--faults", action="store_true", help="all cases of tests/faults, and a summary by promise"
     )
     parser.addoption(
-        "--seconds", type=float, default=60.0, help="for how long random schedules are drawn"
+        "--seconds", type=float, default=60.0, help="for how long to draw random schedules"
     )
-    parser.addoption("--seed", type=int, help="the first schedule's, instead of a random one")
+    parser.addoption("--seed", type=int, help="seed of the first schedule (default: a random one)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that `make quick` leaves out, before pytest selects by marker."""
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
 
 
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """How many cases were run, and how many of each promise; which random schedules."""
-    reports = [
-        report
-        for found in terminalreporter.stats.values()
-        for report in found
-        if hasattr(report, "when")
-    ]
-    for report in reports:
-        seeds = [seed for name, seed in getattr(report, "user_properties", []) if name == "soak"]
+    """Print the random schedules, and with --faults the number of cases of each promise."""
+    stats = terminalreporter.stats
+    for report in [report for reports in stats.values() for report in reports]:
+        seeds = properties(report, "soak")
         if seeds and report.when == "call":
             terminalreporter.line(f"soak: {len(seeds)} schedules, seeds {seeds[0]} to {seeds[-1]}")
     if not config.getoption("--faults"):
         return
-    ended = {
-        name: terminalreporter.stats.get(name, [])
-        for name in ("passed", "failed", "error", "skipped")
-    }
-    run = [report for report in ended["passed"] if report.when == "call"]
-    bad = list(ended["failed"] + ended["error"])
+    passed = [report for report in stats.get("passed", []) if report.when == "call"]
+    failed = stats.get("failed", []) + stats.get("error", [])
     terminalreporter.section("faults")
-    for number in range(1, 16):
-        mine = [
-            report for report in run if ("promise", number) in map(tuple, report.user_properties)
-        ]
-        broken = [
-            report for report in bad if ("promise", number) in map(tuple, report.user_properties)
-        ]
-        terminalreporter.line(f"promise {number:2}: {len(mine):4} cases held, {len(broken)} failed")
+    for number in PROMISES:
+        held, broken = (
+            sum(number in properties(report, "promise") for report in reports)
+            for reports in (passed, failed)
+        )
+        terminalreporter.line(f"promise {number:2}: {held:4} cases held, {broken} failed")
+    skipped = len(stats.get("skipped", []))
     terminalreporter.line(
-        f"{len(run) + len(bad)} cases, {len(bad) or 'none'} failed, {len(ended['skipped'])} skipped"
+        f"{len(passed) + len(failed)} cases, {len(failed) or 'none'} failed, {skipped} skipped"
     )
+
+
+def properties(report: object, name: str) -> list[Any]:
+    """Return a test's properties of a name; none for warnings and for errors at collection."""
+    return [value for key, value in getattr(report, "user_properties", ()) if key == name]
 
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    """For what nests too deep: finalizers of earlier tests' rubbish would fail at the bottom of that recursion."""
+    """Switch the garbage collector off: finalizers would fail at the bottom of a deep recursion."""
     gc.disable()
     yield
     gc.enable()
@@ -77,89 +82,90 @@ def no_collector() -> Iterator[None]:
 
 @pytest.fixture
 def make_host(tmp_path: Path) -> Iterator[Callable[..., Host]]:
-    """Hosts by name: `make_host("second")`."""
+    """Make hosts by name: `make_host("second")`."""
     with contextlib.ExitStack() as stack:
         yield lambda name="host": stack.enter_context(Host(tmp_path / name))
 
 
 @pytest.fixture
 def host(make_host: Callable[..., Host]) -> Host:
-    """A host."""
+    """A host, without an agent."""
     return make_host()
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
     """A binary cache that can misbehave; add to it with the functions of `closures`."""
-    made = Cache(tmp_path / "cache")
-    yield made
-    made.close()
+    cache = Cache(tmp_path / "cache")
+    yield cache
+    cache.close()
 
 
 @pytest.fixture
 def peer() -> Iterator[Peer]:
     """A workspace that follows the test's script."""
-    with Peer() as made:
-        yield made
+    with Peer() as peer:
+        yield peer
 
 
 @pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
-    """A real workspace with a public cache, one for all tests: give agents names of their own (`name`)."""
-    made = Workspace(tmp_path_factory.mktemp("workspace"))
+    """A real workspace with a public cache. All tests share it: use agent names from `name`."""
+    workspace = Workspace(tmp_path_factory.mktemp("workspace"))
     try:
-        made.serve()
-        made.cache()
-        yield made
+        workspace.serve()
+        workspace.cache()
+        yield workspace
     finally:
-        made.kill()
+        workspace.kill()
 
 
 @pytest.fixture
 def make_workspace(tmp_path: Path) -> Iterator[Callable[..., Workspace]]:
-    """Workspaces for one test alone, which may stop them: `make_workspace(private=True)`."""
-    made: list[Workspace] = []
+    """Make workspaces for one test alone, which may stop them: `make_workspace(private=True)`."""
+    workspaces: list[Workspace] = []
 
     def make(name: str = "workspace", private: bool = False) -> Workspace:
-        made.append(Workspace(tmp_path / name))
-        made[-1].serve()
-        made[-1].cache(private=private)
-        return made[-1]
+        workspace = Workspace(tmp_path / name)
+        workspaces.append(workspace)
+        workspace.serve()
+        workspace.cache(private=private)
+        return workspace
 
     yield make
-    for workspace in made:
+    for workspace in workspaces:
         workspace.kill()
 
 
 @pytest.fixture
 def name(request: pytest.FixtureRequest) -> str:
     """An agent's name that no other test has."""
-    return (
-        re.sub(r"[^0-9A-Za-z]+", "-", request.node.name).strip("-")[:80]
-        + "-"
-        + uuid.uuid4().hex[:6]
-    )
+    words = re.sub(r"[^0-9A-Za-z]+", "-", request.node.name).strip("-")
+    return f"{words[:80]}-{uuid.uuid4().hex[:6]}"
 
 
 @pytest.fixture
 def make_machine(
     make_host: Callable[..., Host], live: Workspace, name: str
 ) -> Iterator[Callable[..., Machine]]:
-    """A machine with a connected agent: `make_machine("--on-unit-failure=tolerate")`; checked when the test ends."""
-    made: list[Machine] = []
-    checked: list[Machine] = []
+    """Make machines with a connected agent: `make_machine("--on-unit-failure=tolerate")`.
+
+    Each is checked when the test ends, unless it is made with `check=False`.
+    """
+    machines: list[tuple[Machine, bool]] = []
 
     def make(
         *args: str, workspace: Workspace = live, host: str = "host", check: bool = True, **kw: Any
     ) -> Machine:
-        own_name = f"{name}-{len(made)}" if made else name
-        made.append(Machine(make_host(host), workspace, own_name, *args, **kw))
-        checked.extend(made[-1:] if check else [])
-        return made[-1]
+        own_name = f"{name}-{len(machines)}" if machines else name
+        machine = Machine(make_host(host), workspace, own_name, *args, **kw)
+        machines.append((machine, check))
+        return machine
 
     yield make
-    for machine in checked:
-        machine.check()
+    for machine, check in machines:
+        if check:
+            machine.check()
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ def test_closing_a_host_ends_all_that_runs_in_it(make_host: Callable[..., Host])
     assert kept.poll() is None
 
 
+@pytest.mark.slow
 def test_a_killed_test_run_leaves_nothing_behind(tmp_path: Path) -> None:
     code = (
         f"import sys, time; sys.path[:0] = [{str(PROJECT / 'tests')!r}]\nfrom hosts import Host\n"

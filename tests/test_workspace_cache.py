@@ -180,6 +180,7 @@ needs_nix = pytest.mark.skipif(shutil.which("nix-store") is None, reason="Nix is
 
 
 @needs_nix
+@pytest.mark.slow
 @pytest.mark.parametrize("private", [False, True])
 def test_nix_pushes_and_pulls(tmp_path: Path, private: bool) -> None:
     with running() as server, Host(tmp_path / "ci") as ci, Host(tmp_path / "target") as target:
