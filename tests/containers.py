@@ -1,8 +1,9 @@
-"""Machines that a real systemd runs: containers of systemd-nspawn on a root tree of Debian's, with a /nix of their own.
+"""Machines with a real systemd: containers of systemd-nspawn on a Debian root tree.
 
-The tree is made once, below build/systemd. A container sees it below an overlay that takes what it changes, and has the
-network of the real machine. All mounts and processes belong to namespaces that end with the container, and the
-container ends with the test run, even with one that is killed; only its empty control group has to be cleared away.
+The tree is made once, below build/systemd. A container has its own /nix, sees the tree below an
+overlay that takes all changes, and shares the network of the real machine. All mounts and processes
+belong to namespaces that end with the container. The container ends with the test run, even if that
+is killed; only its empty control group has to be removed.
 """
 
 from __future__ import annotations
@@ -20,32 +21,24 @@ import uuid
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from hosts import NIX_CONF, PROJECT, Host, wait_until
+from hosts import NIX_CONF, PROJECT, Host, command_line, wait_until
 from live import Workspace
 from machines import Machine
 
 TREES = PROJECT / "build" / "systemd"
-SUITE, MIRROR = "bookworm", "http://deb.debian.org/debian"
-PACKAGES = "systemd,systemd-sysv,dbus,python3,procps,nix-bin,libdbi-perl"  # the last: debootstrap finds no virtual one
+# libdbi-perl is named since debootstrap can't resolve the virtual package that nix-bin wants.
+PACKAGES = "systemd,systemd-sysv,dbus,python3,procps,nix-bin,libdbi-perl"
 MASKED = (
-    "getty.target console-getty.service systemd-logind.service apt-daily.timer apt-daily-upgrade.timer"
-    " dpkg-db-backup.timer e2scrub_all.timer fstrim.timer systemd-tmpfiles-clean.timer"
+    "getty.target console-getty.service systemd-logind.service apt-daily.timer"
+    " apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer"
+    " systemd-tmpfiles-clean.timer"
 )
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-NAMESPACES = [
-    "setpriv",
-    "--pdeathsig",
-    "KILL",
-    "unshare",
-    "--mount",
-    "--pid",
-    "--fork",
-    "--kill-child",
-]
-NAMESPACES += ["--propagation", "private", "/bin/sh", "-euc"]
+NAMESPACES = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork"]
+NAMESPACES += ["--kill-child", "--propagation", "private", "/bin/sh", "-euc"]
 MAKE = f"""
 mount -t proc proc /proc
-debootstrap --variant=minbase --include={PACKAGES} {SUITE} "$0" {MIRROR}
+debootstrap --variant=minbase --include={PACKAGES} SUITE "$0" MIRROR
 for unit in {MASKED}; do ln -sfn /dev/null "$0/etc/systemd/system/$unit"; done
 rm -f "$0"/var/cache/apt/archives/*.deb "$0"/var/lib/apt/lists/*_*
 """
@@ -63,11 +56,11 @@ TOKEN_FILE = "/etc/cachix-agent.token"
 
 
 class Missing(Exception):
-    """This machine can't run containers: a sentence that says what to do."""
+    """Something that a test needs is not here. The sentence says what to do."""
 
 
 def look_for_programs() -> None:
-    """Raises Missing where containers can't be had."""
+    """Raise Missing if this machine can't run containers."""
     if os.geteuid() != 0:
         raise Missing("tests with a real systemd need root")
     if any(
@@ -79,52 +72,74 @@ def look_for_programs() -> None:
 
 
 def control_groups() -> str:
-    """Where the unified hierarchy of control groups is mounted. Raises Missing."""
-    found = re.search(
+    """Return where the unified hierarchy of control groups is mounted. Raises Missing."""
+    match = re.search(
         r"^(?:\S+ ){4}(\S+) .* - cgroup2 ", Path("/proc/self/mountinfo").read_text(), re.M
     )
-    if found is None or not os.access(found[1], os.W_OK):
-        raise Missing(
-            "tests with a real systemd need control groups, version 2, that can be written"
-        )
-    return found[1]
+    if match is None or not os.access(match[1], os.W_OK):
+        raise Missing("tests with a real systemd need a writable cgroup2 file system")
+    return match[1]
+
+
+def mirror() -> tuple[str, str]:
+    """Return the mirror and the suite of Debian that apt is set up for.
+
+    The mirror is empty on any other system, where debootstrap has a default of its own.
+    """
+    release = Path("/etc/os-release").read_text()
+    codename = re.search(r"^VERSION_CODENAME=(\w+)$", release, re.M)
+    if re.search(r"^ID=debian$", release, re.M) and codename:
+        argv = ["apt-get", "indextargets", "--format", "$(SITE) $(RELEASE) $(CODENAME)"]
+        targets = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=False).stdout
+        for site, *suites in map(str.split, targets.splitlines()):
+            if codename[1] in suites and site.startswith("http"):
+                return site, codename[1]
+    return "", "bookworm"
 
 
 def root_tree() -> Path:
-    """The root tree, made where it is missing or was made otherwise. Raises Missing."""
+    """Return the root tree. Makes it if it is missing or another recipe made it. Raises Missing."""
     look_for_programs()
+    site, suite = mirror()
+    script = MAKE.replace("SUITE", suite).replace("MIRROR", site)
     TREES.mkdir(parents=True, exist_ok=True)
     tree, unfinished, recipe = TREES / "root", TREES / "unfinished", TREES / "recipe"
     with open(TREES / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if tree.is_dir() and recipe.exists() and recipe.read_text() == MAKE:
+        if tree.is_dir() and recipe.exists() and recipe.read_text() == script:
             return tree
         for old in (tree, unfinished):
             remove(old)
-        with open(TREES / "log", "wb") as log:
-            argv = [*NAMESPACES, MAKE, str(unfinished)]
-            env = {
-                **os.environ,
-                "PATH": PATH,
-                "DEBIAN_FRONTEND": "noninteractive",
-                "LC_ALL": "C.UTF-8",
-            }
-            try:
-                subprocess.run(
-                    argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd="/", check=True, timeout=280
-                )  # fmt: skip
-            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-                why = f"`debootstrap` failed ({type(error).__name__}): see {log.name}"
-                raise Missing(
-                    f"tests with a real systemd need Debian packages from {MIRROR}, but {why}"
-                ) from None
+        bootstrap(script, unfinished)
         os.rename(unfinished, tree)
-        recipe.write_text(MAKE)
+        recipe.write_text(script)
     return tree
 
 
+def bootstrap(script: str, tree: Path) -> None:
+    """Run the recipe for a tree, in namespaces of its own. Raises Missing if it fails."""
+    env = {**os.environ, "PATH": PATH, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
+    with open(TREES / "log", "wb") as log:
+        try:
+            subprocess.run(
+                [*NAMESPACES, script, str(tree)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=env,
+                cwd="/",
+                check=True,
+                timeout=280,
+            )
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            raise Missing(
+                "tests with a real systemd need Debian packages, but `debootstrap` failed"
+                f" ({type(error).__name__}): see {log.name}"
+            ) from None
+
+
 def remove(tree: Path) -> None:
-    """Remove a tree, never what is mounted into it."""
+    """Remove a tree. Fails if something is mounted below it."""
     assert f" {tree}/" not in Path("/proc/self/mountinfo").read_text(), (
         f"something is mounted below {tree}"
     )
@@ -132,16 +147,19 @@ def remove(tree: Path) -> None:
 
 
 def readme_unit() -> str:
-    """The agent's unit as README.rst shows it."""
-    found = re.search(
+    """Return the agent's unit as README.rst shows it."""
+    match = re.search(
         r"^\.\. code-block:: ini\n\n((?:    .*\n|\n)+)", (PROJECT / "README.rst").read_text(), re.M
     )
-    assert found
-    return re.sub(r"^    ", "", found[1], flags=re.M).strip() + "\n"
+    assert match
+    return re.sub(r"^    ", "", match[1], flags=re.M).strip() + "\n"
 
 
 class Container(Host):
-    """A machine with systemd as its first process. What is put below `upper` before it boots is in its root tree."""
+    """A machine with systemd as its first process.
+
+    Files that are put below `upper` before it boots are part of its root tree.
+    """
 
     def __init__(self, directory: Union[str, Path], tree: Path, boot: bool = True) -> None:
         self.directory, self.tree = Path(directory).resolve(), tree
@@ -157,7 +175,7 @@ class Container(Host):
         self.write("/etc/nix/nix.conf", NIX_CONF)
 
     def write(self, path: str, text: str, mode: int = 0o644) -> Path:
-        """A file of its root tree, made before it boots."""
+        """Write a file into its root tree before it boots; return where the file is."""
         file = self.upper / path[1:]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
@@ -167,29 +185,31 @@ class Container(Host):
     # --- its life ---
 
     def boot(self) -> None:
-        """Boot what the boot loader has as its default, and wait until systemd has started everything."""
+        """Boot the boot loader's default, and wait until systemd has started everything."""
         default = self.boot_default()
         if default is not None:
             self.write("/etc/tmpfiles.d/nixos.conf", f"L+ /run/current-system - - - - {default}\n")
         self.group = f"{control_groups()}/cachix-{uuid.uuid4().hex[:8]}"
         with open(self.directory / "console", "ab") as console:
             self.holder = subprocess.Popen(
-                [*NAMESPACES, BOOT, str(self.directory), str(self.tree), self.group], stdin=subprocess.DEVNULL,
-                stdout=console, stderr=console, start_new_session=True, cwd="/",
+                [*NAMESPACES, BOOT, str(self.directory), str(self.tree), self.group],
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+                start_new_session=True,
+                cwd="/",
                 env={"PATH": PATH, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
-            )  # fmt: skip
+            )
         wait_until(self.is_up, 30, f"the container to boot: {self.directory}/console")
 
     def is_up(self) -> bool:
         assert self.holder is not None and self.holder.poll() is None, (
             self.directory / "console"
         ).read_text()
-        found = [child for nspawn in children(self.holder.pid) for child in children(nspawn)]
-        self.init = found[0] if found else 0
-        return bool(found) and self.systemctl("is-system-running").stdout.strip() in (
-            "running",
-            "degraded",
-        )
+        processes = [child for nspawn in children(self.holder.pid) for child in children(nspawn)]
+        self.init = processes[0] if processes else 0
+        state = self.systemctl("is-system-running").stdout.strip() if self.init else ""
+        return state in ("running", "degraded")
 
     def poweroff(self, timeout: float = 30.0) -> None:
         """Shut it down in order."""
@@ -203,7 +223,7 @@ class Container(Host):
         self.boot()
 
     def close(self) -> None:
-        """End all that runs in it, as a power loss would, but for what the disk holds. What it has said is kept."""
+        """Kill everything that runs in it. Its disk stays; its journal is saved in `journal`."""
         if self.holder is None:
             return
         if self.holder.poll() is None:
@@ -219,10 +239,10 @@ class Container(Host):
 
     def clear_groups(self) -> bool:
         name = os.path.basename(self.group)
-        found = [
+        groups = [
             path for pattern in ("*", "*/*") for path in glob.glob(f"/sys/fs/cgroup/{pattern}")
         ]
-        for top in [path for path in found if os.path.basename(path) == name]:
+        for top in [path for path in groups if os.path.basename(path) == name]:
             for place, _, _ in os.walk(top, topdown=False):
                 try:
                     os.rmdir(place)
@@ -231,18 +251,13 @@ class Container(Host):
         return True
 
     def processes(self) -> dict[int, str]:
-        """The command lines of all that runs in it, by the process ids that the test sees."""
-        mine, found = os.readlink(f"/proc/{self.init}/ns/pid"), {}
+        """Return the command lines of its processes, by the process ids that the test sees."""
+        namespace, lines = os.readlink(f"/proc/{self.init}/ns/pid"), {}
         for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
             with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{pid}/ns/pid") == mine:
-                    found[pid] = (
-                        Path(f"/proc/{pid}/cmdline")
-                        .read_bytes()
-                        .replace(b"\0", b" ")
-                        .decode(errors="replace")
-                    )
-        return found
+                if os.readlink(f"/proc/{pid}/ns/pid") == namespace:
+                    lines[pid] = command_line(pid)
+        return lines
 
     # --- running things ---
 
@@ -250,11 +265,11 @@ class Container(Host):
         return ["nsenter", "--target", str(self.init), "--all", "--"]  # `cwd` would be the test's
 
     def systemctl(self, *args: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
-        """Run systemctl in it; never raises for a status."""
+        """Run systemctl in it. Never raises for an exit status."""
         return self.run(["systemctl", *args], timeout)
 
     def show(self, name: str, unit: str = UNIT) -> str:
-        """A property of a unit."""
+        """Return a property of a unit."""
         return self.output("systemctl", "show", f"--property={name}", "--value", unit).strip()
 
     def path(self, path: str) -> Path:
@@ -264,7 +279,7 @@ class Container(Host):
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
+    """Return the process ids of a process's children."""
     try:
         return [
             int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -274,14 +289,14 @@ def children(pid: int) -> list[int]:
 
 
 class ServiceMachine(Machine):
-    """A container with the agent as a service, by the unit of README.rst."""
+    """A container with the agent as a service, by the unit in README.rst."""
 
     host: Container
 
     def __init__(
         self, host: Container, program: Path, workspace: Workspace, name: str, *args: str
     ) -> None:
-        """`program` is what `make pyz` builds."""
+        """Prepare the container. `program` is the file that `make pyz` builds."""
         self.host, self.workspace, self.name = host, workspace, name
         self.unit = readme_unit().replace(
             README_COMMAND, " ".join([f"agent {name} --host={workspace.url}", *args])
@@ -289,20 +304,20 @@ class ServiceMachine(Machine):
         assert workspace.url in self.unit
         host.write(f"/etc/systemd/system/{UNIT}", self.unit)
         host.write(TOKEN_FILE, workspace.token("agent") + "\n", 0o600)
-        wanted = host.upper / "etc/systemd/system/multi-user.target.wants"
-        wanted.mkdir()
-        (wanted / UNIT).symlink_to(f"../{UNIT}")
+        wants = host.upper / "etc/systemd/system/multi-user.target.wants"
+        wants.mkdir()
+        (wants / UNIT).symlink_to(f"../{UNIT}")
         (host.upper / "usr/local/bin").mkdir(parents=True)
         shutil.copy(program, host.upper / "usr/local/bin/cachix-deploy")
 
     def boot(self) -> None:
-        """Boot it, and wait for its agent to be connected."""
+        """Boot it, and wait until its agent is connected."""
         before = time.time()
         self.host.boot()
         self.wait_registered(before)
 
     def wait_registered(self, since: float, timeout: float = 30.0) -> None:
-        """Wait until an agent has registered after that time."""
+        """Wait until an agent has registered after `since` (seconds since the epoch)."""
         path = self.host.state / f"registered-{self.name}.json"
         wait_until(
             lambda: path.exists() and path.stat().st_mtime >= since,
@@ -311,40 +326,40 @@ class ServiceMachine(Machine):
         )
 
     def main_pid(self) -> int:
-        """The agent's process id in the container; 0 where it does not run."""
+        """Return the agent's process id in the container; 0 if it does not run."""
         return int(self.host.show("MainPID"))
 
     def switch(self, deployment_id: str) -> int:
-        """The process id, for the test, of a deployment's switch process."""
-        found = [
+        """Return the process id, for the test, of a deployment's switch process."""
+        pids = [
             pid
             for pid, line in self.host.processes().items()
             if line.strip().endswith(f"switch {deployment_id}")
         ]
-        assert len(found) == 1, self.host.processes()
-        return found[0]
+        assert len(pids) == 1, self.host.processes()
+        return pids[0]
 
     def unit_of(self, pid: int) -> str:
-        """The unit of systemd that a process belongs to."""
-        return os.path.basename(
-            re.search(r"^0::(.*)$", Path(f"/proc/{pid}/cgroup").read_text(), re.M)[1]
-        )  # type: ignore[index]
+        """Return the systemd unit that a process belongs to."""
+        match = re.search(r"^0::(.*)$", Path(f"/proc/{pid}/cgroup").read_text(), re.M)
+        assert match
+        return os.path.basename(match[1])
 
     def stop(self) -> float:
-        """Stop the service as an operator does; how many seconds that took."""
-        began = time.monotonic()
-        done = self.host.systemctl("stop", UNIT)
-        assert done.returncode == 0, done.stderr
-        return time.monotonic() - began
+        """Stop the service as an operator does; return how many seconds that took."""
+        start = time.monotonic()
+        result = self.host.systemctl("stop", UNIT)
+        assert result.returncode == 0, result.stderr
+        return time.monotonic() - start
 
     def states(self) -> dict[str, Any]:
-        """How systemd sees the service."""
+        """Return the state, result and exit status of the service as systemd has them."""
         names = ("ActiveState", "Result", "ExecMainStatus")
         lines = self.host.output("systemctl", "show", f"--property={','.join(names)}", UNIT).split()
         return dict(line.split("=", 1) for line in lines)
 
     def leaks(self, token: str) -> list[str]:
-        """Where the token can be read that must not be: what systemd and its journal say, processes, the state."""
+        """Return where the token can be read: output of systemd, its journal, files, processes."""
         secret, places = token.encode(), []
         for argv in (
             ["systemctl", "show", "*"],

@@ -1,8 +1,10 @@
-"""Machines to deploy to, several on one: each a directory that processes see as their own /nix and /run.
+"""Machines to deploy to, several on one real machine.
 
-A host is a mount namespace that a small process holds open. Whatever runs in the host joins that namespace, so all of
-it can be found, and ends when the host is closed or the test run itself dies. Processes, network and the rest of the
-file system are those of the real machine; HOME, XDG directories, TMPDIR and the agent's state lie in its directory.
+A host is a directory that its processes see as their own /nix and /run, in a mount namespace that a
+small process holds open. Every process of the host joins that namespace, so that all of them can be
+found, and end when the host is closed or the test run itself dies. Process table, network and the
+rest of the file system are those of the real machine. HOME, the XDG directories, TMPDIR and the
+agent's state lie in the host's directory.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 SYSTEM = "/nix/var/nix/profiles/system"
 CURRENT_SYSTEM = "/run/current-system"
 BOOT_DEFAULT = "/nix/var/boot-default"  # what the fake boot loader would boot; survives a reboot
-RECORD = "/nix/var/record"  # what activation scripts were asked, a line each; survives a reboot
+RECORD = "/nix/var/record"  # a line for each call of an activation script; survives a reboot
 NIX_CONF = """\
 build-users-group =
 sandbox = false
@@ -36,15 +38,17 @@ MOUNTS = """
 mount --bind "$0/nix" /nix && mount --bind "$0/run" /run &&
 mount --bind "$0/boot-id" /proc/sys/kernel/random/boot_id && exec "$@"
 """
-# Holds the namespace until its stdin ends, then ends all that runs in it: also when the tests were killed.
+# Holds the namespace until its stdin is closed, also by the death of the tests. Then it kills every
+# other process in the namespace.
 HOLDER = """
 import os, signal, sys, time
 def others():
-    mine = os.readlink("/proc/self/ns/mnt")
+    own = os.readlink("/proc/self/ns/mnt")
     for pid in os.listdir("/proc"):
         try:
-            if pid.isdigit() and int(pid) != os.getpid() and os.readlink("/proc/%s/ns/mnt" % pid) == mine:
-                yield int(pid)
+            if pid.isdigit() and int(pid) != os.getpid():
+                if os.readlink("/proc/%s/ns/mnt" % pid) == own:
+                    yield int(pid)
         except OSError:
             pass
 for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -54,10 +58,10 @@ while os.read(0, 100):
     pass
 end = time.monotonic() + 10
 while time.monotonic() < end:
-    found = list(others())
-    if not found:
+    pids = list(others())
+    if not pids:
         break
-    for pid in found:
+    for pid in pids:
         try:
             os.kill(pid, signal.SIGKILL)
         except OSError:
@@ -67,7 +71,10 @@ while time.monotonic() < end:
 
 
 def wait_until(condition: Callable[[], Any], timeout: float = 30.0, what: str = "") -> Any:
-    """The first value of `condition` that is true. Fails after `timeout` seconds, saying `what` was waited for."""
+    """Wait for a true value of `condition` and return it. Fails after `timeout` seconds.
+
+    `what` names what the test waits for, in the message of that failure.
+    """
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
@@ -79,18 +86,23 @@ def wait_until(condition: Callable[[], Any], timeout: float = 30.0, what: str = 
 
 
 def command(name: str) -> list[str]:
-    """A command of this project: as it is installed beside this Python, else from the source tree."""
-    installed = Path(sys.executable).parent / name
-    if installed.exists():
-        return [str(installed)]
-    module = {"cachix-workspace": ["-m", "cachix_workspace"]}.get(
-        name, [str(PROJECT / "cachix_deploy.py")]
-    )
-    return [sys.executable, *module]
+    """Return a command of this project: installed beside this Python, else from the sources."""
+    script = Path(sys.executable).parent / name
+    if script.exists():
+        return [str(script)]
+    if name == "cachix-workspace":
+        return [sys.executable, "-m", "cachix_workspace"]
+    return [sys.executable, str(PROJECT / "cachix_deploy.py")]
+
+
+def command_line(pid: int) -> str:
+    """Return the command line of a process. Raises OSError if it has ended."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return b" ".join(words).decode(errors="replace")
 
 
 def clean_environment(directory: Path) -> dict[str, str]:
-    """What a program needs that is to see nothing of the developer's own: `directory` is its home and all."""
+    """Return an environment without the developer's own: HOME and the like lie in `directory`."""
     path = [str(Path(sys.executable).parent), *os.environ.get("PATH", os.defpath).split(":")]
     own = {name: str(directory / name.lower()) for name in ("HOME", "TMPDIR")}
     xdg = {
@@ -120,30 +132,27 @@ class Program:
         return self.process.pid
 
     def text(self) -> str:
-        """All it has printed."""
+        """Return everything that it has printed."""
         return self.output.read_text(encoding="utf-8", errors="replace")
 
     def wait_for(self, pattern: str, timeout: float = 30.0) -> re.Match[str]:
-        """The first place in the output that matches; fails with the output where none comes."""
+        """Wait for output that matches; return the first match. Fails with the output."""
         deadline = time.monotonic() + timeout
         while True:
             ended = self.process.poll() is not None
-            found = re.search(pattern, self.text())
-            if found:
-                return found
+            match = re.search(pattern, self.text())
+            if match:
+                return match
             if ended or time.monotonic() > deadline:
-                why = (
-                    f"ended with status {self.process.returncode}"
-                    if ended
-                    else f"ran for {timeout:.0f} s"
-                )
+                status = self.process.returncode
+                why = f"ended with status {status}" if ended else f"ran for {timeout:.0f} s"
                 raise AssertionError(
                     f"{self.argv} {why} without printing {pattern!r}, but:\n{self.text()[-4000:]}"
                 )
             time.sleep(0.005)
 
     def wait(self, timeout: float = 30.0) -> int:
-        """Its exit status (negative: the signal that ended it); fails with the output where it does not end."""
+        """Wait for its exit status (negative: the signal that ended it). Fails with the output."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -155,24 +164,24 @@ class Program:
         self.process.send_signal(number)
 
     def stop(self, timeout: float = 12.0) -> int:
-        """Ask it to end (SIGTERM); its exit status."""
+        """Send SIGTERM, and return its exit status."""
         self.process.terminate()
         return self.wait(timeout)
 
     def kill(self) -> int:
-        """End this one process, not what it has started."""
+        """Kill this process, but not its children, and return its exit status."""
         self.process.kill()
         return self.wait()
 
     def catches(self, number: int) -> bool:
-        """Whether it handles a signal; before that the signal just ends it."""
-        found = re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{self.pid}/status").read_text())
-        return found is not None and bool(int(found[1], 16) >> (number - 1) & 1)
+        """Whether it has installed a handler for a signal, which would otherwise just end it."""
+        match = re.search(r"SigCgt:\s+(\w+)", Path(f"/proc/{self.pid}/status").read_text())
+        return match is not None and bool(int(match[1], 16) >> (number - 1) & 1)
 
     def memory(self, name: str = "VmRSS") -> int:
-        """Bytes of memory now, or the most there ever was (`VmHWM`)."""
-        found = re.search(rf"{name}:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text())
-        return int(found[1]) * 1024 if found else 0
+        """Return its resident memory in bytes: now, or its peak (`VmHWM`)."""
+        match = re.search(rf"{name}:\s+(\d+)", Path(f"/proc/{self.pid}/status").read_text())
+        return int(match[1]) * 1024 if match else 0
 
 
 class Host:
@@ -185,17 +194,18 @@ class Host:
         nix = shutil.which("nix-store")
         if nix is None or os.path.realpath(nix).startswith("/nix/") or not os.path.isdir("/nix"):
             raise RuntimeError(
-                "hosts need the directory /nix, and a Nix outside of it such as Debian's nix-bin: `make setup`"
+                "hosts need the directory /nix, and a Nix outside of it such as Debian's nix-bin:"
+                " run `make setup`"
             )
         for name in ("nix", "run", "state", "etc"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         (self.directory / "etc/nix.conf").write_text(NIX_CONF)
-        more = {
-            "NIX_CONF_DIR": str(self.directory / "etc"),
-            "STATE_DIRECTORY": str(self.directory / "state"),
-        }
-        self.environment = {**clean_environment(self.directory), **more}
         self.state = self.directory / "state"
+        self.environment = {
+            **clean_environment(self.directory),
+            "NIX_CONF_DIR": str(self.directory / "etc"),
+            "STATE_DIRECTORY": str(self.state),
+        }
         self.boot()
 
     def __enter__(self) -> Host:
@@ -204,37 +214,29 @@ class Host:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- its life ---
+    # --- boot and end ---
 
     def boot(self) -> None:
-        """Begin to exist, with a boot id of its own and what the boot loader has as its default running."""
+        """Start the host, with a new boot id; the boot loader's default becomes what runs."""
         (self.directory / "boot-id").write_text(f"{uuid.uuid4()}\n")
         default = self.boot_default()
         if default is not None:
             os.symlink(default, self.path(CURRENT_SYSTEM))
         user = ["--user", "--map-root-user"] if self.user_namespace else []
-        argv = [
-            "unshare",
-            *user,
-            "--mount",
-            "--propagation",
-            "private",
-            "/bin/sh",
-            "-c",
-            MOUNTS,
-            str(self.directory),
-        ]
+        argv = ["unshare", *user, "--mount", "--propagation", "private"]
+        argv += ["/bin/sh", "-c", MOUNTS, str(self.directory)]
         argv += [sys.executable, "-I", "-S", "-c", HOLDER]
         kw: dict[str, Any] = {"cwd": "/", "env": self.environment, "start_new_session": True}
         self.holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **kw)
         assert self.holder.stdout is not None
         if self.holder.stdout.readline() != b"ready\n":
             raise RuntimeError(
-                "this machine does not let tests make mount namespaces (unshare failed, see above)"
+                "tests can't make mount namespaces on this machine (unshare failed, see above):"
+                " run them as root, or allow unprivileged user namespaces"
             )
 
     def close(self) -> None:
-        """End all that runs in it, by SIGKILL: as a power loss would, but for what the disk holds."""
+        """Kill everything that runs in it, as a power loss would. Its disk stays whole."""
         if self.holder is None:
             return
         assert self.holder.stdin is not None and self.holder.stdout is not None
@@ -244,35 +246,26 @@ class Host:
         self.holder = None
 
     def reboot(self) -> None:
-        """Lose power and boot: /run is empty but for the system that the boot loader had as its default."""
+        """Lose power and boot: /run is empty, except for the boot loader's default as what runs."""
         self.close()
         shutil.rmtree(self.path("/run"))
         self.path("/run").mkdir()
         self.boot()
 
     def processes(self) -> dict[int, str]:
-        """The command lines of all that runs in this host, by process id."""
+        """Return the command lines of all processes in this host, by process id."""
         assert self.holder is not None
-        mine, found = os.readlink(f"/proc/{self.holder.pid}/ns/mnt"), {}
-        for pid in [
-            int(name)
-            for name in os.listdir("/proc")
-            if name.isdigit() and int(name) != self.holder.pid
-        ]:
+        namespace, lines = os.readlink(f"/proc/{self.holder.pid}/ns/mnt"), {}
+        for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
             with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{pid}/ns/mnt") == mine:
-                    found[pid] = (
-                        Path(f"/proc/{pid}/cmdline")
-                        .read_bytes()
-                        .replace(b"\0", b" ")
-                        .decode(errors="replace")
-                    )
-        return found
+                if pid != self.holder.pid and os.readlink(f"/proc/{pid}/ns/mnt") == namespace:
+                    lines[pid] = command_line(pid)
+        return lines
 
     # --- running things ---
 
     def enter(self, cwd: Union[str, Path] = "/") -> list[str]:
-        """The words in front of a command that runs in this host."""
+        """Return the words that, put before a command, run it in this host."""
         assert self.holder is not None
         place = f"/proc/{self.holder.pid}/ns"
         user = ["--preserve-credentials", f"--user={place}/user"] if self.user_namespace else []
@@ -285,7 +278,10 @@ class Host:
         cwd: Union[str, Path] = "/",
         **kw: Any,
     ) -> subprocess.Popen[Any]:
-        """Start a command in the host; `env` is added to the host's environment. Its pid is the command's own."""
+        """Start a command in the host, with `env` added to the host's environment.
+
+        The process id is the command's own.
+        """
         kw.setdefault("stdin", subprocess.DEVNULL)
         return subprocess.Popen(
             [*self.enter(cwd), *argv], env={**self.environment, **(env or {})}, **kw
@@ -298,7 +294,10 @@ class Host:
         env: Optional[dict[str, str]] = None,
         **kw: Any,
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command in the host to its end; status, stdout and stderr. Never raises for a status."""
+        """Run a command in the host; return its status, stdout and stderr.
+
+        Never raises for a status. Raises subprocess.TimeoutExpired after `timeout` seconds.
+        """
         process = self.popen(argv, env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
         try:
             out, err = process.communicate(timeout=timeout)
@@ -310,15 +309,16 @@ class Host:
         )
 
     def output(self, *argv: str, timeout: float = 60.0) -> str:
-        """What a command prints; fails with its messages where its status is not 0."""
-        done = self.run(list(argv), timeout)
-        assert done.returncode == 0, f"{argv} ended with status {done.returncode}:\n{done.stderr}"
-        return done.stdout
+        """Run a command in the host and return its stdout. Fails if its status is not 0."""
+        result = self.run(list(argv), timeout)
+        status = result.returncode
+        assert status == 0, f"{argv} ended with status {status}:\n{result.stderr}"
+        return result.stdout
 
     def start(
         self, name: str, argv: list[str], env: Optional[dict[str, str]] = None, **kw: Any
     ) -> Program:
-        """Start a program in the host, with its output in the file NAME.out of the host's directory."""
+        """Start a program in the host. Its output goes to NAME.out in the host's directory."""
         return Program(
             argv, self.directory / f"{name}.out", lambda a, **k: self.popen(a, env, **k), **kw
         )
@@ -326,72 +326,65 @@ class Host:
     def agent(
         self, name: str, url: str, token: str, *args: str, env: Optional[dict[str, str]] = None
     ) -> Program:
-        """Start `cachix-deploy agent NAME` (`args` follow it) for the workspace at `url`."""
+        """Start `cachix-deploy agent NAME ARGS` for the workspace at `url`."""
         argv = [*command("cachix-deploy"), "--host", url, "agent", name, *args]
         return self.start(f"agent-{name}", argv, {"CACHIX_AGENT_TOKEN": token, **(env or {})})
 
-    # --- looking at it from outside ---
+    # --- its files, from outside ---
 
     def path(self, path: str) -> Path:
-        """Where a path of the host lies for the test."""
+        """Return where a path of the host is for the test."""
         own = path.startswith(("/nix/", "/run/")) or path in ("/nix", "/run")
         return self.directory / path[1:] if own else Path(path)
 
     def target(self, link: str) -> Optional[str]:
-        """The store path that a link of the host leads to; None where it leads to none."""
+        """Return the store path that a link of the host leads to; None if it leads to none."""
         for _ in range(40):
-            if os.path.dirname(link) == "/nix/store":
+            directory = os.path.dirname(link)
+            if directory == "/nix/store":
                 return link
             try:
-                link = os.path.normpath(
-                    os.path.join(os.path.dirname(link), os.readlink(self.path(link)))
-                )
+                link = os.path.normpath(os.path.join(directory, os.readlink(self.path(link))))
             except OSError:
                 return None
         return None
 
     def running(self) -> Optional[str]:
-        """The system that runs, of a NixOS or nix-darwin host."""
+        """Return the system that a NixOS or nix-darwin host runs."""
         return self.target(CURRENT_SYSTEM)
 
     def profile(self, profile: str = SYSTEM) -> Optional[str]:
-        """The store path that a profile points at."""
+        """Return the store path that a profile points at."""
         return self.target(profile)
 
     def current_home(self) -> Optional[str]:
-        """The home-manager generation whose activation ended last."""
-        return self.target(
-            f"{self.environment['XDG_STATE_HOME']}/home-manager/gcroots/current-home"
-        )
+        """Return the home-manager generation whose activation ended last."""
+        state = self.environment["XDG_STATE_HOME"]
+        return self.target(f"{state}/home-manager/gcroots/current-home")
 
     def home_profile(self) -> str:
-        """The profile in which home-manager keeps its generations here."""
+        """Return the profile in which home-manager keeps its generations on this host."""
         own = Path(self.environment["XDG_STATE_HOME"], "nix/profiles")
-        return (
-            str(own / "home-manager")
-            if own.is_dir()
-            else "/nix/var/nix/profiles/per-user/root/home-manager"
-        )
+        directory = str(own) if own.is_dir() else "/nix/var/nix/profiles/per-user/root"
+        return f"{directory}/home-manager"
 
     def generations(self, profile: str = SYSTEM) -> dict[int, str]:
-        """The generations of a profile and their store paths."""
+        """Return the store paths of a profile's generations, by their numbers."""
         directory, name = os.path.split(profile)
-        found = [
-            re.fullmatch(rf"{re.escape(name)}-(\d+)-link", entry)
-            for entry in os.listdir(self.path(directory))
-        ]
+        pattern = re.compile(rf"{re.escape(name)}-(\d+)-link")
+        matches = map(pattern.fullmatch, os.listdir(self.path(directory)))
         return {
             int(match[1]): os.readlink(self.path(f"{directory}/{match[0]}"))
-            for match in found
+            for match in matches
             if match
         }
 
     def boot_default(self) -> Optional[str]:
-        """The system that would boot now."""
+        """Return the system that would boot now."""
         return self.target(BOOT_DEFAULT)
 
     def record(self) -> list[tuple[str, str]]:
-        """What the activation scripts were asked so far: (action, store path), in order."""
+        """Return the calls of activation scripts so far, in order: (action, store path)."""
         try:
             text = self.path(RECORD).read_text()
         except FileNotFoundError:
@@ -399,39 +392,30 @@ class Host:
         return [tuple(line.split(" ", 1)) for line in text.splitlines()]  # type: ignore[misc]
 
     def journal(self, deployment_id: str) -> dict[str, Any]:
-        """The journal of a deployment as it is on disk."""
+        """Return the journal of a deployment as it is on disk."""
         text = (self.state / "deployments" / deployment_id / "journal.json").read_text()
         return json.loads(text)  # type: ignore[no-any-return]
 
     def step(self, deployment_id: str) -> str:
-        """The step of a deployment; empty where it has no journal (yet)."""
+        """Return the step of a deployment; empty if it has no journal (yet)."""
         with contextlib.suppress(OSError, ValueError):
             return str(self.journal(deployment_id).get("step", ""))
         return ""
 
     def valid(self, path: str) -> bool:
-        """Whether Nix has a store path, not only its files."""
+        """Whether a store path is valid for Nix, so that not just its files exist."""
         return self.run(["nix-store", "--check-validity", path]).returncode == 0
 
-    # --- bringing it into a state ---
+    # --- preparing it ---
 
     def fetch(self, url: str, key: str, *paths: str) -> None:
         """Download closures without an agent."""
-        options = [
-            "--option",
-            "substituters",
-            url,
-            "--option",
-            "trusted-public-keys",
-            key,
-            "--max-jobs",
-            "8",
-        ]
-        options += ["--option", "narinfo-cache-negative-ttl", "0"]
+        options = ["--option", "substituters", url, "--option", "trusted-public-keys", key]
+        options += ["--option", "narinfo-cache-negative-ttl", "0", "--max-jobs", "8"]
         self.output("nix-store", "--realise", *paths, *options)
 
     def install(self, url: str, key: str, path: str, profile: str = SYSTEM) -> None:
-        """Make a NixOS system, nix-darwin system or plain path what the host has run all the time."""
+        """Make a NixOS system, nix-darwin system or plain path run as if it always had."""
         self.fetch(url, key, path)
         self.path(os.path.dirname(profile)).mkdir(parents=True, exist_ok=True)
         self.output("nix-env", "--profile", profile, "--set", path)
@@ -446,7 +430,7 @@ class Host:
 
 
 def kill_group(process: subprocess.Popen[Any]) -> None:
-    """End a process that leads its session, and what it has started there."""
+    """Kill a process that leads a session, and its whole process group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(10)
