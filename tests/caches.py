@@ -1,4 +1,7 @@
-"""A signed binary cache without Nix: store paths are written in milliseconds, and served over HTTP well or badly."""
+"""A signed binary cache without Nix.
+
+It writes store paths within milliseconds, and serves them over HTTP, with faults on demand.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 ALPHABET = "0123456789abcdfghijklmnpqrsvwxyz"
 REFERENCE = re.compile(rb"/nix/store/([0-9a-z]{32}-[0-9a-zA-Z+._?=-]+)")
 SELF = "@self@"  # in the contents of a path: its own store path
-STALL = 3600.0  # seconds for which a stalled answer is held, unless the server stops
+STALL = 3600.0  # seconds for which an answer is stalled, unless the server stops
 
 
 @dataclass(frozen=True)
 class Executable:
-    """The contents of a file that can be run."""
+    """The content of an executable file."""
 
     content: Union[str, bytes]
 
@@ -38,20 +41,18 @@ class Link:
     target: str
 
 
-# What a store path holds: a file, or a directory by the names in it.
+# The contents of a store path: a file, a link, or a directory's entries by their names.
 Tree = Union[str, bytes, Executable, Link, "dict[str, Any]"]
 
 
 def base32(digest: bytes) -> str:
-    """Bytes in Nix's own base 32: its own alphabet, the last bits first."""
-    number = int.from_bytes(digest, "little")
-    return "".join(
-        ALPHABET[number >> 5 * i & 31] for i in reversed(range((len(digest) * 8 + 4) // 5))
-    )
+    """Encode bytes in Nix's variant of base 32: its own alphabet, the last bits first."""
+    number, length = int.from_bytes(digest, "little"), (len(digest) * 8 + 4) // 5
+    return "".join(ALPHABET[number >> 5 * i & 31] for i in reversed(range(length)))
 
 
 def nar(tree: Tree) -> bytes:
-    """The archive of a tree, as Nix hashes and ships it."""
+    """Return the archive (NAR) of a tree, as Nix hashes and ships it."""
     return _string(b"nix-archive-1") + _node(tree)
 
 
@@ -82,13 +83,13 @@ def _bytes(tree: Union[str, bytes, Executable]) -> bytes:
 
 
 def substitute(tree: Tree, own: str) -> Tree:
-    """The tree with its own store path in place of `@self@`."""
+    """Return the tree with its own store path in place of `@self@`."""
     if isinstance(tree, dict):
         return {name: substitute(part, own) for name, part in tree.items()}
     if isinstance(tree, Link):
         return Link(tree.target.replace(SELF, own))
-    changed = _bytes(tree).replace(SELF.encode(), own.encode())
-    return Executable(changed) if isinstance(tree, Executable) else changed
+    content = _bytes(tree).replace(SELF.encode(), own.encode())
+    return Executable(content) if isinstance(tree, Executable) else content
 
 
 class Key:
@@ -102,18 +103,17 @@ class Key:
         public = self._private.public_key().public_bytes_raw()
         self.bare = base64.b64encode(public).decode()
         self.public = f"{name}:{self.bare}"
-        self.secret = (
-            f"{name}:{base64.b64encode(self._private.private_bytes_raw() + public).decode()}"
-        )
+        secret = base64.b64encode(self._private.private_bytes_raw() + public).decode()
+        self.secret = f"{name}:{secret}"
 
     @classmethod
     def parse(cls, secret: str) -> Key:
-        """The key that `cachix-workspace cache create` or Nix has printed."""
+        """Parse a secret key as `cachix-workspace cache create` or Nix prints it."""
         name, _, text = secret.strip().partition(":")
         return cls(name, base64.b64decode(text)[:32])
 
     def sign(self, path: str, nar_hash: str, size: int, references: Iterable[str]) -> str:
-        """The signature of a store path, as a narinfo has it."""
+        """Return the signature of a store path, as in a narinfo."""
         names = ",".join(f"/nix/store/{name}" for name in sorted(references))
         signature = self._private.sign(f"1;{path};{nar_hash};{size};{names}".encode())
         return f"{self.name}:{base64.b64encode(signature).decode()}"
@@ -131,33 +131,30 @@ class Files:
         )
 
     def add(self, name: str, tree: Tree, references: Iterable[str] = ()) -> str:
-        """Put a store path into the cache; its path.
+        """Add a store path to the cache and return it.
 
-        It refers to the `references`, and to what its files mention as `/nix/store/...`. The same contents under the
-        same name are the same path.
+        It refers to `references`, and to every `/nix/store/...` of this cache that its files
+        contain. The same contents under the same name have the same path.
         """
         raw = nar(tree)
         own = f"/nix/store/{base32(hashlib.sha256(name.encode() + raw).digest()[:20])}-{name}"
         if SELF.encode() in raw:
             raw = nar(substitute(tree, own))
-        found = {os.path.basename(path) for path in references} | {
-            m.decode() for m in REFERENCE.findall(raw)
+        names = {os.path.basename(path) for path in references}
+        names |= {match.decode() for match in REFERENCE.findall(raw)}
+        present = {
+            name for name in names if name == os.path.basename(own) or self.narinfo(name).exists()
         }
-        self.write(
-            own,
-            raw,
-            {
-                entry
-                for entry in found
-                if entry == os.path.basename(own) or self.narinfo(entry).exists()
-            },
-        )
+        self.write(own, raw, present)
         return own
 
     def write(
         self, path: str, raw: bytes, references: Iterable[str], signed: Optional[Key] = None
     ) -> None:
-        """Write the archive and the signed narinfo of a path. `references` are names without `/nix/store/`."""
+        """Write the archive and the narinfo of a path.
+
+        `references` are names without `/nix/store/`. `signed` is the key, if not the cache's own.
+        """
         nar_hash = "sha256:" + base32(hashlib.sha256(raw).digest())
         file = f"nar/{nar_hash[7:]}.nar"
         (self.directory / file).write_bytes(raw)
@@ -179,36 +176,39 @@ class Files:
         self.narinfo(path).write_text("\n".join(lines) + "\n")
 
     def narinfo(self, path: str) -> Path:
-        """The file that describes a store path."""
+        """Return the file that describes a store path."""
         return self.directory / f"{os.path.basename(path)[:32]}.narinfo"
 
     def archive(self, path: str) -> Path:
-        """The file with the contents of a store path."""
-        found = re.search(r"^URL: (.*)$", self.narinfo(path).read_text(), re.M)
-        assert found, path
-        return self.directory / found[1]
+        """Return the file with the contents of a store path."""
+        match = re.search(r"^URL: (.*)$", self.narinfo(path).read_text(), re.M)
+        assert match, path
+        return self.directory / match[1]
+
+    def references(self, path: str) -> list[str]:
+        """Return the names of the paths that a store path refers to."""
+        match = re.search(r"^References: (.*)$", self.narinfo(path).read_text(), re.M)
+        return match[1].split() if match else []
 
     def closure(self, *paths: str) -> set[str]:
-        """All that these paths need, they themselves included."""
-        seen: set[str] = set()
-        wanted = list(paths)
-        while wanted:
-            path = wanted.pop()
-            if path not in seen:
-                seen.add(path)
-                found = re.search(r"^References: (.*)$", self.narinfo(path).read_text(), re.M)
-                wanted += [f"/nix/store/{name}" for name in (found[1].split() if found else [])]
-        return seen
+        """Return these paths and all that they refer to, directly or not."""
+        closure: set[str] = set()
+        queue = list(paths)
+        while queue:
+            path = queue.pop()
+            if path not in closure:
+                closure.add(path)
+                queue += [f"/nix/store/{name}" for name in self.references(path)]
+        return closure
 
     def damage(self, path: str, how: str) -> None:
-        """Spoil a store path in one of the ways below."""
+        """Damage a store path in one of the ways below. Raises ValueError for any other way."""
         info, archive = self.narinfo(path), self.archive(path)
         text, raw = info.read_text(), archive.read_bytes()
         if how == "unsigned":
             info.write_text(re.sub(r"Sig: .*\n", "", text))
         elif how == "wrong-key":
-            found = re.search(r"^References: (.*)$", text, re.M)
-            self.write(path, raw, found[1].split() if found else [], Key(self.key.name, b"x" * 32))
+            self.write(path, raw, self.references(path), Key(self.key.name, b"x" * 32))
         elif how == "wrong-hash":
             other = raw.replace(b"regular", b"symlink", 1) + b"\0" * 8
             self.write(path, other, [])
@@ -228,24 +228,26 @@ class Files:
             raise ValueError(how)
 
     def push(self, url: str, token: Optional[str], *paths: str) -> None:
-        """Upload closures to another cache over HTTP, as `nix copy` does; `self.key` must be its key."""
+        """Upload closures to another cache over HTTP, as `nix copy` does.
+
+        These files must be signed with that cache's key.
+        """
+        headers = {} if token is None else {"Authorization": _basic(token)}
         for path in sorted(self.closure(*paths)):
             for file in (self.archive(path), self.narinfo(path)):
                 target = f"{url}/{file.relative_to(self.directory)}"
-                headers = (
-                    {}
-                    if token is None
-                    else {
-                        "Authorization": "Basic " + base64.b64encode(f":{token}".encode()).decode()
-                    }
-                )
                 request = urllib.request.Request(target, file.read_bytes(), headers, method="PUT")
                 urllib.request.urlopen(request, timeout=30).close()
 
 
+def _basic(token: str) -> str:
+    """Return the Authorization header for a password without a user name."""
+    return "Basic " + base64.b64encode(f":{token}".encode()).decode()
+
+
 @dataclass
 class Fault:
-    """What the server does to requests whose path matches, so many times (for ever: -1)."""
+    """How the server misbehaves for requests whose path matches, `times` times (-1: always)."""
 
     pattern: str
     kind: str  # an HTTP status such as "503", or stall, truncate, reset, slow
@@ -255,7 +257,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """What a client has asked, and the answer's status."""
+    """A client's request, and the status of the answer."""
 
     method: str
     path: str
@@ -264,11 +266,11 @@ class Request:
 
 
 class Cache(Files):
-    """A cache that is served on 127.0.0.1. It can misbehave on order, and knows what it was asked."""
+    """A cache that is served on 127.0.0.1. It misbehaves on demand, and records its requests."""
 
     def __init__(self, directory: Union[str, Path], key: Optional[Key] = None) -> None:
         super().__init__(directory, key)
-        self.token: Optional[str] = None  # the password without which the answer is 401
+        self.token: Optional[str] = None  # the password that clients need, if any
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
         self.ended = threading.Event()
@@ -279,31 +281,30 @@ class Cache(Files):
 
         self.server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(
-            target=self.server.serve_forever, args=(0.05,), name="cache", daemon=True
-        ).start()
+        serve = self.server.serve_forever
+        threading.Thread(target=serve, args=(0.05,), name="cache", daemon=True).start()
 
     def misbehave(self, pattern: str, kind: str, times: int = -1, value: float = 0.0) -> Fault:
-        """Answer badly where the path matches the regular expression; the latest order that matches counts."""
+        """Misbehave for requests whose path matches `pattern`; the latest fault counts."""
         fault = Fault(pattern, kind, times, value)
         self.faults.insert(0, fault)
         return fault
 
     def heal(self) -> None:
-        """Behave again."""
+        """Behave well again."""
         self.faults.clear()
 
     def count(self, pattern: str = "") -> int:
-        """How many requests there were for paths that match."""
+        """Return the number of requests for paths that match."""
         return len([request for request in self.requests if re.search(pattern, request.path)])
 
     def wire(self, uri: bool = True, name: str = "tests") -> dict[str, Any]:
-        """The cache as `AgentRegistered` names it."""
-        known = {"cacheName": name, "publicKey": self.key.public, "isPublic": self.token is None}
-        return {**known, "uri": self.url} if uri else known
+        """Return the cache in the form of the message AgentRegistered."""
+        cache = {"cacheName": name, "publicKey": self.key.public, "isPublic": self.token is None}
+        return {**cache, "uri": self.url} if uri else cache
 
     def close(self) -> None:
-        """Stop serving; stalled answers are dropped."""
+        """Stop the server, and drop stalled answers."""
         self.ended.set()
         self.server.shutdown()
         self.server.server_close()
@@ -315,7 +316,7 @@ class _Server(http.server.ThreadingHTTPServer):
     request_queue_size = 256
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that were killed are part of many tests."""
+        """Ignore errors: many tests kill their clients."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -324,46 +325,41 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def log_message(self, *_: Any) -> None:
-        """Requests are recorded instead."""
+        """Print nothing: requests are recorded instead."""
 
     def do_GET(self) -> None:
         owner = self.owner
         path = self.path.partition("?")[0]
-        fault = next(
-            (fault for fault in owner.faults if fault.times and re.search(fault.pattern, path)),
-            None,
-        )
-        if fault is not None:
-            fault.times -= 1
-        if fault is not None and fault.kind == "stall":
+        faults = [f for f in owner.faults if f.times and re.search(f.pattern, path)]
+        fault = faults[0] if faults else Fault("", "none")
+        fault.times -= 1
+        if fault.kind == "stall":
             self.note(0)
             owner.ended.wait(STALL)
             self.close_connection = True
-        elif fault is not None and fault.kind == "reset":
+        elif fault.kind == "reset":
             self.note(0)
             self.reset()
-        elif fault is not None and fault.kind.isdigit():
+        elif fault.kind.isdigit():
             self.answer(int(fault.kind), b"out of order\n")
         elif not self.allowed(path):
             self.answer(401, b"a token is needed\n")
         else:
-            if fault is not None and fault.kind == "slow":
+            if fault.kind == "slow":
                 owner.ended.wait(fault.value)
-            self.serve(path, fault is not None and fault.kind == "truncate")
+            self.serve(path, fault.kind == "truncate")
 
     do_HEAD = do_GET
 
     def allowed(self, path: str) -> bool:
-        """Whether the password is right; `nix-cache-info` may always be read, as Cachix does it."""
-        wanted = self.owner.token
-        if wanted is None or path == "/nix-cache-info":
+        """Whether the password is right. Anybody may read `nix-cache-info`, as with Cachix."""
+        token = self.owner.token
+        if token is None or path == "/nix-cache-info":
             return True
-        return (
-            self.headers["Authorization"]
-            == "Basic " + base64.b64encode(f":{wanted}".encode()).decode()
-        )
+        return bool(self.headers["Authorization"] == _basic(token))
 
     def serve(self, path: str, truncate: bool) -> None:
+        """Answer with a file, or with the first half of it."""
         file = self.owner.directory / path[1:]
         if ".." in path or not file.is_file():
             self.answer(404, b"not found\n")
@@ -373,6 +369,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or truncate
 
     def answer(self, status: int, announced: bytes, sent: Optional[bytes] = None) -> None:
+        """Send an answer whose announced body may be more than the body that is sent."""
         self.note(status)
         self.send_response(status)
         self.send_header("Content-Length", str(len(announced)))
@@ -386,7 +383,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         )
 
     def reset(self) -> None:
-        """End the connection by RST."""
+        """End the connection with a TCP reset."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.wfile.close()

@@ -1,9 +1,10 @@
-"""Systems to deploy: store paths that behave as those of NixOS, nix-darwin and Home Manager do, and as badly as asked.
+"""Systems to deploy: store paths that behave like NixOS, nix-darwin and Home Manager, or badly.
 
-Each function puts a closure into a cache and gives its store path. `version` only tells paths apart. The shell code
-that a test gives runs inside the activation script, `before` it has done its work or `after`; `$self` is its own store
-path. So `after="exit 4"` is a system that runs although some units failed, `before="exit 2"` one that does not.
-Each action is noted in the host's record (`Host.record`) as it begins.
+Each function puts a closure into a cache and returns its store path. `version` only tells paths
+apart. A test gives shell code that runs inside the activation script, `before` the script does its
+work or `after`; `$self` is the closure's own store path. So `after="exit 4"` makes a system that
+runs although some units failed, and `before="exit 2"` one that does not run. Each action is noted
+in the host's record (`Host.record`) when it begins.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from hosts import BOOT_DEFAULT, CURRENT_SYSTEM, RECORD
 HEAD = f'#!/bin/sh\nself={SELF}\nnote() {{ echo "$1 $self" >>{RECORD}; }}\n'
 POINT = 'point() { ln -s "$1" "$2.$$" && mv -T "$2.$$" "$2"; }\n'
 
-# As with systemd-boot: what is no generation of a profile has no entry in the menu, so it can't be the default.
+# As with systemd-boot: only a generation of a profile has an entry in the boot menu, and only an
+# entry can be the default.
 NIXOS = """
 action=$1
 note "$action"
@@ -35,7 +37,9 @@ boot() {
     for link in /nix/var/nix/profiles/system-*-link /nix/var/nix/profiles/system-profiles/*-link; do
         [ "$(readlink "$link")" != "$self" ] || entry=$link
     done
-    if [ -n "$entry" ]; then point "$self" DEFAULT; else echo "warning: $self is in no boot menu"; fi
+    if [ -n "$entry" ]; then point "$self" DEFAULT
+    else echo "warning: $self is in no boot menu"
+    fi
     AFTER_BOOT
 }
 case $action in
@@ -57,14 +61,15 @@ echo "setting up launchd services..."
 AFTER
 """
 
-# The generation's profile comes early and `current-home` last; what `current-home` says decides about the profile.
+# The profile is set early and `current-home` last. Whether the profile is set at all depends on
+# `current-home`.
 HOME_MANAGER = """
 set -eu
 note activate
 state=${XDG_STATE_HOME:-$HOME/.local/state}
+profiles=/nix/var/nix/profiles/per-user/$USER
 if [ -d "$state/nix/profiles" ]; then profiles=$state/nix/profiles
-elif [ -d "/nix/var/nix/profiles/per-user/$USER" ]; then profiles=/nix/var/nix/profiles/per-user/$USER
-else echo "Could not find a profile directory" >&2; exit 1
+elif [ ! -d "$profiles" ]; then echo "Could not find a profile directory" >&2; exit 1
 fi
 current=$state/home-manager/gcroots/current-home
 BEFORE
@@ -82,7 +87,7 @@ AFTER
 
 
 def _dependencies(cache: Files, version: Any, count: int) -> dict[str, Tree]:
-    """A directory with links to small store paths: some of this version alone, one that all versions share."""
+    """Return links to small store paths: one that all versions share, and `count` of its own."""
     shared = cache.add("shared-library", {"lib": {"libshared.so": "the same in all versions\n"}})
     own = [
         cache.add(f"part-{i}-{version}", {"share": f"part {i} of {version}, uses {shared}\n"})
@@ -94,23 +99,29 @@ def _dependencies(cache: Files, version: Any, count: int) -> dict[str, Tree]:
 def nixos_script(
     before: str = "", after: str = "", before_boot: str = "", after_boot: str = ""
 ) -> str:
-    """A `switch-to-configuration` with `@self@` where its system's store path belongs."""
+    """Return a `switch-to-configuration` with `@self@` in place of its system's store path."""
     words = {
         "BEFORE_TEST": before,
         "AFTER_TEST": after,
         "BEFORE_BOOT": before_boot,
         "AFTER_BOOT": after_boot,
+        "CURRENT": CURRENT_SYSTEM,
+        "DEFAULT": BOOT_DEFAULT,
     }
-    return (
-        HEAD + POINT + _fill(NIXOS, {**words, "CURRENT": CURRENT_SYSTEM, "DEFAULT": BOOT_DEFAULT})
-    )
+    return HEAD + POINT + _fill(NIXOS, words)
 
 
 def nixos(
-    cache: Files, version: Any, before: str = "", after: str = "", before_boot: str = "", after_boot: str = "",
-    parts: int = 3, extra: Union[dict[str, Tree], None] = None,
-) -> str:  # fmt: skip
-    """A NixOS system. `before` and `after` belong to the action `test`."""
+    cache: Files,
+    version: Any,
+    before: str = "",
+    after: str = "",
+    before_boot: str = "",
+    after_boot: str = "",
+    parts: int = 3,
+    extra: Union[dict[str, Tree], None] = None,
+) -> str:
+    """Add a NixOS system. `before` and `after` belong to the action `test`."""
     script = nixos_script(before, after, before_boot, after_boot)
     tree: dict[str, Tree] = {
         "nixos-version": f"24.11.{version}\n",
@@ -124,48 +135,48 @@ def nixos(
 def darwin(
     cache: Files, version: Any, before: str = "", after: str = "", marker: str = "darwin-version"
 ) -> str:
-    """A nix-darwin system; `marker` may also be darwin-version.json."""
-    script = (
-        HEAD + POINT + _fill(DARWIN, {"BEFORE": before, "AFTER": after, "CURRENT": CURRENT_SYSTEM})
-    )
-    tools = {"darwin-rebuild": Executable(script)}
-    return cache.add(
-        f"darwin-system-{version}",
-        {marker: f"{version}\n", "sw": {"bin": tools}, "parts": _dependencies(cache, version, 1)},
-    )
+    """Add a nix-darwin system. `marker` may also be darwin-version.json."""
+    words = {"BEFORE": before, "AFTER": after, "CURRENT": CURRENT_SYSTEM}
+    tree: dict[str, Tree] = {
+        marker: f"{version}\n",
+        "sw": {"bin": {"darwin-rebuild": Executable(HEAD + POINT + _fill(DARWIN, words))}},
+        "parts": _dependencies(cache, version, 1),
+    }
+    return cache.add(f"darwin-system-{version}", tree)
 
 
 def home_manager(
     cache: Files, version: Any, before: str = "", middle: str = "", after: str = ""
 ) -> str:
-    """A Home Manager generation; `middle` runs when its profile is set and `current-home` is not yet."""
+    """Add a Home Manager generation. `middle` runs between setting profile and `current-home`."""
     words = {"BEFORE": before, "MIDDLE": middle, "AFTER": after, "VERSION": str(version)}
     script = HEAD + POINT + _fill(HOME_MANAGER, words)
-    files = {
+    tree: dict[str, Tree] = {
         "hm-version": "24.11\n",
         "activate": Executable(script),
         "parts": _dependencies(cache, version, 1),
     }
-    return cache.add(f"home-manager-generation-{version}", files)
+    return cache.add(f"home-manager-generation-{version}", tree)
 
 
 def plain(cache: Files, version: Any, extra: Union[dict[str, Tree], None] = None) -> str:
-    """A package: no marker of any kind."""
-    return cache.add(
-        f"package-{version}",
-        {"share": f"{version}\n", "parts": _dependencies(cache, version, 1), **(extra or {})},
-    )
+    """Add a package: a path without the marker of any other kind."""
+    tree: dict[str, Tree] = {
+        "share": f"{version}\n",
+        "parts": _dependencies(cache, version, 1),
+        **(extra or {}),
+    }
+    return cache.add(f"package-{version}", tree)
 
 
 def script(cache: Files, name: str, code: str) -> str:
-    """A store path that is itself an executable file: a rollback script. It notes `rollback-script` when it runs."""
-    return cache.add(
-        f"rollback-script-{name}", Executable(HEAD + "note rollback-script\n" + code + "\n")
-    )
+    """Add a rollback script, an executable file. It notes `rollback-script` when it runs."""
+    text = f"{HEAD}note rollback-script\n{code}\n"
+    return cache.add(f"rollback-script-{name}", Executable(text))
 
 
 def unusable_script(cache: Files, how: str) -> str:
-    """A rollback script that can't be run: `directory`, `not-executable` or `no-interpreter`."""
+    """Add a rollback script that can't be run: `directory`, `not-executable`, `no-interpreter`."""
     trees: dict[str, Tree] = {
         "directory": {"bin": "nothing to run\n"},
         "not-executable": "#!/bin/sh\nexit 0\n",
@@ -175,7 +186,7 @@ def unusable_script(cache: Files, how: str) -> str:
 
 
 def chain(cache: Files, count: int, size: int = 100, name: str = "many") -> str:
-    """A plain path that refers to `count` others of `size` incompressible bytes each."""
+    """Add a plain path that refers to `count` others of `size` incompressible bytes each."""
     seed = base64.b64encode(name.encode()) * (size // len(name) + 1)
     paths = [cache.add(f"{name}-{i}", f"{i}\n".encode() + seed[:size]) for i in range(count)]
     return cache.add(
@@ -189,7 +200,7 @@ def _fill(text: str, words: dict[str, str]) -> str:
     return text
 
 
-# --- shell code that misbehaves --------------------------------------------------------------------------------------
+# --- shell code that misbehaves -------------------------------------------------------------------
 
 
 def daemon(seconds: float = 300) -> str:
@@ -198,7 +209,7 @@ def daemon(seconds: float = 300) -> str:
 
 
 def session(seconds: float = 300) -> str:
-    """Leave a child behind in a session of its own, which no process group reaches."""
+    """Leave a child behind in its own session, out of reach of any signal to a process group."""
     return f"setsid sleep {seconds} &"
 
 
@@ -208,7 +219,7 @@ def lines(count: int) -> str:
 
 
 def long_line(size: int) -> str:
-    """Print one line of so many bytes."""
+    """Print one line of `size` bytes."""
     return f"head -c {size} /dev/zero | tr '\\0' x; echo"
 
 
@@ -218,17 +229,18 @@ def output(data: bytes) -> str:
 
 
 def hang(seconds: float = 3600, trap: bool = False) -> str:
-    """Not come to an end; with `trap` not even by SIGTERM."""
+    """Hang; with `trap` also after SIGTERM."""
     return ("trap '' TERM\n" if trap else "") + f"sleep {seconds}"
 
 
 def wait_for(file: str) -> str:
-    """Wait until the test has made `file` (on the host: below /run or /nix/var)."""
+    """Wait until the test has created `file` (on the host: below /run or /nix/var)."""
     return f"while [ ! -e {file} ]; do sleep 0.02; done"
 
 
 def kill(pattern: str, signal: str = "KILL") -> str:
-    """Kill the processes of this host whose command lines match, such as `cachix_deploy.* switch`."""
-    same = '[ "$(readlink "$p/ns/mnt")" = "$(readlink /proc/self/ns/mnt)" ]'
-    found = f"tr '\\0' ' ' <\"$p/cmdline\" 2>/dev/null | grep -q '{pattern}'"
-    return f'for p in /proc/[0-9]*; do {same} && {found} && kill -{signal} "${{p#/proc/}}"; done; :'
+    """Kill the processes of this host whose command lines match `pattern` (for grep)."""
+    same_host = '[ "$(readlink "$p/ns/mnt")" = "$(readlink /proc/self/ns/mnt)" ]'
+    matches = f"tr '\\0' ' ' <\"$p/cmdline\" 2>/dev/null | grep -q '{pattern}'"
+    action = f'kill -{signal} "${{p#/proc/}}"'
+    return f"for p in /proc/[0-9]*; do {same_host} && {matches} && {action}; done; :"

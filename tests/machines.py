@@ -1,4 +1,4 @@
-"""A host with an agent, connected to a live workspace: what most end-to-end tests begin with."""
+"""A host with an agent that is connected to a live workspace, as most end-to-end tests need."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ FINAL = ("succeeded", "failed", "cancelled", "superseded", "rolled-back", "rollb
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a deployment ended: the workspace's status and reason, the whole log, and the last step of the journal."""
+    """How a deployment ended.
+
+    Status, reason and log are the workspace's; the step is the last one in the machine's journal.
+    """
 
     id: str
     status: str
@@ -43,7 +46,7 @@ class Machine:
 
     @property
     def files(self) -> Files:
-        """Where closures for this machine are added: `nixos(machine.files, 1)`."""
+        """The cache for this machine's closures: `nixos(machine.files, 1)` adds one."""
         return self.workspace.files
 
     def start(self, timeout: float = 30.0) -> Program:
@@ -56,13 +59,13 @@ class Machine:
         return self.agent
 
     def order(self, path: str, script: Optional[str] = None, push: bool = True) -> str:
-        """Push a closure and its rollback script, and order the deployment; its id."""
+        """Push a closure and its rollback script, and order the deployment. Returns its id."""
         if push:
             self.workspace.push(path, *([script] if script else []))
         return self.workspace.deploy(self.name, path, script)
 
     def outcome(self, deployment_id: str, timeout: float = 60.0) -> Outcome:
-        """Wait for the end of a deployment."""
+        """Wait for the end of a deployment, and return how it ended."""
         status = self.workspace.wait(deployment_id, timeout)
         reason = self.workspace.deployment(deployment_id).get("reason")
         return Outcome(
@@ -76,37 +79,39 @@ class Machine:
     def deploy(
         self, path: str, script: Optional[str] = None, push: bool = True, timeout: float = 60.0
     ) -> Outcome:
-        """Push, order, and wait for the end."""
+        """Push a closure, order its deployment, wait for the end, and return how it ended."""
         return self.outcome(self.order(path, script, push), timeout)
 
     def journals(self) -> list[dict[str, Any]]:
-        """The journals of all deployments that the machine still knows."""
+        """Return the journals of all deployments that the machine still has."""
         return [
             json.loads(path.read_text())
             for path in sorted(self.host.state.glob("deployments/*/journal.json"))
         ]
 
     def check(self) -> None:
-        """What holds after every test: all has ended, a NixOS machine boots what it runs, the token is nowhere."""
-        open_ = [
+        """Check what holds after every test.
+
+        All deployments have ended, a NixOS machine boots the system that it runs, and the token can
+        be read nowhere.
+        """
+        unfinished = [
             (entry["id"], entry["step"]) for entry in self.journals() if entry["step"] not in FINAL
         ]
-        assert not open_, f"deployments without an end: {open_}"
+        assert not unfinished, f"deployments without an end: {unfinished}"
         if self.host.boot_default() is not None:
             assert self.host.running() == self.host.profile() == self.host.boot_default()
-        found = self.leaks(self.workspace.token("agent"))
-        assert not found, f"the token stands in {found}"
+        places = self.leaks(self.workspace.token("agent"))
+        assert not places, f"the token can be read in {places}"
 
     def leaks(self, token: str) -> list[str]:
-        """Where the token can be read that must not be: files, command lines, environments of what is run."""
+        """Return where the token can be read: files, command lines, environments of children."""
         secret, places = token.encode(), []
-        for path in [
-            path
-            for path in self.host.directory.rglob("*")
-            if path.is_file() and not path.is_symlink()
-        ]:
+        for path in self.host.directory.rglob("*"):
+            if "nix/store" in str(path) or not path.is_file() or path.is_symlink():
+                continue
             with contextlib.suppress(FileNotFoundError):  # it was just replaced
-                if "nix/store" not in str(path) and secret in path.read_bytes():
+                if secret in path.read_bytes():
                     places.append(str(path))
         for pid, line in self.host.processes().items():
             with contextlib.suppress(OSError):

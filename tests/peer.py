@@ -1,8 +1,9 @@
-"""A workspace that follows a script, on raw sockets: it records every byte that counts, and misbehaves on order.
+"""A scripted workspace on raw sockets, which records all requests and frames, and misbehaves.
 
-By itself it behaves as Cachix's backend does: registers whoever connects to /ws, answers pings and closes, takes
-reports on /ws-deployment and on the log sockets. With `reports = "http"` it asks for plain requests, and takes those.
-What it records has the form of the transcripts: `http-request` and `http-response` events, and frames.
+By default it behaves like Cachix's backend: it registers any agent that connects to /ws, answers
+pings and closes, and takes reports on /ws-deployment and on the log sockets. With `reports =
+"http"` it asks for plain requests and takes those. Its records have the form of the transcripts:
+`http-request` and `http-response` events, and frames.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ OPCODES = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10:
 NUMBERS = {name: number for number, name in OPCODES.items()}
 GUID = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 GARBAGE = b"\xff\x07garbage" * 20  # frames of no known kind with all reserved bits set
-SECONDS = 600.0  # the longest time for which a connection is held
+SECONDS = 600.0  # the longest that a connection may take
 
-Answer = tuple[int, Any]  # status, and a body: bytes, or a value that becomes JSON
+Answer = tuple[int, Any]  # status and body: bytes, or a value that becomes JSON
 
 
 @dataclass
 class Fault:
-    """What happens to connections whose path matches, so many times (for ever: -1)."""
+    """What happens to connections whose path matches, `times` times (-1: always)."""
 
     pattern: str
     kind: str
@@ -43,7 +44,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Request:
-    """An HTTP request; `raw` is its head as it came."""
+    """An HTTP request; `raw` is its head as received."""
 
     method: str
     path: str
@@ -56,16 +57,16 @@ class Request:
 
 
 class Gone(Exception):
-    """The other side has ended the connection."""
+    """The other side has closed the connection."""
 
 
 class Connection:
-    """One connection to the peer. `path` is empty until a request has come."""
+    """One connection to the peer. `path` is empty until a request has arrived."""
 
     def __init__(self, peer: Peer, number: int, sock: socket.socket) -> None:
         self.peer, self.number, self.socket = peer, number, sock
         self.path = ""
-        self.open = False  # the handshake is done, and the agent was told that it is registered
+        self.open = False  # the handshake is over, and AgentRegistered was sent if it is due
         self.buffer = b""
         self.lock = threading.Lock()
         self.ended = threading.Event()
@@ -85,7 +86,7 @@ class Connection:
             self.write(bytes([(0x80 if fin else 0) | NUMBERS[kind]]) + length + data)
 
     def send_text(self, text: str, fragments: int = 1, kind: str = "text") -> None:
-        """Send a message in so many frames, with a ping between them as the protocol allows."""
+        """Send a message in `fragments` frames, with pings between them as the protocol allows."""
         data = text.encode()
         step = max(1, -(-len(data) // fragments))
         parts = [data[i : i + step] for i in range(0, len(data), step)] or [b""]
@@ -95,7 +96,7 @@ class Connection:
                 self.send("ping", b"between")
 
     def close(self, code: Optional[int] = 1000, reason: str = "") -> None:
-        """Send a close frame (None: without a code) and wait a moment for the answer."""
+        """Send a close frame (None: without a code) and wait at most 2 s for the answer."""
         self.send("close", b"" if code is None else struct.pack(">H", code) + reason.encode())
         self.ended.wait(2)
 
@@ -105,14 +106,14 @@ class Connection:
             self.write(data)
 
     def reset(self) -> None:
-        """End the connection by RST."""
-        self.how = socket.SHUT_RD  # wakes the thread that reads, and sends nothing
+        """End the connection with a TCP reset."""
+        self.how = socket.SHUT_RD  # wakes the reading thread, and sends nothing
         with contextlib.suppress(OSError):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.end()
 
     def end(self) -> None:
-        """End the TCP connection without a word."""
+        """End the TCP connection without a close frame."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(self.how)
         with contextlib.suppress(OSError):
@@ -140,23 +141,21 @@ class Connection:
         return data
 
     def read_request(self) -> Request:
-        """The next HTTP request."""
+        """Read the next HTTP request."""
         while b"\r\n\r\n" not in self.buffer:
             self.buffer = self.read(len(self.buffer) + 1) + self.buffer
         head = self.read(self.buffer.index(b"\r\n\r\n") + 4).decode("latin-1")
         first, *rest = head.strip().split("\r\n")
-        headers = {
-            key.lower(): value.strip() for key, _, value in (line.partition(":") for line in rest)
-        }
+        pairs = (line.partition(":") for line in rest)
+        headers = {key.lower(): value.strip() for key, _, value in pairs}
         method, path, _ = first.split(" ", 2)
         body = self.read_chunks() if "chunked" in headers.get("transfer-encoding", "") else b""
         body = body or self.read(int(headers.get("content-length", 0)))
         self.path = path
         self.peer.record({"conn": self.number, "event": "http-request", "raw": head})
         if body:
-            self.peer.record(
-                {"conn": self.number, "event": "http-body", "body": body.decode("utf-8", "replace")}
-            )
+            text = body.decode("utf-8", "replace")
+            self.peer.record({"conn": self.number, "event": "http-body", "body": text})
         return Request(method, path, headers, body, head)
 
     def read_chunks(self) -> bytes:
@@ -172,7 +171,7 @@ class Connection:
                 return body
 
     def read_frame(self) -> tuple[str, bytes, bool]:
-        """Kind, payload and fin of the next frame."""
+        """Read the next frame; return its kind, its payload, and whether it ends a message."""
         first, second = self.read(2)
         size = second & 127
         if size > 125:
@@ -182,11 +181,10 @@ class Connection:
         if mask is not None and size:
             key = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
             data = (int.from_bytes(data, "big") ^ key).to_bytes(size, "big")
-        kind = OPCODES.get(first & 15, str(first & 15))
-        self.record_frame(
-            "C->S", kind, data, bool(first & 128), {"rsv": first >> 4 & 7, "masked": second >> 7}
-        )
-        return kind, data, bool(first & 128)
+        kind, fin = OPCODES.get(first & 15, str(first & 15)), bool(first & 128)
+        more = {"rsv": first >> 4 & 7, "masked": second >> 7}
+        self.record_frame("C->S", kind, data, fin, more)
+        return kind, data, fin
 
     def record_frame(
         self,
@@ -196,38 +194,33 @@ class Connection:
         fin: bool,
         more: Optional[dict[str, int]] = None,
     ) -> None:
-        known: dict[str, Any] = {
+        event: dict[str, Any] = {
             "conn": self.number,
             "path": self.path,
             "dir": direction,
             "frame": kind,
             "fin": int(fin),
+            **(more or {}),
         }
-        known.update(more or {})
-        if kind == "close":
-            if len(data) >= 2:
-                known.update(close_code=int.from_bytes(data[:2], "big"))
-                known.update(close_reason=data[2:].decode("utf-8", "replace"))
-            known["payload"] = data.hex()
-        elif kind == "binary":
-            known["payload"] = data.hex()
-        else:
-            known["payload"] = data.decode("utf-8", "replace")
-        self.peer.record(known)
+        if kind == "close" and len(data) >= 2:
+            event["close_code"] = int.from_bytes(data[:2], "big")
+            event["close_reason"] = data[2:].decode("utf-8", "replace")
+        text = kind not in ("close", "binary")
+        event["payload"] = data.decode("utf-8", "replace") if text else data.hex()
+        self.peer.record(event)
 
 
 class Peer:
-    """The scripted workspace. Use it as a context manager; set its attributes before an agent connects."""
+    """The scripted workspace, a context manager. Set its attributes before an agent connects."""
 
     def __init__(self) -> None:
         self.cache: Optional[dict[str, Any]] = None  # of AgentRegistered; `Cache.wire()` makes one
         self.reports: Optional[str] = None  # "http", or None as Cachix
-        self.registers = True  # send AgentRegistered by itself
-        self.cancelled: set[str] = set()  # deployments whose status is answered 409
-        self.statuses: dict[
-            str, list[dict[str, Any]]
-        ] = {}  # by reports over HTTP, each deployment's in order
-        self.logs: dict[str, list[str]] = {}  # lines by either way
+        self.registers = True  # send AgentRegistered to each agent that connects
+        self.cancelled: set[str] = set()  # deployments whose status reports are answered by 409
+        # The reports over HTTP by their deployments, in order; log lines by HTTP or websocket.
+        self.statuses: dict[str, list[dict[str, Any]]] = {}
+        self.logs: dict[str, list[str]] = {}
         self.answers: list[tuple[str, Callable[[Request], Answer]]] = []
         self.events: list[dict[str, Any]] = []
         self.faults: list[Fault] = []
@@ -238,9 +231,7 @@ class Peer:
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port: int = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(
-            target=self._accept, args=(self.listener,), name="peer", daemon=True
-        ).start()
+        self._start_accepting()
 
     def __enter__(self) -> Peer:
         return self
@@ -248,10 +239,10 @@ class Peer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # --- its life ---
+    # --- start, stop and faults ---
 
     def stop(self) -> None:
-        """Refuse connections from now on, and end those that there are."""
+        """End all connections, and refuse new ones."""
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
@@ -261,55 +252,54 @@ class Peer:
     def restart(self) -> None:
         """Listen again on the same port."""
         self.listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
-        threading.Thread(
-            target=self._accept, args=(self.listener,), name="peer", daemon=True
-        ).start()
+        self._start_accepting()
 
     def misbehave(self, pattern: str, kind: str, times: int = -1) -> Fault:
-        """Treat connections whose path matches badly, so many times. The latest order that matches counts.
+        """Misbehave on connections whose path matches. The latest fault that matches counts.
 
-        At the handshake: silent (no answer at all), an HTTP status such as "302", "401", "500" or "200", cut, reset.
-        After it: no-pong, half-open (reads no more, says nothing), garbage, close-1000 and the like, close (no code).
+        At the handshake: silent (no answer at all), an HTTP status such as "302", "401", "500" or
+        "200", cut, reset. After it: no-pong, half-open (neither reads nor sends any more), garbage,
+        close-1000 and the like, close (without a code).
         """
         fault = Fault(pattern, kind, times)
         self.faults.insert(0, fault)
         return fault
 
     def heal(self) -> None:
-        """Behave again; connections that were treated badly stay as they are."""
+        """Behave well on new connections; those that there are stay as they are."""
         self.faults.clear()
 
     def answer(self, pattern: str, answer: Callable[[Request], Answer]) -> None:
-        """Answer plain requests whose `METHOD /path` matches by a function; the latest that matches counts."""
+        """Answer plain requests whose `METHOD /path` matches by a function; the latest counts."""
         self.answers.insert(0, (pattern, answer))
 
-    # --- what it says ---
+    # --- messages to the agent ---
 
     def register(self, connection: Connection, **more: Any) -> None:
-        """Send AgentRegistered; `more` are keys of its contents."""
+        """Send AgentRegistered; `more` are additional keys of its contents."""
         contents: dict[str, Any] = {"cache": self.cache, "id": AGENT_ID}
         if self.reports:
             contents["reports"] = self.reports
         connection.send_text(message("AgentRegistered", {**contents, **more}))
 
     def agent(self, timeout: float = 30.0) -> Connection:
-        """The agent's connection to /ws."""
+        """Wait for the agent's connection to /ws, and return it."""
         return self.connection("/ws", timeout)
 
     def connection(self, path: str, timeout: float = 30.0) -> Connection:
-        """The newest open websocket at a path that begins so."""
+        """Wait for an open websocket at a path with this prefix; return the newest one."""
 
-        def look() -> Optional[Connection]:
-            found = [c for c in self.connections if c.open and is_at(c.path, path)]
-            return next((c for c in reversed(found) if not c.ended.is_set()), None)
+        def newest() -> Optional[Connection]:
+            matches = [c for c in self.connections if c.open and is_at(c.path, path)]
+            return next((c for c in reversed(matches) if not c.ended.is_set()), None)
 
-        found: Connection = wait_until(look, timeout, f"a connection to {path}")
-        return found
+        connection: Connection = wait_until(newest, timeout, f"a connection to {path}")
+        return connection
 
     def deploy(
         self, store_path: str, script: Optional[str] = None, fragments: int = 1, **more: Any
     ) -> str:
-        """Send a Deployment to the agent; its id."""
+        """Send a Deployment to the agent, and return its id."""
         self._index += 1
         deployment_id = str(more.pop("id", uuid.uuid4()))
         contents = {
@@ -322,7 +312,7 @@ class Peer:
         self.agent().send_text(message("Deployment", contents), fragments)
         return deployment_id
 
-    # --- what it has heard ---
+    # --- records of what has arrived ---
 
     def record(self, event: dict[str, Any]) -> None:
         with self._lock:
@@ -331,54 +321,55 @@ class Peer:
     def frames(
         self, path: str = "", kind: str = "", direction: str = "C->S"
     ) -> list[dict[str, Any]]:
-        """Recorded frames: of paths that begin so, of a kind, of a direction ("" for both)."""
+        """Return the recorded frames of paths with a prefix, by kind and direction ("": any)."""
         with self._lock:
-            known = [event for event in self.events if "frame" in event]
+            frames = [event for event in self.events if "frame" in event]
         return [
             event
-            for event in known
+            for event in frames
             if is_at(event["path"], path)
             and kind in ("", event["frame"])
             and direction in ("", event["dir"])
         ]
 
     def heads(self, path: str = "") -> list[str]:
-        """The heads of the HTTP requests (handshakes too) for paths that begin so."""
+        """Return the heads of all HTTP requests, handshakes too, for paths with a prefix."""
         with self._lock:
-            known = [event["raw"] for event in self.events if event.get("event") == "http-request"]
-        return [raw for raw in known if is_at(raw.split(" ")[1], path)]
+            heads = [event["raw"] for event in self.events if event.get("event") == "http-request"]
+        return [head for head in heads if is_at(head.split(" ")[1], path)]
 
     def messages(self, deployment_id: str = "", tag: str = "") -> list[dict[str, Any]]:
-        """What came on /ws-deployment: decoded messages of a deployment and a tag."""
-        known = [json.loads(frame["payload"]) for frame in self.frames("/ws-deployment", "text")]
+        """Return the decoded messages of a deployment and a tag that came on /ws-deployment."""
+        messages = [json.loads(frame["payload"]) for frame in self.frames("/ws-deployment", "text")]
         return [
-            one
-            for one in known
-            if deployment_id in ("", one["command"]["id"]) and tag in ("", one["command"]["tag"])
+            message
+            for message in messages
+            if deployment_id in ("", message["command"]["id"])
+            and tag in ("", message["command"]["tag"])
         ]
 
     def finished(self, deployment_id: str, timeout: float = 60.0) -> bool:
-        """Wait for the final report of a deployment, by either way; whether it has succeeded."""
+        """Wait for the final report of a deployment, by either protocol; whether it succeeded."""
 
-        def look() -> Optional[list[bool]]:
-            told = [
-                one["command"]["hasSucceeded"]
-                for one in self.messages(deployment_id, "DeploymentFinished")
+        def results() -> list[bool]:
+            messages = self.messages(deployment_id, "DeploymentFinished")
+            statuses = [report["status"] for report in self.statuses.get(deployment_id, [])]
+            return [message["command"]["hasSucceeded"] for message in messages] or [
+                status == "Succeeded" for status in statuses if status != "InProgress"
             ]
-            final = [
-                s["status"]
-                for s in self.statuses.get(deployment_id, [])
-                if s["status"] != "InProgress"
-            ]
-            return told or [status == "Succeeded" for status in final] or None
 
-        return bool(wait_until(look, timeout, f"the final report of {deployment_id}")[0])
+        return bool(wait_until(results, timeout, f"the final report of {deployment_id}")[0])
 
     def log(self, deployment_id: str) -> list[str]:
-        """The lines of a deployment's log so far."""
+        """Return the lines of a deployment's log so far."""
         return list(self.logs.get(deployment_id, []))
 
-    # --- how it works ---
+    # --- the server ---
+
+    def _start_accepting(self) -> None:
+        threading.Thread(
+            target=self._accept, args=(self.listener,), name="peer", daemon=True
+        ).start()
 
     def _accept(self, listener: socket.socket) -> None:
         number = 0
@@ -407,16 +398,14 @@ class Peer:
             connection.end()
 
     def _fault(self, path: str) -> str:
-        fault = next(
-            (fault for fault in self.faults if fault.times and re.search(fault.pattern, path)), None
-        )
-        if fault is None:
-            return ""
-        fault.times -= 1
-        return fault.kind
+        for fault in self.faults:
+            if fault.times and re.search(fault.pattern, path):
+                fault.times -= 1
+                return fault.kind
+        return ""
 
     def _serve_request(self, connection: Connection, request: Request) -> bool:
-        """Answer a request; whether another may follow on this connection."""
+        """Answer a request. Returns whether another may follow on this connection."""
         kind = self._fault(request.path)
         if kind == "silent":
             connection.ended.wait(SECONDS)
@@ -438,22 +427,13 @@ class Peer:
         return True
 
     def _respond(self, connection: Connection, status: int, answer: Any) -> None:
-        body = (
-            answer
-            if isinstance(answer, bytes)
-            else json.dumps(answer, separators=(",", ":")).encode()
-        )
+        encoded = json.dumps(answer, separators=(",", ":")) if not isinstance(answer, bytes) else ""
+        body = answer if isinstance(answer, bytes) else encoded.encode()
         location = f"Location: {self.url}/elsewhere\r\n" if 300 <= status < 400 else ""
         head = f"HTTP/1.1 {status} Status\r\n{location}Content-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
-        self.record(
-            {
-                "conn": connection.number,
-                "event": "http-response",
-                "status": status,
-                "body": body.decode("utf-8", "replace"),
-            }
-        )
+        event = {"conn": connection.number, "event": "http-response", "status": status}
+        self.record({**event, "body": body.decode("utf-8", "replace")})
         connection.write(head.encode() + body)
 
     def _handshake(self, connection: Connection, request: Request) -> None:
@@ -482,7 +462,7 @@ class Peer:
         while True:
             frame, data, fin = connection.read_frame()
             if frame == "ping" and connection.pongs:
-                with contextlib.suppress(Gone):  # what it sent before it left is still to be read
+                with contextlib.suppress(Gone):  # earlier frames of the agent may still be unread
                     connection.send("pong", data)
             elif frame == "close":
                 with contextlib.suppress(Gone):
@@ -495,41 +475,40 @@ class Peer:
                     text = b""
 
     def _message(self, path: str, text: bytes) -> None:
-        found = re.match(r"/api/v1/deploy/log/([0-9a-f-]+)", path)
-        if found:
-            self.logs.setdefault(found[1], []).append(json.loads(text)["line"])
+        match = re.match(r"/api/v1/deploy/log/([0-9a-f-]+)", path)
+        if match:
+            self.logs.setdefault(match[1], []).append(json.loads(text)["line"])
 
     def _answer(self, request: Request) -> Answer:
         line = f"{request.method} {request.path}"
         for pattern, answer in self.answers:
             if re.search(pattern, line):
                 return answer(request)
-        found = re.match(r"PUT /api/v1/deploy/deployment/([0-9a-f-]+)/status", line)
-        if found:
-            return self._take_status(found[1], request.json())
-        found = re.match(r"PUT /api/v1/deploy/log/([0-9a-f-]+)\?offset=(\d+)", line)
-        if found:
-            return self._take_log(found[1], int(found[2]), request.body)
-        return 404, {"error": f"nothing is here: {line}"}
+        match = re.match(r"PUT /api/v1/deploy/deployment/([0-9a-f-]+)/status", line)
+        if match:
+            return self._take_status(match[1], request.json())
+        match = re.match(r"PUT /api/v1/deploy/log/([0-9a-f-]+)\?offset=(\d+)", line)
+        if match:
+            return self._take_log(match[1], int(match[2]), request.body)
+        return 404, {"error": f"not found: {line}"}
 
     def _take_status(self, deployment_id: str, status: dict[str, Any]) -> Answer:
-        known = self.statuses.setdefault(deployment_id, [])
-        known.append(status)
+        self.statuses.setdefault(deployment_id, []).append(status)
         if deployment_id in self.cancelled:
             return 409, {"id": deployment_id, "status": "Cancelled"}
         return 200, {"id": deployment_id, "status": status["status"]}
 
     def _take_log(self, deployment_id: str, offset: int, body: bytes) -> Answer:
-        known = self.logs.setdefault(deployment_id, [])
-        if offset > len(known):
-            return 416, {"next": len(known)}
+        log = self.logs.setdefault(deployment_id, [])
+        if offset > len(log):
+            return 416, {"next": len(log)}
         lines = [json.loads(line)["line"] for line in body.split(b"\n") if line.strip()]
-        known += lines[len(known) - offset :]
-        return 200, {"next": len(known)}
+        log += lines[len(log) - offset :]
+        return 200, {"next": len(log)}
 
 
 def message(tag: str, contents: dict[str, Any]) -> str:
-    """A frame from a workspace to an agent, as Cachix's backend writes it."""
+    """Return a message from a workspace to an agent, as Cachix's backend writes it."""
     frame = {
         "method": tag,
         "command": {"tag": tag, "contents": contents},
@@ -540,37 +519,35 @@ def message(tag: str, contents: dict[str, Any]) -> str:
 
 
 def headers(head: str) -> list[tuple[str, str]]:
-    """The headers of a recorded request, in order, but for the random key of a handshake."""
-    known = [line.split(": ", 1) for line in head.strip().split("\r\n")[1:]]
-    return [(key, value) for key, value in known if key != "Sec-WebSocket-Key"]
+    """Return the headers of a recorded request, in order, without the random websocket key."""
+    pairs = [line.split(": ", 1) for line in head.strip().split("\r\n")[1:]]
+    return [(key, value) for key, value in pairs if key != "Sec-WebSocket-Key"]
 
 
-def is_at(path: str, wanted: str) -> bool:
-    """Whether a path begins with the wanted one; /ws is not the beginning of /ws-deployment."""
-    return path == wanted or (wanted != "/ws" and path.startswith(wanted))
+def is_at(path: str, prefix: str) -> bool:
+    """Whether a path has a prefix. /ws is only itself, not a prefix of /ws-deployment."""
+    return path == prefix or (prefix != "/ws" and path.startswith(prefix))
 
 
 def shape(value: Any) -> Any:
-    """JSON without its values: keys in their order, and the type of what each holds."""
+    """Return JSON without its values: the keys in their order, and the type of each value."""
     if isinstance(value, dict):
         return [(key, shape(part)) for key, part in value.items()]
     return value if isinstance(value, bool) else type(value).__name__
 
 
 def outline(events: list[dict[str, Any]], path: str) -> list[Any]:
-    """What a client said on the websockets at a path: the tags and the shapes of its messages, in order."""
+    """Return tags and shapes of a client's messages on the websockets at a path, in order."""
     texts = [
         e["payload"]
         for e in events
         if (e.get("dir"), e.get("frame")) == ("C->S", "text") and is_at(e["path"], path)
     ]
-    records = [json.loads(text) for text in texts]
-    return [(record.get("method"), shape(record)) for record in records]
+    messages = [json.loads(text) for text in texts]
+    return [(message.get("method"), shape(message)) for message in messages]
 
 
 def transcript(name: str) -> list[dict[str, Any]]:
-    """A recorded session of Cachix's client."""
-    return [
-        json.loads(line)
-        for line in (PROJECT / f"tests/transcripts/{name}.jsonl").read_text().splitlines()
-    ]
+    """Return the events of a recorded session of Cachix's client."""
+    text = (PROJECT / f"tests/transcripts/{name}.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
