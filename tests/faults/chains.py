@@ -1,4 +1,4 @@
-"""What the tests of chains share: the chain without faults, and deployments that wait for the test."""
+"""Shared by tests of chains: the chain without faults, and deployments that wait for the test."""
 
 from __future__ import annotations
 
@@ -29,44 +29,47 @@ WAITING = "waiting for another deployment of /nix/var/nix/profiles/system to end
 
 
 def deployed(version: str) -> str:
-    """The chain of a NixOS deployment without faults."""
+    """Return the chain of a NixOS deployment without faults."""
     return GOOD.replace("second", version)
 
 
 def system(world: World, extra: str, version: Any = "second") -> str:
-    """A NixOS system whose activation runs `extra` too."""
+    """Add a NixOS system whose activation also runs `extra`."""
     return scenes.nixos(world.files, version, extra=extra)
 
 
 def go_on(world: World) -> None:
-    """Let the activation of a `held` deployment go on."""
+    """Let the activation of a deployment of the fixture `held` go on."""
     world.host.path("/run/go-on").touch()
 
 
 def log_of(world: World, deployment: str) -> str:
-    """The log of a deployment on its machine."""
+    """Return the log of a deployment as it is on its machine; empty without one."""
     with contextlib.suppress(OSError):
         return (world.host.state / "deployments" / deployment / "log").read_text()
     return ""
 
 
 def agent_lock(world: World, kind: str = "agent") -> str:
-    """A lock of the agent's name, which Cachix's agent takes too, as the test sees it; also its `deployment` lock."""
+    """Return where the test finds a lock of the agent's name (`kind`: agent or deployment).
+
+    Cachix's agent takes the same locks.
+    """
     return str(world.host.directory / f"home/cache/cachix/deploy/locks/{kind}-{world.name}.lock")
 
 
 def kill_agent(world: World) -> None:
-    """End the agent; nobody starts another one."""
+    """Kill the agent without starting another one."""
     os.kill(world.agent.pid, signal.SIGKILL)
     world.agent.wait(10)
 
 
 @contextlib.contextmanager
 def another_holds(path: Union[str, Path]) -> Iterator[None]:
-    """Hold a lock as another program would; its file is seen by the host too."""
-    held = lock.take(str(path))
-    assert held is not None
+    """Hold a lock as another program would. The host sees the same file."""
+    taken = lock.take(str(path))
+    assert taken is not None
     try:
         yield
     finally:
-        held.close()
+        taken.close()

@@ -1,4 +1,4 @@
-"""Worlds for the tests of faults, and which of their cases are run."""
+"""Worlds for the tests of faults, and the selection of their cases."""
 
 from __future__ import annotations
 
@@ -23,40 +23,35 @@ from scripted import Scripted
 from world import World
 
 HERE = Path(__file__).parent
-MOST = 12  # cases of one test that `make test` runs whole
-EACH = 5  # of more cases it runs each fifth: coprime to how many faults and times there are, so that all have a turn
+# `make test` runs a test with up to MOST cases whole, else each EACHth case: coprime to the numbers
+# of faults and of times, so that each of them has its turn.
+MOST, EACH = 12, 5
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Note each case's promises where the summary finds them, and leave out what only `make faults` runs."""
+    """Note each case's promises for the summary, and leave out what only `make faults` runs."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         numbers = {number for mark in item.iter_markers("promise") for number in mark.args}
         item.user_properties += [("promise", number) for number in sorted(numbers)]
         if HERE in item.path.parents:
-            cases.setdefault(f"{item.path}::{getattr(item, 'originalname', item.name)}", []).append(
-                item
-            )
+            test = f"{item.path}::{getattr(item, 'originalname', item.name)}"
+            cases.setdefault(test, []).append(item)
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(config.getoption("--seconds") + 300))
     items.sort(key=lambda item: item.get_closest_marker("soak") is None)  # the longest first
     if config.getoption("--faults"):
         return
-    left = [
-        item
-        for found in cases.values()
-        if len(found) > MOST
-        for i, item in enumerate(found)
-        if i % EACH
-    ]
-    if left:
-        items[:] = [item for item in items if item not in set(left)]
-        config.hook.pytest_deselected(items=left)
+    many = [items for items in cases.values() if len(items) > MOST]
+    left_out = {item for items in many for number, item in enumerate(items) if number % EACH}
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=list(left_out))
 
 
 @pytest.fixture(scope="session")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A directory for machines, in memory and in a mount namespace of this process' own where that can be had."""
+    """A directory for machines: in memory, in this process' own mount namespace, if possible."""
     directory = tmp_path_factory.mktemp("disks")
     if os.geteuid() != 0 or not disk.own_mounts():
         yield directory
@@ -68,13 +63,13 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def power(disks: Path) -> bool:
-    """Whether disks can lose power here. Elsewhere a power loss takes all but what is on the disk."""
+    """Whether disks can lose unsynced data here. Otherwise a power loss only kills processes."""
     try:
         probe = disk.Disk(disks / "probe.img", disks / "probe")
         probe.lose_power()
         probe.close()
     except (OSError, subprocess.CalledProcessError) as error:
-        warnings.warn(f"a power loss takes no unsynced data here: {error}", stacklevel=1)
+        warnings.warn(f"no unsynced data is lost with the power here: {error}", stacklevel=1)
         return False
     return True
 
@@ -83,8 +78,11 @@ def power(disks: Path) -> bool:
 def make_world(
     request: pytest.FixtureRequest, disks: Path, power: bool, live: Workspace
 ) -> Iterator[Callable[..., World]]:
-    """A machine with a connected agent that runs a first system; its invariants are looked at when the test ends."""
-    made: list[World] = []
+    """Make machines with a connected agent that run a first system: `make_world("darwin")`.
+
+    `make_world.close()` closes them early, for a test that makes many, one after another.
+    """
+    worlds: list[World] = []
     directories: list[Path] = []
 
     def make(
@@ -94,31 +92,32 @@ def make_world(
         directory.mkdir()
         directories.append(directory)
         name = f"faults-{directory.name}"
-        made.append(World(directory, workspace, name, kind, power=power, **more))
-        prepare(made[-1])
+        world = World(directory, workspace, name, kind, power=power, **more)
+        worlds.append(world)
+        prepare(world)
         if start:
-            made[-1].start()
-            made[-1].connected()
-        return made[-1]
+            world.start()
+            world.connected()
+        return world
 
     def close() -> None:
         report = getattr(request.node, "report", None)
-        for world in made:
+        for world in worlds:
             if report is not None and report.failed:
                 show(world)
             world.close()
         for directory in directories:
             shutil.rmtree(directory, ignore_errors=True)
-        made.clear()
+        worlds.clear()
         directories.clear()
 
-    make.close = close  # type: ignore[attr-defined]  # for a test that makes many, one after another
+    make.close = close  # type: ignore[attr-defined]
     yield make
     close()
 
 
 def prepare(world: World) -> None:
-    """Let the machine have run a first system all the time."""
+    """Make the machine run a first system as if it always had."""
     first = scenes.KINDS[world.kind](world.files, "first")
     if world.kind == "home_manager":
         world.workspace.push(first)
@@ -140,7 +139,7 @@ def world(make_world: Callable[..., World]) -> World:
 
 @pytest.fixture
 def finish() -> Callable[[World], None]:
-    """The end of every case: the invariants, and another deployment after which they hold too."""
+    """End a case: check the invariants, deploy once more, and check them again."""
 
     def finish(world: World, version: str = "next") -> None:
         world.heal()
@@ -154,15 +153,18 @@ def finish() -> Callable[[World], None]:
 
 @pytest.fixture
 def scripted(tmp_path: Path) -> Iterator[Scripted]:
-    """A workspace that sends what the test wants: `make_world(workspace=scripted)`."""
-    made = Scripted(tmp_path / "cache")
-    yield made
-    made.close()
+    """A workspace that sends what the test asks for: `make_world(workspace=scripted)`."""
+    workspace = Scripted(tmp_path / "cache")
+    yield workspace
+    workspace.close()
 
 
 @pytest.fixture
 def held(make_world: Callable[..., World]) -> Callable[..., tuple[World, str]]:
-    """A machine, and a deployment whose activation waits for `chains.go_on`: `held(workspace=scripted)`."""
+    """Make a machine, and a deployment whose activation waits for `chains.go_on`.
+
+    `held(workspace=scripted)` passes its arguments on to `make_world`.
+    """
 
     def make(**more: Any) -> tuple[World, str]:
         world = make_world(**{"args": chains.PATIENT, **more})
@@ -174,7 +176,7 @@ def held(make_world: Callable[..., World]) -> Callable[..., tuple[World, str]]:
 
 
 def show(world: World) -> None:
-    """What helps where a case has failed."""
+    """Print what helps to understand a failed case."""
     print("problems:", *world.problems, *world.overlaps, sep="\n  ")
     print("\n".join(["visits:", *(f"  {visit}  -> {visit.order}" for visit in world.visits)]))
     if world.agents:

@@ -1,4 +1,4 @@
-"""A disk that can lose power: an ext4 file system of its own, of which only what was synced is there afterwards."""
+"""A disk that can lose power: an ext4 file system that then keeps only what was synced."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 
 SIZE = 192 << 20  # bytes; the file is sparse
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
-EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH = (
-    0x8004587D,
-    2,
-)  # as xfstests' `godown -f`: nothing more reaches the disk
-# Nothing is written by itself while a test runs, only by fsync, syncfs and the like.
+# As with `godown -f` of xfstests: nothing more reaches the disk.
+EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH = 0x8004587D, 2
+# The kernel writes nothing back by itself while a test runs, only for fsync, syncfs and the like.
 OPTIONS = "loop,commit=3000,noatime,nodiscard"
 
 
 def own_mounts() -> bool:
-    """Give this process a mount namespace of its own: what it mounts ends with it. False where that is not allowed."""
+    """Give this process its own mount namespace, so that its mounts end with it.
+
+    Returns False if that is not allowed.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     return (
         libc.unshare(CLONE_NEWNS) == 0
@@ -48,18 +49,21 @@ class Disk:
         subprocess.run(["umount", "--lazy", str(self.directory)], check=True)
 
     def lose_power(self) -> None:
-        """Forget what was not synced. Nobody may use the disk any more; who does has it as it was, and read-only."""
-        place = os.open(self.directory, os.O_RDONLY)
+        """Lose all data that was not synced.
+
+        No process may use the disk any more; one that does still has the old disk, read-only.
+        """
+        fd = os.open(self.directory, os.O_RDONLY)
         try:
-            fcntl.ioctl(place, EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH.to_bytes(4, "little"))
+            fcntl.ioctl(fd, EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH.to_bytes(4, "little"))
         finally:
-            os.close(place)
+            os.close(fd)
         self.cuts += 1
-        left = self.image.with_suffix(f".{self.cuts}")
-        subprocess.run(["cp", "--sparse=always", str(self.image), str(left)], check=True)
+        copy = self.image.with_suffix(f".{self.cuts}")
+        subprocess.run(["cp", "--sparse=always", str(self.image), str(copy)], check=True)
         self.unmount()
         self.image.unlink()
-        self.image = left
+        self.image = copy
         self.mount()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What holds after every case, whatever has happened: `assert_invariants(world)`."""
+"""The invariants, which hold after every case whatever has happened: `assert_invariants(world)`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ from machines import FINAL
 from world import UNKNOWN, Asked, World
 
 from activate import journal, logfile
+from activate.text import printable
 from cachix_protocol import FAILURE_LINE, SUCCESS_LINE
 
 KEPT = re.compile(
     r"(journal|reported)\.json(\.unreadable-\d+)?|reported\.lock|log|previous(-\d+)?|new(-\d+)?"
 )
-UNTOUCHED = (
-    journal.CANCELLED,
-    journal.SUPERSEDED,
-    journal.FAILED,
-)  # ends of what was cancelled in time
-# In which step each program may come: what is done must have been written before.
+# How a deployment may end that was cancelled in time.
+UNTOUCHED = (journal.CANCELLED, journal.SUPERSEDED, journal.FAILED)
+# The steps in which each program may run, as the journal must have the step before.
 STEPS = {
     "test": {"activating", "committing", "rolling-back"},
     "boot": {"committing", "rolling-back"},
@@ -33,7 +31,7 @@ STEPS = {
 
 
 def assert_invariants(world: World) -> None:
-    """Everything that is promised of a machine whose deployments have all ended."""
+    """Check everything that is promised about a machine whose deployments have all ended."""
     assert world.problems == []
     assert world.overlaps == [], "two programs changed the machine at a time"
     settled(world)
@@ -48,60 +46,62 @@ def assert_invariants(world: World) -> None:
 
 
 def settled(world: World) -> None:
-    """Nothing is left running but one agent, and no file that is not needed any more."""
+    """Check that one agent runs and nothing else, and that only files remain that are needed."""
     assert world.agent.process.poll() is None, f"the agent has ended:\n{world.agent.text()[-3000:]}"
 
-    def left() -> dict[int, str]:
+    def others() -> dict[int, str]:
         return {pid: line for pid, line in world.host.processes().items() if pid != world.agent.pid}
 
-    wait_until(lambda: not left(), 10, f"all but the agent to end: {left()}")
+    wait_until(lambda: not others(), 10, f"all but the agent to end: {others()}")
     state = world.host.state
-    kept = [
-        "deployments",
-        f"registered-{world.name}.json",
-    ]  # the agent may connect anew at this moment
+    # Waits, because the agent may connect anew at this moment and write its file.
+    names = ["deployments", f"registered-{world.name}.json"]
     wait_until(
-        lambda: sorted(os.listdir(state)) == kept,
+        lambda: sorted(os.listdir(state)) == names,
         10,
-        f"no more than {kept} in the state: {os.listdir(state)}",
+        f"nothing but {names} in the state: {os.listdir(state)}",
     )
     for directory in (state / "deployments").iterdir():
-        strange = [path.name for path in directory.iterdir() if not KEPT.fullmatch(path.name)]
-        wait_until(
-            lambda: not any(map(Path.exists, (directory / name for name in strange))),
-            10,
-            f"{strange} to go",
-        )
-        if world.host.step(directory.name) != journal.ROLLBACK_FAILED:
-            wait_until(
-                lambda: not any(map(Path.is_symlink, directory.iterdir())), 10, "GC roots to go"
-            )
+        settled_directory(directory, world.host.step(directory.name))
     locks = [path.name for path in (world.host.directory / "home").resolve().rglob("*.lock")]
     assert all(name.startswith(("agent-", "deployment-")) or "nix" in name for name in locks), locks
 
 
+def settled_directory(directory: Path, step: str) -> None:
+    """Check that a deployment's directory has neither temporary files nor GC roots any more."""
+
+    def strange() -> list[str]:
+        return [path.name for path in directory.iterdir() if not KEPT.fullmatch(path.name)]
+
+    def roots() -> list[Path]:
+        return [path for path in directory.iterdir() if path.is_symlink()]
+
+    wait_until(lambda: not strange(), 10, f"{strange()} to be removed")
+    if step != journal.ROLLBACK_FAILED:
+        wait_until(lambda: not roots(), 10, "the GC roots to be removed")
+
+
 def never_came(world: World, asked: Asked, journals: dict[str, dict[str, Any]]) -> bool:
     """Whether a deployment was replaced by the next one before the workspace had sent it."""
-    return (
-        asked.id not in journals and world.workspace.deployment(asked.id)["status"] == "Cancelled"
-    )
+    status = world.workspace.deployment(asked.id)["status"]
+    return asked.id not in journals and bool(status == "Cancelled")
 
 
 def told(world: World, asked: Asked, entry: dict[str, Any]) -> None:
-    """The terminal report is how it ended on the machine."""
-    known = world.workspace.deployment(asked.id)
-    wanted = "Succeeded" if entry["step"] == journal.SUCCEEDED else "Failed"
+    """Check that the final report says how the deployment ended on the machine."""
+    report = world.workspace.deployment(asked.id)
+    status = "Succeeded" if entry["step"] == journal.SUCCEEDED else "Failed"
     assert entry["step"] in FINAL, entry
-    if known["status"] == "Cancelled":
-        assert entry["step"] in UNTOUCHED, (known, entry)
+    if report["status"] == "Cancelled":
+        assert entry["step"] in UNTOUCHED, (report, entry)
     else:
-        assert known["status"] == wanted and entry["step"] != journal.CANCELLED, (known, entry)
+        assert report["status"] == status and entry["step"] != journal.CANCELLED, (report, entry)
         reason = "\n".join(text for text in (entry["reason"], entry["detail"]) if text) or None
-        assert known["reason"] == reason
+        assert report["reason"] == reason
 
 
 def logged(world: World, deployment: str, entry: dict[str, Any]) -> None:
-    """Every line of the log has arrived, once and in order, and the closing line is the last."""
+    """Check that every line of the log arrived, once and in order, with the closing line last."""
     log = world.host.state / "deployments" / deployment / "log"
     data = log.read_bytes()[: entry["log_size"]] if log.exists() else b""
     lines, _ = logfile.cut(data, 1 << 30, final=True)
@@ -109,11 +109,11 @@ def logged(world: World, deployment: str, entry: dict[str, Any]) -> None:
     failure = f"{FAILURE_LINE} {entry['reason'] or ''}".rstrip()
     closing = SUCCESS_LINE if entry["step"] == journal.SUCCEEDED else failure
     assert arrived[-1:] == [closing]
-    assert arrived[:-1] == [logfile.printable(line) for line in lines]
+    assert arrived[:-1] == [printable(line) for line in lines]
 
 
 def confirmed(world: World, journals: dict[str, dict[str, Any]]) -> tuple[Optional[str], bool]:
-    """What must run after all deployments, and whether the last change of the machine could not be undone."""
+    """Return the path that must run after all deployments, and whether the last rollback failed."""
     path, in_doubt = world.asked[0].before if world.asked else world.running(), False
     for asked in world.asked:
         step = journals[asked.id]["step"] if asked.id in journals else ""
@@ -127,26 +127,23 @@ def confirmed(world: World, journals: dict[str, dict[str, Any]]) -> tuple[Option
 
 
 def running(world: World, journals: dict[str, dict[str, Any]]) -> None:
-    """The machine is on the previous or on a confirmed path, and so it will be when it boots."""
+    """Check that the machine runs a confirmed path and has it as its profile and boot default."""
     path, in_doubt = confirmed(world, journals)
     if in_doubt:
         return  # and the report says so: see `told`
     assert world.running() == path, f"{world.running()} runs instead of {path}"
     assert world.profile() == path, f"the profile is {world.profile()} instead of {path}"
     if world.kind == "nixos":
-        assert world.host.boot_default() == path, (
-            f"{world.host.boot_default()} boots instead of {path}"
-        )
+        default = world.host.boot_default()
+        assert default == path, f"{default} boots instead of {path}"
         assert world.host.target(CURRENT_SYSTEM) == path
 
 
 def order(world: World) -> None:
-    """No program has run before the journal said so."""
+    """Check that no program ran before the journal had its step."""
     for visit in world.visits:
         name = visit.point.split(".")[0]
         if name in STEPS and visit.step != UNKNOWN:
             assert visit.step in STEPS[name], f"{visit} ran in the step {visit.step!r}"
         if world.kind == "nixos" and name == "nix-env":
-            assert visit.step != journal.ACTIVATING, (
-                f"{visit}: the profile is not set before the checks"
-            )
+            assert visit.step != journal.ACTIVATING, f"{visit}: set before the checks"

@@ -1,8 +1,8 @@
-"""A network on order: a TCP proxy between an agent and a workspace that knows where each message begins and ends.
+"""A TCP proxy between an agent and a workspace that breaks the network at a chosen message.
 
-A message is an HTTP request, the answer to one, or a websocket frame. Its label begins with `>` from the agent and `<`
-from the workspace: `> PUT /api/v1/deploy/log/ID?offset=0`, `< 200 PUT /api/v1/...`, `> GET /ws`, `< 101 GET /ws`,
-`< ws /ws text`, `> ws /ws-deployment ping`.
+A message is an HTTP request, the answer to one, or a websocket frame. Its label begins with `>` if
+the agent has sent it, and with `<` if the workspace has: `> PUT /api/v1/deploy/log/ID?offset=0`,
+`< 200 PUT /api/v1/...`, `> GET /ws`, `< 101 GET /ws`, `< ws /ws text`, `> ws /ws-deployment ping`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from typing import Optional, Union
 
 from peer import OPCODES
 
-# What may happen to a message: the connection ends before it, by FIN or by RST; it is forwarded late; half of it is,
-# and then the connection ends; nothing is forwarded any more, and nobody is told.
+# What may happen to a message. cut, reset: the connection ends before it, by FIN or RST. delay: it
+# is forwarded late. truncate: half of it is forwarded, then the connection ends. half-open: nothing
+# is forwarded any more, and the connection stays open.
 FAULTS = ("cut", "reset", "delay", "truncate", "half-open")
-KINDS = (*FAULTS, "slow", "stall")  # byte by byte; what follows the head is not even read
+# Also, slow: it is forwarded byte by byte. stall: only its head is read.
+KINDS = (*FAULTS, "slow", "stall")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the agent gets in the place of the workspace's answer to a request."""
+    """An answer that the agent gets instead of the workspace's."""
 
     status: int
     headers: str = "Content-Type: text/html\r\n"
@@ -42,7 +44,7 @@ Kind = Union[str, Answer]
 
 @dataclass
 class Order:
-    """What is to happen to messages whose label matches, so many times."""
+    """What happens to messages whose label matches, `times` times."""
 
     pattern: str
     kind: Kind
@@ -51,7 +53,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Seen:
-    """A message that came to the proxy, and what was done to it (None: it was forwarded)."""
+    """A message that came to the proxy, and what happened to it (None: it was forwarded)."""
 
     time: float
     label: str
@@ -59,11 +61,11 @@ class Seen:
 
 
 class Ended(Exception):
-    """The connection is over, as far as one direction of it knows."""
+    """One direction of a connection has ended."""
 
 
 class Stream:
-    """What comes from one side, in pieces of known sizes."""
+    """The bytes from one side, read in pieces."""
 
     def __init__(self, source: socket.socket) -> None:
         self.source, self.buffer = source, b""
@@ -86,7 +88,7 @@ class Stream:
         return self.take(self.buffer.index(mark) + len(mark))
 
     def body(self, head: bytes) -> bytes:
-        """The body that belongs to the head of a request or an answer."""
+        """Read the body that belongs to the head of a request or an answer."""
         if re.search(rb"(?i)\r\ntransfer-encoding: *chunked", head):
             body = b""
             while True:
@@ -98,7 +100,7 @@ class Stream:
         return self.take(int(length[1])) if length else b""
 
     def frame(self) -> tuple[str, bytes]:
-        """Kind and bytes of a websocket frame."""
+        """Read a websocket frame; return its kind and all its bytes."""
         head = self.take(2)
         size = head[1] & 127
         if size > 125:
@@ -108,16 +110,16 @@ class Stream:
 
 
 class Connection:
-    """An agent's connection and the one to the workspace that belongs to it."""
+    """A connection of the agent, and the proxy's own one to the workspace for it."""
 
     def __init__(self, proxy: Proxy, agent: socket.socket, workspace: socket.socket) -> None:
         self.proxy, self.agent, self.workspace = proxy, agent, workspace
-        self.requests: list[str] = []  # those that wait for their answers
-        self.frames = ""  # the path of a websocket, from its handshake on
-        self.held = False
+        self.requests: list[str] = []  # those without an answer so far
+        self.frames = ""  # the path of the websocket, once there is one
+        self.stalled = False
 
     def start(self) -> None:
-        """Begin to forward."""
+        """Start to forward in both directions."""
         for mark, source, target in (
             (">", self.agent, self.workspace),
             ("<", self.workspace, self.agent),
@@ -127,14 +129,14 @@ class Connection:
 
     def _pump(self, mark: str, stream: Stream, target: socket.socket) -> None:
         try:
-            while not self.held:
+            while not self.stalled:
                 self._forward(target, *self._message(mark, stream))
         except (OSError, Ended):
-            if not self.held:
+            if not self.stalled:
                 self.end()
 
     def _message(self, mark: str, stream: Stream) -> tuple[bytes, Optional[Kind]]:
-        """The next message, and what is to happen to it."""
+        """Read the next message; return it, and what must happen to it."""
         if self.frames and (mark == ">" or not self.requests):
             kind, data = stream.frame()
             return data, self.proxy.fault(f"{mark} ws {self.frames} {kind}")
@@ -158,8 +160,8 @@ class Connection:
         if fault in ("cut", "reset"):
             self.end(reset=fault == "reset")
         elif fault in ("half-open", "stall"):
-            self.held = True
-        if self.held:
+            self.stalled = True
+        if self.stalled:
             return
         if fault == "delay":
             self.proxy.closing.wait(self.proxy.delay)
@@ -178,9 +180,8 @@ class Connection:
             with contextlib.suppress(OSError):
                 if reset:
                     side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                side.shutdown(
-                    socket.SHUT_RD if reset else socket.SHUT_RDWR
-                )  # wakes the thread that reads
+                # This wakes the reading thread; after a reset nothing may be sent.
+                side.shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)
             side.close()
 
 
@@ -193,7 +194,7 @@ class Proxy:
         self.seen: list[Seen] = []
         self.connections: list[Connection] = []
         self.delay = 1.0  # seconds
-        self.pace = 0.2  # seconds for each byte of what is slow: no limit of a packet may notice
+        self.pace = 0.2  # seconds for each byte of a slow message: no limit of a read may notice
         self.closing = threading.Event()
         self.port = 0
         self.listen()
@@ -207,7 +208,7 @@ class Proxy:
         self.refuse()
 
     def listen(self) -> None:
-        """Take connections, on the same port as before."""
+        """Accept connections, on the same port as before."""
         self.listener = socket.create_server(("127.0.0.1", self.port), backlog=64)
         self.port = self.listener.getsockname()[1]
         threading.Thread(
@@ -215,7 +216,7 @@ class Proxy:
         ).start()
 
     def refuse(self) -> None:
-        """Take no more connections, and end those that there are: as if the workspace were down."""
+        """End all connections and refuse new ones, as if the workspace were down."""
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
@@ -223,29 +224,30 @@ class Proxy:
             connection.end()
 
     def order(self, pattern: str, kind: Kind, times: int = 1) -> Order:
-        """Do this to messages whose label matches; the latest order that matches counts."""
+        """Break messages whose label matches; the latest order that matches counts."""
         assert isinstance(kind, Answer) or kind in KINDS
-        made = Order(pattern, kind, times)
-        self.orders.insert(0, made)
-        return made
+        order = Order(pattern, kind, times)
+        self.orders.insert(0, order)
+        return order
 
     def heal(self) -> None:
-        """Forward all that comes from now on; what is held stays held."""
+        """Forward all further messages; connections that are half-open or stalled stay so."""
         self.orders.clear()
 
     def count(self, pattern: str) -> int:
-        """How many messages with such a label have come."""
-        return sum(bool(re.search(pattern, one.label)) for one in list(self.seen))
+        """Return the number of messages so far whose label matches."""
+        return sum(bool(re.search(pattern, message.label)) for message in list(self.seen))
 
     def fault(self, label: str) -> Optional[Kind]:
-        """What is to happen to a message."""
-        found = next(
-            (one for one in self.orders if one.times > 0 and re.search(one.pattern, label)), None
-        )
-        if found is not None:
-            found.times -= 1
-        self.seen.append(Seen(time.monotonic(), label, found.kind if found else None))
-        return found.kind if found else None
+        """Return what must happen to a message, and record it."""
+        kind = None
+        for order in list(self.orders):
+            if order.times > 0 and re.search(order.pattern, label):
+                order.times -= 1
+                kind = order.kind
+                break
+        self.seen.append(Seen(time.monotonic(), label, kind))
+        return kind
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -260,9 +262,8 @@ class Proxy:
                     side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection = Connection(self, agent, workspace)
                 self.connections.append(connection)
-                if (
-                    listener.fileno() < 0
-                ):  # refused meanwhile: the others were ended before this was among them
+                # `refuse` may have ended all others just before this one was among them.
+                if listener.fileno() < 0:
                     connection.end()
                 connection.start()
                 continue

@@ -1,4 +1,4 @@
-"""Closures that tell the test where they are, for machines of every kind, and the faults that may happen there."""
+"""Closures of every kind that report their steps to the test, and the faults that may happen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from caches import Files
 from hosts import wait_until
 from world import Reply, Visit, World
 
-# How a new system behaves without any fault: its activation, the commit or the rollback script may fail.
+# How a new system behaves without any fault: all is good, or its activation, the commit, or the
+# rollback script fails.
 GOOD, BAD, BAD_COMMIT, BAD_CHECK = "good", "bad", "bad-commit", "bad-check"
 
 
@@ -22,7 +23,7 @@ def _visit(point: str) -> str:
 
 
 def nixos(files: Files, version: Any, how: str = GOOD, extra: str = "") -> str:
-    """A NixOS system. `extra` runs in its activation."""
+    """Add a NixOS system. `extra` runs in its activation."""
     after = f"{extra or ':'}; {_visit('test.end')}; {'exit 1' if how == BAD else ':'}"
     after_boot = f"{_visit('boot.end')}; {'exit 1' if how == BAD_COMMIT else ':'}"
     return closures.nixos(
@@ -31,84 +32,85 @@ def nixos(files: Files, version: Any, how: str = GOOD, extra: str = "") -> str:
 
 
 def darwin(files: Files, version: Any, how: str = GOOD, extra: str = "") -> str:
-    """A nix-darwin system."""
+    """Add a nix-darwin system."""
     after = f"{extra or ':'}; {_visit('activate.end')}; {'exit 1' if how == BAD else ':'}"
     return closures.darwin(files, version, _visit("activate"), after)
 
 
 def home_manager(files: Files, version: Any, how: str = GOOD, extra: str = "") -> str:
-    """A Home Manager generation."""
+    """Add a Home Manager generation."""
+    middle = _visit("activate.middle")
     after = f"{extra or ':'}; {_visit('activate.end')}; {'exit 1' if how == BAD else ':'}"
-    return closures.home_manager(
-        files, version, _visit("activate"), _visit("activate.middle"), after
-    )
+    return closures.home_manager(files, version, _visit("activate"), middle, after)
 
 
 def plain(files: Files, version: Any, how: str = GOOD, extra: str = "") -> str:
-    """A package: its profile is set by nix-env, which tells by itself. What is bad about it a rollback script finds."""
+    """Add a package. It never fails by itself, only by a rollback script."""
     return closures.plain(files, version)
 
 
 KINDS: dict[str, Callable[..., str]] = {
-    "nixos": nixos, "darwin": darwin, "home_manager": home_manager, "plain": plain
-}  # fmt: skip
+    "nixos": nixos,
+    "darwin": darwin,
+    "home_manager": home_manager,
+    "plain": plain,
+}
 
 
 def script(files: Files, how: str = GOOD) -> str:
-    """A rollback script."""
-    return closures.script(
-        files, f"faults-{how}", f"{_visit('script')}; {'exit 1' if how == BAD else ':'}"
-    )
+    """Add a rollback script."""
+    code = f"{_visit('script')}; {'exit 1' if how == BAD else ':'}"
+    return closures.script(files, f"faults-{how}", code)
 
 
-# --- faults: what the test does while a program waits at a point, and what it answers --------------------------------
+# --- faults: what the test does while a program waits at a point, and its answer ------------------
 
-LINGER = "linger 0.4"  # long enough for whoever thinks that it is dead
+LINGER = "linger 0.4"  # seconds: longer than a successor needs if it takes the program for dead
 
 
 def kill_switch(world: World, visit: Visit) -> str:
-    """The switch process is killed; what it has started goes on after a while."""
+    """Kill the switch process; the program that it has started goes on after a while."""
     world.kill(switch=True)
     return LINGER
 
 
 def kill_agent(world: World, visit: Visit) -> str:
-    """The agent is killed, and another one starts."""
+    """Kill the agent, and start another one."""
     world.kill(agent=True)
     return "go"
 
 
 def kill_both(world: World, visit: Visit) -> str:
-    """Both are killed at once; what the switch process has started hangs."""
+    """Kill both at once; the program that the switch process has started hangs."""
     world.kill(switch=True, agent=True)
     return "hang"
 
 
 def power(world: World, visit: Visit) -> str:
-    """The power goes."""
+    """Cut the power, and boot again."""
     world.lose_power()
     return "gone"
 
 
 def shutdown(world: World, visit: Visit) -> str:
-    """The machine is shut down in order, and boots again."""
+    """Shut the machine down in order, and boot again."""
     world.shut_down()
     return "gone"
 
 
 def stop_agent(world: World, visit: Visit) -> str:
-    """Somebody stops the agent by SIGTERM, as soon as it can take that, and starts it again."""
-    wait_until(lambda: world.agent.catches(signal.SIGTERM), 10, "the agent to begin")
-    began = time.monotonic()
+    """Stop the agent with SIGTERM once it handles that, and start another one."""
+    wait_until(lambda: world.agent.catches(signal.SIGTERM), 10, "the agent to handle SIGTERM")
+    start = time.monotonic()
     status = world.agent.stop(20)
-    if status != 0 or time.monotonic() - began > 10:
-        world.problems.append(f"SIGTERM: status {status} after {time.monotonic() - began:.1f} s")
+    if status != 0 or time.monotonic() - start > 10:
+        world.problems.append(f"SIGTERM: status {status} after {time.monotonic() - start:.1f} s")
     world.start()
     return "go"
 
 
 def stop_switch(world: World, visit: Visit) -> str:
-    """SIGTERM reaches the switch process and all that it has started, and nobody else."""
+    """Send SIGTERM to the switch process and all its descendants, and to nothing else."""
     for pid in world.descendants(world.switches()):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
@@ -116,9 +118,14 @@ def stop_switch(world: World, visit: Visit) -> str:
 
 
 FAULTS: dict[str, Reply] = {
-    "exit": "exit 1", "hang": "hang", "die": "die", "kill-switch": kill_switch, "kill-agent": kill_agent,
-    "kill-both": kill_both, "power": power,
-}  # fmt: skip
+    "exit": "exit 1",
+    "hang": "hang",
+    "die": "die",
+    "kill-switch": kill_switch,
+    "kill-agent": kill_agent,
+    "kill-both": kill_both,
+    "power": power,
+}
 ENDINGS: dict[str, Reply] = {
     "shutdown": shutdown,
     "stop-agent": stop_agent,
@@ -127,6 +134,6 @@ ENDINGS: dict[str, Reply] = {
 
 
 def deploy(world: World, version: Any, how: str = GOOD) -> str:
-    """Order a deployment of the world's kind, with a rollback script; its id."""
+    """Order a deployment of the world's kind, with a rollback script. Returns its id."""
     path = KINDS[world.kind](world.files, version, how)
     return world.deploy(path, script(world.files, BAD if how == BAD_CHECK else GOOD))

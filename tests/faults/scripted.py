@@ -1,4 +1,4 @@
-"""A workspace for one world that sends what the test wants when the test wants it, with the face of a real one."""
+"""A workspace for one world, with the methods of a real one, that sends what the test tells it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ENDED = ("Succeeded", "Failed")
 
 
 class Scripted:
-    """As `live.Workspace`, as far as worlds need that; its reports come over HTTP."""
+    """The part of `live.Workspace` that worlds need. It takes its reports over HTTP."""
 
     def __init__(self, directory: Path) -> None:
         self.peer = Peer()
@@ -31,67 +31,62 @@ class Scripted:
         return f"token-of-the-{kind}-5e1f"
 
     def push(self, *paths: str) -> None:
-        """What is added to the cache's files is there."""
+        """Do nothing: the cache serves whatever is added to its files."""
 
     def deploy(self, agent: str, path: str, script: Optional[str] = None) -> str:
-        """Send a deployment at once, whatever the agent does; its id."""
+        """Send a deployment at once, whatever the agent is doing. Returns its id."""
         index = len(self.sent) + 1
         deployment = self.peer.deploy(path, script, index=index)
         self.sent[deployment] = {"store_path": path, "script": script, "index": index}
         return deployment
 
     def again(self, deployment: str, **more: Any) -> None:
-        """Send a deployment once more; it has arrived when this returns."""
+        """Send a deployment once more, and wait until it has arrived."""
         self.peer.deploy(**self.sent[deployment], id=deployment, **more)
         self.arrived()
 
     def arrived(self) -> None:
-        """Wait until the agent has read all that was sent to it: it answers a ping that was sent later."""
+        """Wait until the agent has read all that was sent to it, as it answers a later ping."""
         before = len(self.peer.frames("/ws", "pong"))
         self.peer.agent().send("ping", b"arrived")
         wait_until(lambda: len(self.peer.frames("/ws", "pong")) > before, 10, "a pong")
 
     def ends(self, deployment: str) -> list[str]:
-        """The final statuses that were reported, each time."""
-        return [
-            one["status"]
-            for one in self.peer.statuses.get(deployment, [])
-            if one["status"] in ENDED
-        ]
+        """Return the final status of every final report."""
+        statuses = [report["status"] for report in self.peer.statuses.get(deployment, [])]
+        return [status for status in statuses if status in ENDED]
 
     def at_last_look(self, do: Callable[[], None]) -> None:
-        """Do something once, while an agent waits for the answer whether a deployment is still wanted."""
-        left = [do]
+        """Call `do` once, while an agent asks whether a deployment is still wanted."""
+        calls = [do]
 
         def answer(request: Request) -> Answer:
             deployment = request.path.split("/")[-2]
             status = request.json()
-            told = self.peer._take_status(deployment, status)
-            bare = (
-                status["status"] == "InProgress" and status["closureSize"] is None
-            )  # else it tells the size
-            if left and bare and len(self.peer.statuses[deployment]) > 1:
-                left.pop()()
-            return told
+            reply = self.peer._take_status(deployment, status)
+            # The first report without a size says that the deployment has started.
+            bare = status["status"] == "InProgress" and status["closureSize"] is None
+            if calls and bare and len(self.peer.statuses[deployment]) > 1:
+                calls.pop()()
+            return reply
 
         self.peer.answer(r"^PUT \S+/status", answer)
 
     def deployment(self, deployment: str) -> dict[str, Any]:
-        """The last that was reported; as in a real workspace a final status stays."""
+        """Return the newest report; as in a real workspace, a final status stays."""
         if deployment in self.peer.cancelled:
             return {"status": "Cancelled"}
-        told = self.peer.statuses.get(deployment) or [{"status": "Pending", "reason": None}]
-        return next((one for one in told if one["status"] in ENDED), told[-1])
+        reports = self.peer.statuses.get(deployment) or [{"status": "Pending", "reason": None}]
+        return next((report for report in reports if report["status"] in ENDED), reports[-1])
 
     def wait(self, deployment: str, timeout: float = 60.0) -> str:
-        """The final status."""
-        final = (*ENDED, "Cancelled")
-        wait_until(
-            lambda: self.deployment(deployment)["status"] in final,
-            timeout,
-            f"the end of {deployment}",
-        )
-        return str(self.deployment(deployment)["status"])
+        """Wait for the final status and return it."""
+
+        def final() -> Optional[str]:
+            status = str(self.deployment(deployment)["status"])
+            return status if status in (*ENDED, "Cancelled") else None
+
+        return str(wait_until(final, timeout, f"the end of {deployment}"))
 
     def log(self, deployment: str) -> list[str]:
         return self.peer.log(deployment)

@@ -1,9 +1,10 @@
-"""A machine on which programs misbehave by order, and what is seen of all that happens on it.
+"""A machine on which programs misbehave on demand, and a record of what happens on it.
 
-Between the agent and the real programs stand small scripts, first in PATH. Each, and each activation script of the
-closures in `scenes.py`, tells the test where it is (a *visit*) and does what the test answers: go on, end with a
-status, hang, kill itself. What else the order says the test does by itself before it answers: kill the switch process,
-the agent or both, cut the power. All other parts are real.
+Small scripts, first in PATH, stand between the agent and the real programs. Each of them, and each
+activation script of the closures in `scenes.py`, tells the test where it is (a *visit*) and does
+what the test answers: go on, exit with a status, hang, kill its parent. The test may do something
+itself before it answers: kill the switch process, the agent or both, cut the power. All other parts
+are real.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
 
@@ -40,7 +41,7 @@ WAITS = {
 OPTIONS = ("--activation-timeout=5", "--confirm-timeout=10")
 ALWAYS = 1 << 30
 UNKNOWN = "?"  # instead of a step
-CHANGES = ("test", "boot", "activate", "nix-env")  # programs that change the machine: one at a time
+CHANGES = ("test", "boot", "activate", "nix-env")  # change the machine, so only one at a time
 VISIT = """#!/bin/sh
 answer=$NIX_FAULTS/answer.$$
 mkfifo "$answer" || exit 0
@@ -74,7 +75,10 @@ esac
 
 @dataclass(frozen=True)
 class Visit:
-    """Where a program was: `point` is its name, with `.end` when it has had its effect; `step` is the journal's."""
+    """Where a program is: `point` is its name, with `.end` after its effect; `step` the journal's.
+
+    `order` is what the test answered.
+    """
 
     point: str
     argument: str
@@ -92,7 +96,7 @@ Reply = Union[str, Callable[["World", Visit], str]]
 
 @dataclass
 class Order:
-    """What is to happen where a pattern matches `point argument`, so many times."""
+    """What happens at visits whose `point argument` matches, `times` times."""
 
     pattern: str
     reply: Reply
@@ -101,7 +105,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Asked:
-    """A deployment that was ordered: what it would bring, and what must run if it fails."""
+    """A deployment that was ordered: its path, and the path that must run if it fails."""
 
     id: str
     path: str
@@ -110,7 +114,7 @@ class Asked:
 
 @dataclass
 class World:
-    """A host with an agent at a workspace. `url` may lead there by a proxy. `kind` names the machine's."""
+    """A host with an agent at a workspace. `url` is that of a proxy, if there is one."""
 
     directory: Path
     workspace: Workspace
@@ -128,36 +132,35 @@ class World:
         self.overlaps: list[str] = []
         self.problems: list[str] = []  # of the harness itself
         self.agents: list[Program] = []
-        self.lost: set[str] = set()  # deployments whose state was taken away
-        self.blind = False  # for now the step on disk is not the one that was taken
+        self.lost: set[str] = set()  # deployments whose state the test has damaged
+        self.blind = False  # the step on disk is not to be trusted for now
         self.cuts = 0
         self.faults = self.directory / "faults"
         self.faults.mkdir(parents=True)
-        self.disk = (
-            Disk(self.directory / "disk.img", self.directory / "disk") if self.power else None
-        )
+        storage = self.directory / "disk"  # what a power loss may affect
+        self.disk = Disk(self.directory / "disk.img", storage) if self.power else None
         place = self.directory / "host"
         place.mkdir()
-        for name in ("nix", "state", "home"):  # what a power loss may take
-            (self.directory / "disk" / name).mkdir(parents=True, exist_ok=True)
-            (place / name).symlink_to(self.directory / "disk" / name)
+        for name in ("nix", "state", "home"):
+            (storage / name).mkdir(parents=True, exist_ok=True)
+            (place / name).symlink_to(storage / name)
         self.host = Host(place)
-        self._programs()
+        self._write_programs()
         self.token = self.workspace.token("agent")
         os.mkfifo(self.faults / "visits")
         self._fifo = os.open(self.faults / "visits", os.O_RDWR)
         self._closing = False
-        self._coming: queue.SimpleQueue[Optional[tuple[int, Visit]]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Optional[tuple[int, Visit]]] = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=one, name="driver", daemon=True)
-            for one in (self._listen, self._drive)
+            threading.Thread(target=target, name="driver", daemon=True)
+            for target in (self._listen, self._drive)
         ]
         for thread in self._threads:
             thread.start()
         self.came_up()
 
-    def _programs(self) -> None:
-        """The scripts that stand in front of the real programs."""
+    def _write_programs(self) -> None:
+        """Write the scripts that stand in front of the real programs."""
         programs = self.faults / "bin"
         programs.mkdir()
         texts = {"visit": VISIT, "systemctl": SYSTEMCTL}
@@ -172,7 +175,7 @@ class World:
         self.host.environment["CACHIX_DEPLOY_WAITS"] = json.dumps(self.waits)
 
     def close(self) -> None:
-        """End all."""
+        """Kill everything on the machine, and remove its disk."""
         self._closing = True
         self.host.close()
         os.write(self._fifo, b"\n")
@@ -190,16 +193,15 @@ class World:
     def agent(self) -> Program:
         return self.agents[-1]
 
-    # --- its life ---
+    # --- boots, kills and power losses ---
 
     def came_up(self) -> None:
-        """What is there after each boot: systemd."""
+        """Provide what is there after each boot: systemd, and on macOS what launchd has run."""
         self.host.path("/run/systemd/system").mkdir(parents=True, exist_ok=True)
         (self.faults / "system").write_text("running\n")
-        if self.kind == "darwin" and self.host.running() is None and self.host.profile():
-            os.symlink(
-                str(self.host.profile()), self.host.path(CURRENT_SYSTEM)
-            )  # as launchd does at boot
+        profile = self.host.profile()
+        if self.kind == "darwin" and profile and self.host.running() is None:
+            os.symlink(profile, self.host.path(CURRENT_SYSTEM))
 
     def start(self) -> Program:
         """Start an agent, as the machine's init would."""
@@ -208,7 +210,7 @@ class World:
         return self.agent
 
     def connected(self) -> None:
-        """Wait until the agent that was started last is connected."""
+        """Wait until the newest agent is connected."""
         wait_until(
             lambda: self.agent.text().count("is connected to") > 0,
             30,
@@ -216,7 +218,7 @@ class World:
         )
 
     def switches(self) -> list[int]:
-        """The switch processes."""
+        """Return the process ids of the switch processes."""
         return [
             pid
             for pid, line in self.host.processes().items()
@@ -224,23 +226,21 @@ class World:
         ]
 
     def descendants(self, pids: list[int]) -> list[int]:
-        """These processes, and what they have started, as far as it runs."""
-        known = list(pids)
+        """Return these processes and all their running descendants."""
+        family = list(pids)
         while True:
-            more = [
-                pid for pid in self.host.processes() if pid not in known and _parent(pid) in known
+            children = [
+                pid for pid in self.host.processes() if pid not in family and _parent(pid) in family
             ]
-            if not more:
-                return known
-            known += more
+            if not children:
+                return family
+            family += children
 
     def kill(self, switch: bool = False, agent: bool = False) -> None:
-        """SIGKILL at once; another agent is started where one was killed."""
+        """Kill the switch processes, the agent or both. A killed agent is replaced by a new one."""
         switches = self.switches() if switch else []
-        pids = [
-            *([self.agent.pid] if agent else []),
-            *switches,
-        ]  # else the agent would see the other one's end
+        # The agent first: it must not see the end of the switch process.
+        pids = [*([self.agent.pid] if agent else []), *switches]
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -250,7 +250,7 @@ class World:
             self.start()
 
     def lose_power(self) -> None:
-        """The power goes, and comes back: what was not synced is gone, what boots is what the boot loader has."""
+        """Cut the power and boot: unsynced data is gone, and the boot loader's default runs."""
         self.cuts += 1
         self.host.close()
         if self.disk is not None:
@@ -262,7 +262,7 @@ class World:
         self.start()
 
     def shut_down(self) -> None:
-        """As systemd does it: SIGTERM to all, after a while SIGKILL; then the machine boots again."""
+        """Shut down as systemd does: SIGTERM to all, after a while SIGKILL. Then boot again."""
         (self.faults / "system").write_text("stopping\n")
         for number, patience in ((signal.SIGTERM, 9.0), (signal.SIGKILL, 5.0)):
             for pid in self.host.processes():
@@ -277,7 +277,7 @@ class World:
         self.start()
 
     def separate_state(self, size: str) -> None:
-        """Give the state a small disk of its own, before the agent starts. Needs root."""
+        """Give the state a small disk of its own, before an agent starts. Needs root."""
         self.host.close()
         subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(self.host.state.resolve())],
@@ -289,17 +289,17 @@ class World:
     # --- orders ---
 
     def order(self, pattern: str, reply: Reply, times: int = 1) -> Order:
-        """Something is to happen where `point argument` matches; the latest order that matches counts."""
-        made = Order(pattern, reply, times)
-        self.orders.insert(0, made)
-        return made
+        """Misbehave at visits whose `point argument` matches; the latest order counts."""
+        order = Order(pattern, reply, times)
+        self.orders.insert(0, order)
+        return order
 
     def heal(self) -> None:
-        """Nothing is to happen any more."""
+        """Drop all orders."""
         self.orders.clear()
 
     def _listen(self) -> None:
-        """Note who comes, and in which step, whatever the driver is doing meanwhile."""
+        """Queue the visits, each with its step, also while the driver is busy."""
         buffer = b""
         while not self._closing:
             buffer += os.read(self._fifo, 1 << 16)
@@ -308,39 +308,37 @@ class World:
                 helper, pid, rest = line.decode().split(" ", 2)
                 point, _, argument = rest.partition(" ")
                 step = self.step(_switch_of(int(pid)))
-                self._coming.put(
-                    (int(helper), Visit(point, argument, int(pid), _session(int(helper)), step))
-                )
-        self._coming.put(None)
+                visit = Visit(point, argument, int(pid), _session(int(helper)), step)
+                self._queue.put((int(helper), visit))
+        self._queue.put(None)
 
     def _drive(self) -> None:
-        for helper, visit in iter(self._coming.get, None):
+        for helper, visit in iter(self._queue.get, None):
             try:
                 self._receive(helper, visit)
-            except Exception as error:  # said by the invariants
+            except Exception as error:  # the invariants report it
                 self.problems.append(f"{visit}: {type(error).__name__}: {error}")
 
     def _receive(self, helper: int, visit: Visit) -> None:
         self._look_for_overlap(visit)
         text = f"{visit.point} {visit.argument}"
-        found = next((o for o in self.orders if o.times > 0 and re.search(o.pattern, text)), None)
+        order = next((o for o in self.orders if o.times > 0 and re.search(o.pattern, text)), None)
         reply = "go"
-        if found is not None and _runs(
-            helper
-        ):  # who was ended while it waited for its turn meets no fault
-            found.times -= 1
-            reply = found.reply if isinstance(found.reply, str) else found.reply(self, visit)
-        named = found.reply if found is not None and isinstance(found.reply, str) else reply
-        self.visits.append(
-            Visit(visit.point, visit.argument, visit.pid, visit.session, visit.step, named)
-        )
+        # A program that was killed while it waited for its turn meets no fault.
+        if order is not None and _runs(helper):
+            order.times -= 1
+            reply = order.reply if isinstance(order.reply, str) else order.reply(self, visit)
+        if order is not None and isinstance(order.reply, str):
+            self.visits.append(replace(visit, order=order.reply))
+        else:
+            self.visits.append(replace(visit, order=reply))
         self._answer(helper, reply)
 
     def _answer(self, helper: int, reply: str) -> None:
         path = self.faults / f"answer.{helper}"
         deadline = time.monotonic() + 10
         while _runs(helper) and time.monotonic() < deadline:
-            with contextlib.suppress(OSError):  # nobody reads yet
+            with contextlib.suppress(OSError):  # the script does not read yet
                 fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
                 os.write(fd, f"{reply}\n".encode())
                 os.close(fd)
@@ -349,72 +347,68 @@ class World:
         path.unlink(missing_ok=True)
 
     def _look_for_overlap(self, visit: Visit) -> None:
-        """At most one program that changes the machine at a time; what it starts itself is part of it."""
+        """Record if two programs change the machine at once, unless one has started the other."""
         if visit.point not in CHANGES:
             return
-        earlier = {one.session for one in self.visits if one.point in CHANGES} - {visit.session}
+        earlier = {past.session for past in self.visits if past.point in CHANGES} - {visit.session}
         earlier = {session for session in earlier if not self._has_ended(session)}
         for session in earlier & _sessions() if earlier else ():
-            self.overlaps.append(f"{visit} began while {self._begun(session)} ran")
+            self.overlaps.append(f"{visit} began while {self._last_visit(session)} ran")
 
-    def _begun(self, session: int) -> str:
-        return str(next(one for one in reversed(self.visits) if one.session == session))
+    def _last_visit(self, session: int) -> str:
+        return str(next(past for past in reversed(self.visits) if past.session == session))
 
     def _has_ended(self, session: int) -> bool:
-        """Whether a program has told of its end, and was let go: it has no more to do."""
-        own = [one for one in self.visits if one.session == session]
-        return own[-1].point == f"{own[0].point}.end" and own[-1].order == "go"
+        """Whether a program has reported its end and may go on: it has nothing more to do then."""
+        visits = [visit for visit in self.visits if visit.session == session]
+        return visits[-1].point == f"{visits[0].point}.end" and visits[-1].order == "go"
 
     def step(self, deployment: str = "*") -> str:
-        """What the journal of a deployment says now, or the newest one."""
+        """Return the step in the journal of a deployment, or in the newest journal."""
         if self.blind:
             return UNKNOWN
-        newest = ("", 0.0)
+        newest, newest_time = "", 0.0
         with contextlib.suppress(OSError):
             for path in self.host.state.glob(f"deployments/{deployment}/journal.json"):
                 with contextlib.suppress(OSError, ValueError):
                     record = json.loads(path.read_bytes())
-                    newest = max(
-                        newest,
-                        (record["step"], max(record["times"].values())),
-                        key=lambda one: one[1],
-                    )
-        return newest[0]
+                    moment = max(record["times"].values())
+                    if moment > newest_time:
+                        newest, newest_time = record["step"], moment
+        return newest
 
     # --- deployments ---
 
     def install(self, path: str) -> None:
-        """Make a path what the machine has run all the time."""
+        """Make the machine run a path as if it always had."""
         self.workspace.push(path)
         self.host.install(self.workspace.cache_url, self.files.key.public, path)
         os.sync() if self.disk is None else os.system(f"sync -f {self.disk.directory}")
         self.visits.clear()
 
     def deploy(self, path: str, script: Optional[str] = None) -> str:
-        """Push and order a deployment; its id."""
+        """Push and order a deployment. Returns its id."""
         self.workspace.push(path, *([script] if script else []))
         deployment = self.workspace.deploy(self.name, path, script)
         self.asked.append(Asked(deployment, path, self.running()))
         return deployment
 
     def running(self) -> Optional[str]:
-        """What the machine runs, by its kind."""
+        """Return the path that the machine runs, by its kind."""
         if self.kind == "home_manager":
             return self.host.current_home()
         return self.host.profile() if self.kind == "plain" else self.host.running()
 
     def profile(self) -> Optional[str]:
-        return (
-            self.host.profile(self.host.home_profile())
-            if self.kind == "home_manager"
-            else self.host.profile()
-        )
+        """Return the path that the profile of the machine's kind points at."""
+        if self.kind == "home_manager":
+            return self.host.profile(self.host.home_profile())
+        return self.host.profile()
 
     def ended(self, deployment: str, timeout: float = 60.0) -> str:
-        """Wait for the end of a deployment, on the machine and at the workspace; its last step."""
-        if (
-            deployment not in self.lost
-        ):  # files first: to ask the workspace all the time would slow all other tests
+        """Wait until a deployment has ended, also at the workspace. Returns its last step."""
+        # Reads files first: many requests to the workspace would slow down all other tests.
+        if deployment not in self.lost:
             wait_until(
                 lambda: self.host.step(deployment) in FINAL,
                 timeout,
@@ -427,20 +421,23 @@ class World:
         return self.host.step(deployment)
 
     def is_reported(self, deployment: str) -> bool:
+        """Whether the workspace has acknowledged the whole log and the final report."""
+        path = self.host.state / "deployments" / deployment / "reported.json"
         with contextlib.suppress(OSError, ValueError):
-            told = json.loads(
-                (self.host.state / "deployments" / deployment / "reported.json").read_bytes()
-            )
-            return bool(told["logged"] and told["ended"])
+            reported = json.loads(path.read_bytes())
+            return bool(reported["logged"] and reported["ended"])
         return False
 
     def chain(self) -> list[str]:
-        """The calls so far, each with the step in which it came; paths by their versions."""
+        """Return the calls so far, each with its step; store paths are shortened to versions."""
         return [re.sub(r"/nix/store/\S+-(\w+)(?=\s|$)", r"\1", str(visit)) for visit in self.visits]
 
     def story(self) -> str:
-        """The calls so far in short, a line for each step, which a fault or another download begins anew: what was
-        begun, and what the test has answered where that was not `go`. What Nix only looks at is left out."""
+        """Return the calls so far in short, a line for each step.
+
+        A fault or another download also begins a line. Each call is followed by the test's answer,
+        unless that was `go`. Calls of Nix that change nothing are left out.
+        """
         lines: list[list[str]] = []
         begin, last = True, ""
         for text, visit in zip(self.chain(), self.visits):
@@ -459,39 +456,38 @@ class World:
         return "\n".join(head + ", ".join(calls) for head, *calls in lines)
 
     def leaks(self) -> list[str]:
-        """Where the token can be read that must not be."""
+        """Return where the token can be read: files, processes, output of agents."""
         secret, places = self.token.encode(), []
         for top in ("state", "home", "run", "nix/var"):
             for path in (self.host.directory / top).resolve().rglob("*"):
                 with contextlib.suppress(FileNotFoundError):  # it was just replaced
                     if path.is_file() and not path.is_symlink() and secret in path.read_bytes():
                         places.append(str(path))
-        lines = self.host.processes()
+        agent, lines = self.agent.pid, self.host.processes()
         for pid, line in lines.items():
             with contextlib.suppress(OSError):
                 environment = secret in Path(f"/proc/{pid}/environ").read_bytes()
-                forked = _parent(pid) == self.agent.pid and line == lines.get(
-                    self.agent.pid
-                )  # runs nothing else yet
-                if self.token in line or (environment and pid != self.agent.pid and not forked):
+                # A fork of the agent has its environment until it runs another program.
+                fork = _parent(pid) == agent and line == lines.get(agent)
+                if self.token in line or (environment and pid != agent and not fork):
                     places.append(f"process {pid}: {line}")
-        places += [str(one.output) for one in self.agents if self.token in one.text()]
+        places += [str(agent.output) for agent in self.agents if self.token in agent.text()]
         return places
 
     def journals(self) -> dict[str, dict[str, Any]]:
-        """The journals by their deployments."""
-        found = {}
-        for path in self.host.state.glob("deployments/*/journal.json"):
-            found[path.parent.name] = json.loads(path.read_bytes())
-        return found
+        """Return the journals by their deployments."""
+        paths = self.host.state.glob("deployments/*/journal.json")
+        return {path.parent.name: json.loads(path.read_bytes()) for path in paths}
 
 
 def _short(call: str) -> str:
-    """A call as `World.story` tells it; empty for what changes nothing."""
+    """Return a call in the form of `World.story`; empty if it changes nothing."""
     if call.startswith("nix-store"):
         root = re.search(r"--realise (\w+) .*/current-home", call)
-        found = re.search(r"--realise (\w+) .*--indirect --max-jobs 32", call)
-        return f"current-home {root[1]}" if root else f"download {found[1]}" if found else ""
+        download = re.search(r"--realise (\w+) .*--indirect --max-jobs 32", call)
+        if root:
+            return f"current-home {root[1]}"
+        return f"download {download[1]}" if download else ""
     if call.startswith("systemd-run"):
         return ""
     call = re.sub(r"^nix-env(\.end)? .*--set ", r"set\1 ", call)
@@ -499,38 +495,38 @@ def _short(call: str) -> str:
 
 
 def _switch_of(pid: int) -> str:
-    """The deployment whose switch process has started a process; `*` where none has."""
+    """Return the deployment whose switch process is an ancestor of a process; `*` without one."""
     while pid > 1:
         with contextlib.suppress(OSError):
-            found = re.search(
-                rb"\0switch\0([0-9a-f-]{36})\0", Path(f"/proc/{pid}/cmdline").read_bytes()
-            )
-            if found:
-                return found[1].decode()
+            line = Path(f"/proc/{pid}/cmdline").read_bytes()
+            match = re.search(rb"\0switch\0([0-9a-f-]{36})\0", line)
+            if match:
+                return match[1].decode()
         pid = _parent(pid)
     return "*"
 
 
-def _runs(pid: int) -> bool:
+def _stat(pid: int, index: int) -> str:
+    """Return a field of a process' /proc/PID/stat, counted after its name; empty without one."""
     with contextlib.suppress(OSError, IndexError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    return False
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[index]
+    return ""
+
+
+def _runs(pid: int) -> bool:
+    return _stat(pid, 0) not in ("", "Z", "X")
 
 
 def _session(pid: int) -> int:
-    with contextlib.suppress(OSError, IndexError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[3])
-    return 0
+    return int(_stat(pid, 3) or 0)
 
 
 def _parent(pid: int) -> int:
-    with contextlib.suppress(OSError, IndexError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
+    return int(_stat(pid, 1) or 0)
 
 
 def _sessions() -> set[int]:
-    """The sessions in which something runs."""
+    """Return the sessions that have a running process."""
     return {_session(pid) for pid in _pids() if _runs(pid)}
 
 
