@@ -1,5 +1,8 @@
-"""Who sees a deployment through: an agent that comes back, one that finds what another one has left, several agents of
-one machine, a bootstrap and its successor; and other programs that hold the locks."""
+"""The agent that completes a deployment is not always the one that began it.
+
+An agent comes back, an agent takes over the journals of another one, several agents share a
+machine, a bootstrapping agent has a successor, and other programs hold the locks.
+"""
 
 import contextlib
 import json
@@ -25,7 +28,7 @@ from world import OPTIONS, WAITS, Asked
 
 from activate import lock
 
-# --- an agent that comes back ----------------------------------------------------------------------------------------
+# --- an agent that comes back ---------------------------------------------------------------------
 
 
 def lines(name):
@@ -57,10 +60,8 @@ def test_the_log_goes_on_while_the_agent_is_away(world, finish):
     extra = "; ".join([lines("before"), lines("away"), lines("after")])
     deployments.append(world.deploy(system(world, extra), scenes.script(world.files)))
     assert world.ended(deployments[0]) == "succeeded"
-    own = [
-        line for line in world.workspace.log(deployments[0]) if " line " in line and "$" not in line
-    ]
-    assert own == [
+    log = world.workspace.log(deployments[0])
+    assert [line for line in log if " line " in line and "$" not in line] == [
         f"{name} line {i}" for name in ("before", "away", "after") for i in range(1, 301)
     ]
     visits = "test second, lines.before second, lines.away second, lines.after second"
@@ -86,21 +87,15 @@ def test_the_agent_comes_back_after_the_end(world, finish):
     finish(world)
 
 
-# --- journals of others ----------------------------------------------------------------------------------------------
+# --- journals of others ---------------------------------------------------------------------------
 
-OLDER = (
-    "version",
-    "revision",
-    "rooted",
-    "detail",
-    "log_size",
-    "profile_name",
-)  # keys that one may not have
+# Keys that the journal of an older release may not have.
+OLDER = ("version", "revision", "rooted", "detail", "log_size", "profile_name")
 NEWER = {"version": 99, "flavour": {"of": ["another", "release"]}}
 
 
 def rewrite(world, change):
-    """Change what the only journal says."""
+    """Change the only journal."""
     (path,) = world.host.state.glob("deployments/*/journal.json")
     entry = json.loads(path.read_bytes())
     change(entry)
@@ -151,7 +146,7 @@ def test_a_deployment_is_adopted(held, finish, change):
     finish(world)
 
 
-# --- several agents, and other programs ------------------------------------------------------------------------------
+# --- several agents, and other programs -----------------------------------------------------------
 
 
 @pytest.mark.promise(1)
@@ -168,7 +163,7 @@ def test_a_second_agent_of_the_name(held, finish, option, status):
 
 @contextlib.contextmanager
 def another_agent(world):
-    """An agent of another name on the same machine, with the same state; its name."""
+    """Run an agent of another name on the same machine, with the same state. Yields its name."""
     name = f"{world.name}-b"
     agent = world.host.agent(name, world.workspace.url, world.token, *world.args)
     agent.wait_for("is connected to")
@@ -182,7 +177,7 @@ def another_agent(world):
 
 
 def deploy_to(world, name, version):
-    """Order a deployment for an agent of another name."""
+    """Order a deployment for an agent of another name, and return its id."""
     path, script = scenes.nixos(world.files, version), scenes.script(world.files)
     world.workspace.push(path, script)
     world.asked.append(Asked(world.workspace.deploy(name, path, script), path, world.running()))
@@ -212,8 +207,8 @@ def test_two_agents_of_one_profile_at_once(make_world, finish):
         world.order(r"^test ", "linger 0.3", 2)
         deployments = [scenes.deploy(world, "second"), deploy_to(world, name, "third")]
         assert list(map(world.ended, deployments)) == ["succeeded", "succeeded"]
-    began = {one.id: world.host.journal(one.id)["times"]["activating"] for one in world.asked}
-    world.asked.sort(key=lambda one: began[one.id])  # the later one is what runs
+    # The invariants expect that the last deployment of this list is the one that runs.
+    world.asked.sort(key=lambda asked: world.host.journal(asked.id)["times"]["activating"])
     finish(world)
 
 
@@ -222,7 +217,7 @@ def test_another_program_holds_the_deployment_lock(world, finish):
     with another_holds(agent_lock(world, "deployment")):
         deployment = scenes.deploy(world, "second")
         world.agent.wait_for(r"deployment \d+: /nix/store/")
-        time.sleep(1)  # more than it would need without the lock
+        time.sleep(1)  # longer than the deployment would take without the lock
         assert world.story() == ""
     assert world.ended(deployment) == "succeeded"
     assert world.story() == GOOD
@@ -241,7 +236,7 @@ def test_another_program_holds_the_machine_lock(world, finish):
     finish(world)
 
 
-# --- bootstrap -------------------------------------------------------------------------------------------------------
+# --- bootstrap ------------------------------------------------------------------------------------
 
 
 @pytest.mark.promise(1, 8)
@@ -250,17 +245,13 @@ def test_a_bootstrap_without_a_successor_stays(make_world, scripted, finish):
         workspace=scripted, args=(*OPTIONS, "--bootstrap"), waits={**WAITS, "handover": 1.0}
     )
     bootstrap = world.agent
-    for version, times in (("second", 1), ("third", 2)):
+    stays = f"no agent named {world.name} has started, so this one stays"
+    for times, version in enumerate(("second", "third"), 1):
         assert world.ended(scenes.deploy(world, version)) == "succeeded"
         assert not lock.held(agent_lock(world))
-        stays = f"no agent named {world.name} has started, so this one stays"
-        wait_until(lambda: world.agent.text().count(stays) == times, 20, "the end of the wait")
-    assert (
-        world.agent.text().count(
-            f"waiting up to 1 s for the machine's own agent named {world.name}"
-        )
-        == 2
-    )
+        world.agent.wait_for(f"(?s)(.*{stays}){{{times}}}", 20)
+    waits = f"waiting up to 1 s for the machine's own agent named {world.name}"
+    assert world.agent.text().count(waits) == 2
     world.args = OPTIONS
     assert world.ended(scenes.deploy(world, "fourth")) == "succeeded"
     successor = world.start()
@@ -278,7 +269,7 @@ def test_a_successor_while_the_bootstrap_deploys(held, finish):
     wait_until(
         lambda: successor.text().count("is connected to") == 2, 20, "the successor's connection"
     )
-    time.sleep(2)  # time for many connections, had each evicted the other
+    time.sleep(2)  # enough for many connections if the agents evicted each other
     assert successor.text().count("is connected to") == 2
     assert bootstrap.process.poll() is None, "the bootstrap has left its deployment"
     go_on(world)

@@ -1,4 +1,4 @@
-"""Deployments by name, each with the exact chain of its steps and calls (`World.story`) besides the invariants."""
+"""Deployments by name, each with the exact chain of its steps and calls: see `World.story`."""
 
 import os
 
@@ -29,7 +29,7 @@ checking: script good""",
 
 
 def test_of_shortened_chains(world):
-    """A chain that hides what has happened would prove nothing."""
+    """A shortened chain still shows all calls that change the machine."""
     world.order(r"^boot\.end", "exit 1")
     assert world.ended(scenes.deploy(world, "second")) == "rolled-back"
     assert [call for call in world.chain() if ": nix-env" in call or ": boot" in call] == [
@@ -48,7 +48,7 @@ def test_of_shortened_chains(world):
     ]
 
 
-# --- no fault but the new system's own -------------------------------------------------------------------------------
+# --- no fault but the new system's own ------------------------------------------------------------
 
 
 @pytest.mark.promise(1, 4, 6)
@@ -73,7 +73,7 @@ rolling-back: generation 1, boot first, test first""",
 
 @pytest.mark.promise(3, 6)
 @pytest.mark.parametrize("how", FAILING)
-def test_what_fails_by_itself(world, finish, how):
+def test_a_system_that_fails_by_itself(world, finish, how):
     assert world.ended(scenes.deploy(world, "second", how)) == "rolled-back"
     assert world.story() == f"downloading: download second\n{FAILING[how]}"
     finish(world)
@@ -95,29 +95,25 @@ def test_the_new_system_cuts_the_network(make_world, make_workspace, finish):
     assert world.story() == GOOD.replace(COMMITTED, "rolling-back: test first")
     workspace.serve()
     assert world.ended(deployment) == "rolled-back"
-    assert (
-        "could not be reached for 2 s after the activation"
-        in workspace.deployment(deployment)["reason"]
-    )
+    reason = workspace.deployment(deployment)["reason"]
+    assert "could not be reached for 2 s after the activation" in reason
     finish(world)
 
 
-# --- power loss in the commit ----------------------------------------------------------------------------------------
+# --- power loss in the commit ---------------------------------------------------------------------
 
 
 @pytest.mark.promise(2, 4)
 def test_power_loss_before_the_new_system_boots(world, finish):
     world.order(r"^boot \S+-second", scenes.power)
     assert world.ended(scenes.deploy(world, "second")) == "succeeded"
-    assert (
-        world.story()
-        == f"{GOOD} -> gone\ncommitting: test second\nchecking: script good\n{COMMITTED}"
-    )
+    again = f"committing: test second\nchecking: script good\n{COMMITTED}"
+    assert world.story() == f"{GOOD} -> gone\n{again}"
     finish(world)
 
 
 def durable_power_loss(world, visit):
-    """What was done so far is on the disk."""
+    """Cut the power after all data so far was synced."""
     if world.disk is not None:
         os.system(f"sync -f {world.disk.directory}")
     return scenes.power(world, visit)
@@ -136,14 +132,12 @@ def test_power_is_lost_in_each_commit(world, finish):
     world.order(r"^boot \S+-second", durable_power_loss, ALWAYS)
     assert world.ended(scenes.deploy(world, "second")) == "rolled-back"
     again = f"committing: test second\nchecking: script good\n{COMMITTED} -> gone\n"
-    assert (
-        world.story()
-        == f"{GOOD} -> gone\n{3 * again}rolling-back: generation 1, boot first, test first"
-    )
+    undo = "rolling-back: generation 1, boot first, test first"
+    assert world.story() == f"{GOOD} -> gone\n{3 * again}{undo}"
     finish(world)
 
 
-# --- rollbacks that fail ---------------------------------------------------------------------------------------------
+# --- rollbacks that fail --------------------------------------------------------------------------
 
 
 @pytest.mark.promise(2, 7)
@@ -154,13 +148,12 @@ def test_killed_in_each_rollback(world, finish):
     assert world.ended(deployment) == "rollback-failed"
     killed = f"rolling-back: test first -> {scenes.LINGER}"
     assert world.story().splitlines()[2:] == 3 * [killed]
-    assert (
-        "the rollback was interrupted 3 times" in world.workspace.deployment(deployment)["reason"]
-    )
+    reason = world.workspace.deployment(deployment)["reason"]
+    assert "the rollback was interrupted 3 times" in reason
     world.visits.clear()
     third = scenes.deploy(world, "third", scenes.BAD)
     assert world.ended(third) == "rolled-back"
-    assert world.host.journal(third)["previous_running"] == first, "what runs was never confirmed"
+    assert world.host.journal(third)["previous_running"] == first, "not the last confirmed path"
     assert world.story().splitlines()[1:] == ["activating: test third", "rolling-back: test first"]
     assert world.running() == first
     finish(world)
@@ -180,7 +173,7 @@ def test_a_rollback_that_fails_is_tried_again(world, finish, times, end):
     finish(world)
 
 
-# --- the download ----------------------------------------------------------------------------------------------------
+# --- the download ---------------------------------------------------------------------------------
 
 
 @pytest.mark.promise(7, 10)
@@ -218,7 +211,7 @@ def test_the_agent_is_killed_in_the_download(world, finish):
     world.order(DOWNLOAD, kill)
     assert world.ended(scenes.deploy(world, "second")) == "succeeded"
     assert world.story() == f"downloading: download second -> hang\n{GOOD}"
-    assert hung[0] not in world.host.processes(), "the download of the killed agent goes on"
+    assert hung[0] not in world.host.processes(), "the download of the killed agent still runs"
     finish(world)
 
 
@@ -227,7 +220,7 @@ def test_the_agent_is_stopped_in_the_download(world, finish):
     attempts = []
 
     def stop(world, visit):
-        assert world.agent.stop(10) == 0  # promised: within 10 s
+        assert world.agent.stop(10) == 0  # within the promised 10 s
         attempts.extend(entry["attempts"] for entry in world.journals().values())
         world.start()
         return "hang"
@@ -239,7 +232,7 @@ def test_the_agent_is_stopped_in_the_download(world, finish):
     finish(world)
 
 
-# --- the agent in the middle of its own deployment -------------------------------------------------------------------
+# --- the agent in the middle of its own deployment ------------------------------------------------
 
 
 @pytest.mark.promise(8)
@@ -259,10 +252,8 @@ def test_the_activation_restarts_its_agent(world, finish):
     assert statuses == [0]
     assert world.story() == GOOD.replace("test second", "test second, unit.restarted second")
     log = world.workspace.text(deployment)
-    assert (
-        "the unit has restarted" in log
-        and "the agent ended during the activation, waiting for one" in log
-    )
+    assert "the unit has restarted" in log
+    assert "the agent ended during the activation, waiting for one" in log
     finish(world)
 
 
@@ -280,7 +271,6 @@ def test_the_activation_kills_its_agent_and_none_comes_back(make_world, finish):
     world.start()
     assert world.ended(deployment) == "rolled-back"
     assert world.story() == GOOD.replace(COMMITTED, "rolling-back: test first")
-    assert world.workspace.deployment(deployment)["reason"].startswith(
-        "no agent came back within 2 s"
-    )
+    reason = world.workspace.deployment(deployment)["reason"]
+    assert reason.startswith("no agent came back within 2 s")
     finish(world)

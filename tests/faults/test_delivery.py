@@ -1,4 +1,4 @@
-"""A workspace that is down, slow or out of its mind: no activation waits for it, and all is told once it is well."""
+"""A workspace that is down, slow or broken: no activation waits, and all reports arrive later."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.promise(6, 7, 9)
 BRIEF = {**WAITS, "ping": 0.3, "silence": 0.8, "connect": 0.7, "call": 0.5}
 JSON = "Content-Type: application/json\r\n"
 REPORT = "^> PUT /api/v1/deploy/"
-# What becomes of every report: what happens to which messages, and how many calls are to be made like that.
+# What happens to every report: the messages, the fault, and the number of calls to wait for.
 TREATMENTS = {
     "500": (REPORT, Answer(500, body=b"<h1>Internal Server Error</h1>" * 1000), 20),
     "401": (REPORT, Answer(401, JSON, b"{}"), 20),
@@ -35,38 +35,42 @@ TREATMENTS = {
 
 @pytest.fixture
 def proxy(live):
-    with Proxy(live.url) as made:
-        yield made
+    with Proxy(live.url) as proxy:
+        yield proxy
 
 
-def deploy(world, version, talk):
-    """Order a system whose activation says something."""
-    return world.deploy(scenes.nixos(world.files, version, extra=talk), scenes.script(world.files))
+def deploy(world, version, output):
+    """Order a system whose activation runs shell code that prints something. Returns its id."""
+    system = scenes.nixos(world.files, version, extra=output)
+    return world.deploy(system, scenes.script(world.files))
 
 
 def ends(world, deployment):
-    """The last step of a deployment, as soon as the machine has taken it; the workspace need not know."""
+    """Wait until a deployment has ended on the machine, reported or not. Returns its last step."""
     wait_until(lambda: world.host.step(deployment) in FINAL, 30, f"the end of {deployment}")
     return world.host.step(deployment)
 
 
-def untold(world, deployment):
-    """Nothing of a deployment has been acknowledged."""
+def is_unreported(world, deployment):
+    """Whether the workspace has acknowledged nothing of a deployment."""
     path = world.host.state / "deployments" / deployment / "reported.json"
-    told = json.loads(path.read_text()) if path.exists() else {}
-    return not (told.get("started") or told.get("line") or told.get("ended"))
+    reported = json.loads(path.read_text()) if path.exists() else {}
+    return not (reported.get("started") or reported.get("line") or reported.get("ended"))
 
 
 def threads(world):
     return len(os.listdir(f"/proc/{world.agent.pid}/task"))
 
 
-def grows_not(world, proxy, pattern, calls):
-    """So many calls later the agent has no more threads, and no more memory than what is kept for reuse."""
-    begun, memory, most = proxy.count(pattern), world.agent.memory(), threads(world)
-    wait_until(lambda: proxy.count(pattern) >= begun + calls, 30, f"{calls} calls")
+def assert_no_growth(world, count, calls):
+    """Wait for more calls, and check that the agent then has hardly more threads and memory.
+
+    `count` returns the number of calls so far.
+    """
+    start, memory, most = count(), world.agent.memory(), threads(world)
+    wait_until(lambda: count() >= start + calls, 30, f"{calls} calls")
     assert threads(world) <= most + 2  # one call, and one that has not ended yet
-    assert world.agent.memory() < memory + (8 << 20)
+    assert world.agent.memory() < memory + (8 << 20)  # memory that was freed is kept for reuse
 
 
 @pytest.mark.parametrize("name", TREATMENTS)
@@ -76,23 +80,23 @@ def test_reports_that_fail_delay_nothing_and_arrive_in_the_end(make_world, proxy
     proxy.order(pattern, kind, ALWAYS)
     deployment = deploy(world, "second", closures.lines(3000))
     assert ends(world, deployment) == "succeeded"
-    assert untold(world, deployment), "the activation has waited for its reports"
-    grows_not(world, proxy, REPORT, calls)
-    assert untold(world, deployment)
+    assert is_unreported(world, deployment), "the activation has waited for its reports"
+    assert_no_growth(world, lambda: proxy.count(REPORT), calls)
+    assert is_unreported(world, deployment)
     proxy.heal()
     assert world.ended(deployment) == "succeeded"
     finish(world)
 
 
 def test_a_workspace_that_asks_to_be_left_alone_is_left_alone(make_world, proxy, finish):
-    """Between two calls lies what was asked for: more it may be, but never less."""
+    """The agent waits at least the requested time between two calls."""
     world = make_world(url=proxy.url, waits=BRIEF)
     proxy.order(REPORT, Answer(429, "Retry-After: 1\r\n" + JSON, b"{}"), ALWAYS)
     deployment = deploy(world, "second", "echo a")
     assert ends(world, deployment) == "succeeded"
-    begun = proxy.count(REPORT)
-    wait_until(lambda: proxy.count(REPORT) >= begun + 3, 30, "three calls")
-    times = [one.time for one in proxy.seen if one.label.startswith("> PUT")][begun:]
+    start = proxy.count(REPORT)
+    wait_until(lambda: proxy.count(REPORT) >= start + 3, 30, "three calls")
+    times = [call.time for call in proxy.seen if call.label.startswith("> PUT")][start:]
     assert all(later - earlier >= 1.0 for earlier, later in zip(times, times[1:])), times
     proxy.heal()
     assert world.ended(deployment) == "succeeded"
@@ -101,7 +105,7 @@ def test_a_workspace_that_asks_to_be_left_alone_is_left_alone(make_world, proxy,
 
 @pytest.mark.promise(3, 5)
 def test_a_workspace_that_is_down_from_the_activation_on(make_world, proxy, finish):
-    """A system that can't reach it is rolled back; what happened is told once it is there again."""
+    """A system that can't reach it is rolled back, and this is reported once it is up again."""
     world = make_world(
         url=proxy.url, waits=BRIEF, args=("--activation-timeout=5", "--confirm-timeout=2")
     )
@@ -113,15 +117,7 @@ def test_a_workspace_that_is_down_from_the_activation_on(make_world, proxy, fini
     world.order(r"^test \S+-second", down)
     deployment = deploy(world, "second", closures.lines(3000))
     assert ends(world, deployment) == "rolled-back"
-    most, memory, tries = (
-        threads(world),
-        world.agent.memory(),
-        world.agent.text().count("not reported yet"),
-    )
-    wait_until(
-        lambda: world.agent.text().count("not reported yet") > tries + 10, 30, "more attempts"
-    )
-    assert threads(world) <= most + 2 and world.agent.memory() < memory + (8 << 20)
+    assert_no_growth(world, lambda: world.agent.text().count("not reported yet"), 11)
     proxy.listen()
     assert world.ended(deployment) == "rolled-back"
     assert "could not be reached" in world.workspace.deployment(deployment)["reason"]
@@ -131,7 +127,7 @@ def test_a_workspace_that_is_down_from_the_activation_on(make_world, proxy, fini
 def test_a_log_that_fails_holds_back_neither_the_end_nor_the_next_deployment(
     make_world, proxy, finish
 ):
-    """Not even one that asks to be left alone for an hour; who starts anew asks again."""
+    """Not even if the workspace asks for an hour's pause; a new agent tries again at once."""
     world = make_world(url=proxy.url, waits=BRIEF)
     proxy.order(f"{REPORT}log/", Answer(429, "Retry-After: 3600\r\n" + JSON, b"{}"), ALWAYS)
 
@@ -155,15 +151,15 @@ def test_a_log_that_fails_holds_back_neither_the_end_nor_the_next_deployment(
 
 @pytest.mark.parametrize("kind", ["stall", "half-open", "slow"])
 def test_any_log_while_the_workspace_takes_nothing(make_world, proxy, finish, kind):
-    """Megabytes, of any bytes and in lines of any length: who writes them does not wait, and nothing is lost."""
+    """An activation prints megabytes of any bytes without waiting, and nothing is lost."""
     world = make_world(url=proxy.url, waits=BRIEF)
     proxy.order(f"{REPORT}log/", kind, ALWAYS)
     strange = bytes(range(256)) + b"\0\n\n\xc3\n\xff\xfe\0\r\n" + "\u2028\U0001f600\n".encode()
-    talk = [closures.output(strange), *3 * [closures.long_line(1 << 20)], closures.lines(50_000)]
-    deployment = deploy(world, "second", "\n".join([*talk, closures.output(strange)]))
+    code = [closures.output(strange), *3 * [closures.long_line(1 << 20)], closures.lines(50_000)]
+    deployment = deploy(world, "second", "\n".join([*code, closures.output(strange)]))
     assert ends(world, deployment) == "succeeded"
     assert world.workspace.log(deployment) == []
-    grows_not(world, proxy, f"{REPORT}log/", 3)
+    assert_no_growth(world, lambda: proxy.count(f"{REPORT}log/"), 3)
     assert world.agent.memory("VmHWM") < 100 << 20
     proxy.heal()
     assert world.ended(deployment) == "succeeded"
@@ -171,41 +167,47 @@ def test_any_log_while_the_workspace_takes_nothing(make_world, proxy, finish, ki
     finish(world)
 
 
-# --- one call --------------------------------------------------------------------------------------------------------
+# --- one call -------------------------------------------------------------------------------------
+
+
+class Drip:
+    """A server that answers with `first`, and then byte by byte without an end."""
+
+    def __init__(self):
+        self.first = b""
+        self.ended = []  # the connections that have ended
+        self.closing = threading.Event()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+
+    def serve(self, connection):
+        with contextlib.suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(self.first)
+            while not self.closing.wait(0.02):
+                connection.sendall(b"x")
+        self.ended.append(connection)
+        connection.close()
+
+    def close(self):
+        self.closing.set()
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
 
 
 @pytest.fixture
 def drip():
-    """A server that answers by some bytes and then byte by byte, for ever: (its port, connections that have ended)."""
-    listener, over = socket.create_server(("127.0.0.1", 0)), threading.Event()
-    ended = []
-
-    def serve(connection, first):
-        with contextlib.suppress(OSError):
-            connection.recv(1 << 16)
-            connection.sendall(first)
-            while not over.wait(0.02):
-                connection.sendall(b"x")
-        ended.append(connection)
-        connection.close()
-
-    def accept():
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                threading.Thread(target=serve, args=(connection, made.first), daemon=True).start()
-
-    class Made:
-        port, first = listener.getsockname()[1], b""
-
-    made = Made()
-    made.ended = ended
-    threading.Thread(target=accept, daemon=True).start()
-    yield made
-    over.set()
-    with contextlib.suppress(OSError):
-        listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
+    server = Drip()
+    yield server
+    server.close()
 
 
 @pytest.mark.promise(10)
@@ -222,7 +224,7 @@ def drip():
     ids=["status", "header", "chunk", "proxy", "tunnel", "TLS"],
 )
 def test_a_call_that_is_late_leaves_no_thread_and_no_connection(drip, monkeypatch, url, first):
-    """Each byte is in time, so no limit of a packet ends it."""
+    """Each byte arrives in time, so that no limit of a single read ends the call."""
     drip.first = first
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{drip.port}")
@@ -231,7 +233,7 @@ def test_a_call_that_is_late_leaves_no_thread_and_no_connection(drip, monkeypatc
         with pytest.raises(Unreachable):
             http(Peer(url.format(drip.port), "t"), "GET", "/", timeout=0.2)
     wait_until(
-        lambda: not [one for one in threading.enumerate() if one.name == "call"],
+        lambda: not [thread for thread in threading.enumerate() if thread.name == "call"],
         10,
         "the calls' threads to end",
     )

@@ -1,5 +1,7 @@
-"""The law of durability, as the kernel sees it: written before the effect, synced before the next step; and no lock
-and no token in what is run."""
+"""What the kernel sees of durability, and that no program gets a lock or the token.
+
+A step is durable before its effect, and the effect is synced before the next step.
+"""
 
 import os
 import re
@@ -21,7 +23,7 @@ LOCKS = re.compile(r"\.cachix-deploy-\S+\.lock|(agent|deployment)-\S+\.lock|repo
 
 @dataclass(frozen=True)
 class Call:
-    """A system call that was successful, or the `end` of a process."""
+    """A successful system call, or the `end` of a process."""
 
     thread: int
     name: str
@@ -29,51 +31,50 @@ class Call:
 
 
 def calls(text):
-    """What strace has written, in the order in which the calls returned."""
-    begun, found = {}, []
+    """Parse the output of strace into calls, in the order in which they returned."""
+    unfinished, calls = {}, []
     for line in text.splitlines():
         thread, _, rest = line.partition(" ")
         rest = rest.strip()
         if rest.endswith("<unfinished ...>"):
-            begun[thread] = rest.removesuffix("<unfinished ...>").rstrip()
+            unfinished[thread] = rest.removesuffix("<unfinished ...>").rstrip()
             continue
         if resumed := re.match(r"<\.\.\. \w+ resumed>,? ?(.*)", rest):
-            rest = begun.pop(thread, "") + resumed[1]
+            rest = unfinished.pop(thread, "") + resumed[1]
         if rest.startswith("+++"):
-            found.append(Call(int(thread), "end", rest))
+            calls.append(Call(int(thread), "end", rest))
         elif (match := CALL.fullmatch(f"{thread} {rest}")) and not match[4].startswith("-"):
-            found.append(Call(int(thread), match[2], match[3]))
-    return found
+            calls.append(Call(int(thread), match[2], match[3]))
+    return calls
 
 
-def entries(found):
-    """Where each step was entered, by the content that was renamed."""
-    said, entered = "", []
-    for index, call in enumerate(found):
+def entries(trace):
+    """Return (index, step) for each step that was entered, from the content that was renamed."""
+    content, entries = "", []
+    for index, call in enumerate(trace):
         if call.name == "write" and "/journal.json.new>" in call.words:
-            said = call.words
+            content = call.words
         elif call.name.startswith("rename") and '/journal.json"' in call.words:
-            entered.append((index, re.search(r'\\"step\\": \\"([a-z-]+)', said)[1]))
-    return entered
+            entries.append((index, re.search(r'\\"step\\": \\"([a-z-]+)', content)[1]))
+    return entries
 
 
-def changes(found):
-    """Where each program that changes the machine began and ended."""
-    for index, call in enumerate(found):
-        if call.name == "execve" and re.match(
-            r'"[^"]*/(switch-to-configuration|bin/nix-env)", \["\S*nix', call.words
-        ):
+def changes(trace):
+    """Yield the indexes of start and end of each program that changes the machine."""
+    program = re.compile(r'"[^"]*/(switch-to-configuration|bin/nix-env)", \["\S*nix')
+    for start, call in enumerate(trace):
+        if call.name == "execve" and program.match(call.words):
             ends = (
-                i
-                for i, c in enumerate(found)
-                if i > index and (c.thread, c.name) == (call.thread, "end")
+                index
+                for index, later in enumerate(trace)
+                if index > start and (later.thread, later.name) == (call.thread, "end")
             )
-            yield index, next(ends)
+            yield start, next(ends)
 
 
-def is_durable(found, index):
-    """A journal was written whole before its rename, and its directory before anything else happens."""
-    thread, before, after = found[index].thread, found[:index], found[index + 1 :]
+def assert_durable(trace, index):
+    """Check that a journal was synced before its rename, and its directory right after that."""
+    thread, before, after = trace[index].thread, trace[:index], trace[index + 1 :]
     file = [
         call.name for call in before if call.thread == thread and "/journal.json.new>" in call.words
     ]
@@ -82,35 +83,29 @@ def is_durable(found, index):
     assert first.name == "fsync" and re.search(r"/deployments/[0-9a-f-]{36}>", first.words), first
 
 
-def is_synced(found, start, end):
-    """What Nix and activations have written was flushed in between."""
-    assert any(call.name == "syncfs" and "</nix/" in call.words for call in found[start:end]), (
-        found[start:end]
-    )
+def assert_synced(trace, start, end):
+    """Check that the file system of the store was synced in between."""
+    between = trace[start:end]
+    assert any(call.name == "syncfs" and "</nix/" in call.words for call in between), between
 
 
 @pytest.fixture
 def traced(make_world):
-    """The system calls of an agent and all it starts, in a deployment of which something is bad, and how that ended."""
+    """Trace the system calls of an agent and its descendants: `calls, step = traced(scenes.BAD)`.
+
+    `step` is the last one of the deployment.
+    """
     if os.geteuid() != 0 or shutil.which("strace") is None:
-        pytest.skip(
-            "to look at system calls needs strace, and a disk for the state needs root: `make setup`"
-        )
+        pytest.skip("tracing system calls needs strace, and root for a disk: run `make setup`")
 
     def run(how):
         options = ("--activation-timeout=60", "--confirm-timeout=60")
         world = make_world(start=False, waits={**WAITS, "download": 60.0, "ready": 20.0})
-        world.separate_state("8m")  # else a sync of the state would hide that the store was not
+        world.separate_state("8m")  # else a sync of the state would be one of the store too
         trace = world.faults / "trace"
         argv = ["strace", "-f", "-y", "-s", "4096", "-e", f"trace={CALLS}", "-o", str(trace)]
-        argv += [
-            *command("cachix-deploy"),
-            "--host",
-            world.workspace.url,
-            "agent",
-            world.name,
-            *options,
-        ]
+        argv += [*command("cachix-deploy"), "--host", world.workspace.url]
+        argv += ["agent", world.name, *options]
         world.agents.append(world.host.start("traced", argv, {"CACHIX_AGENT_TOKEN": world.token}))
         world.connected()
         ended = world.ended(scenes.deploy(world, "second", how))
@@ -132,56 +127,47 @@ def traced(make_world):
         ),
     ],
 )
-def test_what_is_entered_is_durable_before_its_effect_and_that_before_the_next_step(
-    traced, how, steps
-):
-    found, ended = traced(how)
-    entered = entries(found)
-    assert [
-        step for _, step in entered if step != journal.RECEIVED
-    ] == steps.split() and ended == steps.split()[-1]
+def test_steps_are_durable_before_effects_and_effects_before_the_next_step(traced, how, steps):
+    trace, last = traced(how)
+    entered = entries(trace)
+    assert [step for _, step in entered if step != journal.RECEIVED] == steps.split()
+    assert last == steps.split()[-1]
     for index, _ in entered:
-        is_durable(found, index)
+        assert_durable(trace, index)
     places = {step: index for index, step in entered}
-    is_synced(found, places[journal.READY], places[journal.ACTIVATING])
-    effects = list(changes(found))
-    assert len(effects) >= (3 if how != scenes.BAD else 2), (
-        "the activation, the commit, the rollback"
-    )
+    assert_synced(trace, places[journal.READY], places[journal.ACTIVATING])
+    effects = list(changes(trace))
+    assert len(effects) >= (3 if how != scenes.BAD else 2), "activation, commit, rollback"
     for _, end in effects:
+        # A rollback waits for no disk, as it does not rely on the effect.
         later = (index for index, step in entered if index > end and step != journal.ROLLING_BACK)
-        is_synced(
-            found, end, next(later)
-        )  # a rollback waits for no disk: it does not count on what was done
-    realised = [
-        call.words for call in found if call.name == "execve" and '"--max-jobs", "32"' in call.words
-    ]
+        assert_synced(trace, end, next(later))
+    programs = [call.words for call in trace if call.name == "execve"]
+    downloads = [words for words in programs if '"--max-jobs", "32"' in words]
     assert any(
-        '"--option", "fsync-store-paths", "true"' in words
-        for words in realised
-        if "--add-root" in words
+        '"--option", "fsync-store-paths", "true"' in words and "--add-root" in words
+        for words in downloads
     )
 
 
 @pytest.mark.promise(1, 11)
 @pytest.mark.parametrize("how", [scenes.GOOD, scenes.BAD, scenes.BAD_COMMIT])
 def test_no_program_holds_a_lock_or_knows_the_token(world, finish, how):
-    seen = []
+    points, leaks = set(), []
 
     def look(world, visit):
-        place = Path(f"/proc/{visit.pid}")
-        held = [os.readlink(fd) for fd in (place / "fd").iterdir() if LOCKS.search(os.readlink(fd))]
-        told = [
-            name
-            for name in ("environ", "cmdline")
-            if world.token.encode() in (place / name).read_bytes()
-        ]
-        seen.append((visit.point, held, told))
+        process = Path(f"/proc/{visit.pid}")
+        points.add(visit.point)
+        targets = [os.readlink(fd) for fd in (process / "fd").iterdir()]
+        leaks.extend((visit.point, target) for target in targets if LOCKS.search(target))
+        for name in ("environ", "cmdline"):
+            if world.token.encode() in (process / name).read_bytes():
+                leaks.append((visit.point, name))
         return "go"
 
-    # systemd-run becomes the switch process, which is to inherit the lock of the deployment
+    # systemd-run becomes the switch process, which must inherit the lock of the deployment.
     world.order("^(?!systemd-run)", look, ALWAYS)
     world.ended(scenes.deploy(world, "second", how))
-    assert {"test", "nix-store"} <= {point for point, _, _ in seen}
-    assert [one for one in seen if one[1] or one[2]] == []
+    assert {"test", "nix-store"} <= points
+    assert leaks == []
     finish(world)

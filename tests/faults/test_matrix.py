@@ -1,4 +1,7 @@
-"""Every step of a deployment with every fault in it, once and always: the machine is where it was, or confirmed."""
+"""Every step of a deployment with every fault in it, once and always.
+
+The machine ends on the path that ran before, or on a confirmed one.
+"""
 
 import pytest
 import scenes
@@ -6,7 +9,7 @@ from world import ALWAYS
 
 pytestmark = pytest.mark.promise(1, 2, 6, 7, 11)
 STEPS = {"S": "succeeded", "F": "failed", "B": "rolled-back", "X": "rollback-failed"}
-# Where the programs of each step are, and the scene that brings them there.
+# The visit at which each fault happens, and the scene in which the visit occurs.
 POINTS = {
     "nixos": {
         "received": (r"^systemd-run", scenes.GOOD),
@@ -48,8 +51,8 @@ POINTS = {
         "rolled-back": (r"^nix-env\.end .*--switch-generation", scenes.BAD_CHECK),
     },
 }
-# How a deployment ends where the fault happens once, or always; two letters: either. One end alone: the point is passed
-# just once then, so that once is always.
+# How a deployment ends if the fault happens once/always. Two letters: either of these ends. A
+# single end: the point is passed only once then, so that once is always.
 ENDS = """
 nixos         exit  hang  die   kill-switch  kill-agent  kill-both  power
 received      S     S     S     S            S/F         S/F        S/F
@@ -93,7 +96,7 @@ rolled-back   B     B     B     B            B           B          B/BX
 
 
 def cases():
-    """Kind, point, fault, how often, and how it ends."""
+    """Yield kind, point, fault, number of times, and the ends that may follow."""
     for table in ENDS.strip().split("\n\n"):
         (kind, *faults), *rows = [line.split() for line in table.splitlines()]
         assert faults == list(scenes.FAULTS)
@@ -105,11 +108,11 @@ def cases():
                 yield kind, point, fault, ALWAYS, always or once
 
 
-def named(case):
+def case_id(case):
     return "-".join([*case[:3], "once" if case[3] == 1 else "always"])
 
 
-@pytest.mark.parametrize("case", list(cases()), ids=named)
+@pytest.mark.parametrize("case", list(cases()), ids=case_id)
 def test_a_fault_in_a_step(make_world, finish, case):
     kind, point, fault, times, end = case
     world = make_world(kind)
@@ -120,9 +123,7 @@ def test_a_fault_in_a_step(make_world, finish, case):
     assert ended in [STEPS[letter] for letter in end], world.workspace.deployment(deployment)
     assert order.times < times, "the fault has not happened"
     if (*case[:3], 1) not in ONCE:
-        assert times - order.times == 1, (
-            "the point was passed again: the table has to say how once and always end"
-        )
+        assert times - order.times == 1, "passed more than once: the table needs two ends"
     finish(world)
 
 
@@ -130,6 +131,5 @@ ONCE = {case[:4] for case in cases()}
 
 
 def test_the_matrix_is_whole():
-    assert {case[:2] for case in cases()} == {
-        (kind, point) for kind in POINTS for point in POINTS[kind]
-    }
+    points = {(kind, point) for kind in POINTS for point in POINTS[kind]}
+    assert {case[:2] for case in cases()} == points

@@ -1,4 +1,7 @@
-"""Faults of the network at every message of a deployment, in both directions: it ends as if nothing had happened."""
+"""Network faults at every message of a deployment, in both directions.
+
+The deployment ends as if nothing had happened.
+"""
 
 import json
 
@@ -19,7 +22,7 @@ STATUS, LOG = r"PUT /api/v1/deploy/deployment/\S+/status", r"PUT /api/v1/deploy/
 
 
 def connecting(world, proxy, order):
-    """The agent has to connect anew, in spite of the fault."""
+    """Make the agent connect anew, and wait until it does so in spite of the fault."""
     before = world.agent.text().count("is connected to")
     order.times = 1
     proxy.refuse()
@@ -35,16 +38,16 @@ def at_once(world, proxy, order):
 
 
 def at_the_end(world, proxy, order):
-    """What comes behind the last effect on the machine."""
+    """Make the fault ready after the last effect on the machine."""
 
-    def begin(*_):
+    def ready(*_):
         order.times = 1
         return "go"
 
-    world.order(r"^boot\.end", begin)
+    world.order(r"^boot\.end", ready)
 
 
-# The messages of a deployment with our workspace, and when the fault is made ready.
+# The messages of a deployment with our workspace, and how each fault is made ready.
 MESSAGES = {
     "handshake": (connecting, "^> GET /ws$"),
     "welcome": (connecting, "^< 101 GET /ws$"),
@@ -83,9 +86,9 @@ HOSTED = {
 
 @pytest.fixture
 def proxy(live):
-    with Proxy(live.url) as made:
-        made.delay = 0.9  # longer than a call may take: it is made again, and arrives twice
-        yield made
+    with Proxy(live.url) as proxy:
+        proxy.delay = 0.9  # longer than a call may take: the call is repeated, and arrives twice
+        yield proxy
 
 
 def happened(order):
@@ -94,20 +97,18 @@ def happened(order):
 
 @pytest.mark.parametrize("message", MESSAGES)
 def test_a_fault_at_a_message(make_world, proxy, finish, message):
-    """None keeps a deployment from its end, nor from being done just once."""
+    """The deployment still succeeds, and is activated just once."""
     ready, pattern = MESSAGES[message]
     world = make_world(url=proxy.url, args=QUICK, waits=BRIEF)
     for fault in FAULTS:
         order = proxy.order(pattern, fault, times=0)
         ready(world, proxy, order)
         deployment = scenes.deploy(world, fault)
-        assert world.ended(deployment) == "succeeded", (
-            order,
-            world.workspace.deployment(deployment),
-        )
+        end = world.ended(deployment)
+        assert end == "succeeded", (order, world.workspace.deployment(deployment))
         happened(order)
-        done = [visit.argument for visit in world.visits if visit.point == "test"]
-        assert done == [asked.path for asked in world.asked], order
+        activated = [visit.argument for visit in world.visits if visit.point == "test"]
+        assert activated == [asked.path for asked in world.asked], order
         assert_invariants(world)
     finish(world)
 
@@ -138,18 +139,17 @@ def test_a_system_from_which_the_workspace_is_never_reached(
     finish(world)
 
 
-# --- Cachix's protocol -----------------------------------------------------------------------------------------------
+# --- Cachix's protocol ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("message", HOSTED)
 def test_a_fault_with_the_hosted_protocol(host, cache, peer, message):
-    """What has arrived can't be said there, so lines may come twice; none is lost, nor the end."""
+    """Nothing is acknowledged there, so lines may arrive twice; no line is lost, nor the end."""
     script = closures.script(cache, "talks", closures.lines(300))
     with Proxy(peer.url) as proxy:
         proxy.delay = 0.9
-        host.agent(
-            "web", proxy.url, "t0ken", *QUICK, env={"CACHIX_DEPLOY_WAITS": json.dumps(BRIEF)}
-        )
+        env = {"CACHIX_DEPLOY_WAITS": json.dumps(BRIEF)}
+        host.agent("web", proxy.url, "t0ken", *QUICK, env=env)
         peer.agent()
         for fault in FAULTS:
             path = closures.plain(cache, fault)
@@ -163,7 +163,7 @@ def test_a_fault_with_the_hosted_protocol(host, cache, peer, message):
 
 
 def arrived(host, peer, deployment):
-    """All lines, each at least once, and one end."""
+    """Check that each line arrived at least once, and that all final reports agree."""
     reported = host.state / "deployments" / deployment / "reported.json"
     wait_until(lambda: json.loads(reported.read_text())["logged"], what="the log's end")
     ends = peer.messages(deployment, "DeploymentFinished")

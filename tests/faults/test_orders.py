@@ -1,4 +1,4 @@
-"""A workspace that sends deployments twice, late or newer ones at any moment, and takes them back."""
+"""A workspace that sends deployments again, sends newer ones at any moment, and cancels them."""
 
 import pytest
 import scenes
@@ -17,7 +17,7 @@ from chains import (
 from hosts import wait_until
 from world import Asked
 
-# --- deployments that are sent again ---------------------------------------------------------------------------------
+# --- deployments that are sent again --------------------------------------------------------------
 
 
 @pytest.mark.promise(6, 13)
@@ -50,9 +50,9 @@ def test_sent_again_after_its_end(make_world, scripted, finish, how):
     world = make_world(workspace=scripted)
     deployment = scenes.deploy(world, "second", how)
     end = world.ended(deployment)
-    told = scripted.ends(deployment)
+    reported = scripted.ends(deployment)
     scripted.again(deployment)
-    wait_until(lambda: scripted.ends(deployment) == 2 * told, 20, "the result once more")
+    wait_until(lambda: scripted.ends(deployment) == 2 * reported, 20, "the result once more")
     assert world.ended(deployment) == end == ("succeeded" if how == scenes.GOOD else "rolled-back")
     assert world.story().count("test second") == 1
     finish(world)
@@ -72,7 +72,9 @@ def test_resumed_without_a_journal(make_world, scripted, finish):
     finish(world)
 
 
-PREVIOUS = r"^nix-store .*--add-root \S+/previous"  # what ran before is kept: the last call before the last look
+# The GC root of the path that ran before: the last call before the agent asks whether the
+# deployment is still wanted.
+PREVIOUS = r"^nix-store .*--add-root \S+/previous"
 RESUMED = {
     DOWNLOAD: (scenes.GOOD, f"downloading: download second -> hang\n{GOOD}"),
     PREVIOUS: (scenes.GOOD, GOOD),
@@ -105,7 +107,7 @@ def test_resumed_with_a_journal(make_world, scripted, finish, point):
     assert world.story().count("test second") == chain.count("test second") + (how == scenes.BAD)
 
 
-# --- successors and cancellations ------------------------------------------------------------------------------------
+# --- successors and cancellations -----------------------------------------------------------------
 
 
 @pytest.mark.promise(6, 14)
@@ -118,7 +120,8 @@ def test_only_the_newest_of_the_queue_is_deployed(held, scripted, finish):
     assert list(map(world.ended, queued)) == ["superseded", "superseded", "succeeded"]
     assert world.story() == f"{GOOD}\n{deployed('fifth')}"
     for older in queued[:2]:
-        assert scripted.deployment(older)["reason"] == "deployment 4 came before this one was begun"
+        reason = scripted.deployment(older)["reason"]
+        assert reason == "deployment 4 arrived before this one was started"
     finish(world)
 
 
@@ -144,16 +147,12 @@ def test_a_successor_comes_at_the_last_look(make_world, scripted, finish):
         newer.append(scenes.deploy(world, "third"))
         scripted.arrived()
 
-    def begun(*_):
-        wait_until(
-            lambda: scripted.peer.statuses,
-            10,
-            "the report that it was begun, which is no last look",
-        )
+    def started(*_):
+        wait_until(lambda: scripted.peer.statuses, 10, "the report that the deployment started")
         return "go"
 
     scripted.at_last_look(send)
-    world.order(PREVIOUS, begun)
+    world.order(PREVIOUS, started)
     older = scenes.deploy(world, "second")
     assert world.ended(older) == "superseded"
     assert world.ended(newer[0]) == "succeeded"
@@ -162,9 +161,8 @@ def test_a_successor_comes_at_the_last_look(make_world, scripted, finish):
 
 
 def cancel(world, deployment):
-    assert (
-        world.workspace.request("POST", f"/api/v1/deploy/deployment/{deployment}/cancel")[0] == 200
-    )
+    path = f"/api/v1/deploy/deployment/{deployment}/cancel"
+    assert world.workspace.request("POST", path)[0] == 200
 
 
 @pytest.mark.promise(14)
@@ -183,12 +181,12 @@ def test_cancelled_in_the_queue(held, scripted, finish):
 def test_cancelled_in_the_download(world, finish):
     deployments = []
 
-    def take_back(world, visit):
+    def cancel_it(world, visit):
         wait_until(lambda: deployments, 10, "the id of the deployment")
         cancel(world, deployments[0])
         return "go"
 
-    world.order(DOWNLOAD, take_back)
+    world.order(DOWNLOAD, cancel_it)
     deployments.append(scenes.deploy(world, "second"))
     assert world.ended(deployments[0]) == "cancelled"
     assert world.story() == "downloading: download second"

@@ -1,6 +1,7 @@
-"""Random schedules: machines of any kind, five deployments each, faults at points and at moments that a seed draws.
+"""Random schedules: a machine of any kind, five deployments, and faults that a seed draws.
 
-`make soak SECONDS=600 SEED=1` begins with that seed and goes on with the next ones; a schedule that fails says its own.
+`make soak SECONDS=600 SEED=1` starts with that seed and continues with the next ones. A schedule
+that fails prints its seed.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ AT_ANY_MOMENT = [
 
 @dataclass(frozen=True)
 class Fault:
-    """At a point that is passed the nth time, so often; or, without a point, some seconds after the order."""
+    """A fault at a point, after it was passed `skipped` times, and `times` times in all.
+
+    Without a point it happens `after` seconds after the order.
+    """
 
     name: str
     point: str = ""
@@ -63,7 +67,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Turn:
-    """One deployment: how the system behaves by itself, what happens to it, and whether another comes right behind."""
+    """One deployment: how its system behaves, its faults, and whether another follows at once."""
 
     how: str
     faults: tuple[Fault, ...]
@@ -72,7 +76,7 @@ class Turn:
 
 @dataclass
 class Schedule:
-    """What a seed draws."""
+    """The machine and the deployments that a seed draws."""
 
     seed: int
     kind: str = ""
@@ -103,23 +107,23 @@ class Schedule:
 
 
 def reply(fault: Fault, busy: threading.Lock) -> Reply:
-    """What the driver answers at the fault's point; faults that are under way wait for each other."""
-    left = [fault.skipped, fault.times]
+    """Return the driver's reply at the fault's point. One fault at a time, by the lock `busy`."""
+    remaining = [fault.skipped, fault.times]
 
     def answer(world: World, visit: Visit) -> str:
-        if left[0] or not left[1]:
-            left[0] = max(0, left[0] - 1)
+        if remaining[0] or not remaining[1]:
+            remaining[0] = max(0, remaining[0] - 1)
             return "go"
-        left[1] -= 1
-        given = REPLIES[fault.name]
+        remaining[1] -= 1
+        action = REPLIES[fault.name]
         with busy:
-            return given if isinstance(given, str) else given(world, visit)
+            return action if isinstance(action, str) else action(world, visit)
 
     return answer
 
 
 def run(world: World, schedule: Schedule) -> None:
-    """Five deployments with all that happens to them."""
+    """Run the deployments of a schedule with their faults, and check the invariants after each."""
     busy = threading.Lock()
     for number, turn in enumerate(schedule.turns):
         world.orders.clear()
@@ -129,14 +133,13 @@ def run(world: World, schedule: Schedule) -> None:
         ordered = [scenes.deploy(world, f"v{number}", turn.how)]
         if turn.hurried:
             ordered.append(scenes.deploy(world, f"w{number}"))
-        for fault in sorted(
-            (one for one in turn.faults if not one.point), key=lambda one: one.after
-        ):
+        timed = [fault for fault in turn.faults if not fault.point]
+        for fault in sorted(timed, key=lambda fault: fault.after):
             time.sleep(fault.after)
             with busy:
-                given = REPLIES[fault.name]
-                assert not isinstance(given, str)
-                given(world, Visit("", "", 0, 0, ""))
+                action = REPLIES[fault.name]
+                assert not isinstance(action, str)
+                action(world, Visit("", "", 0, 0, ""))
         for deployment in ordered:
             if world.workspace.wait(deployment, 90) != "Cancelled" or world.host.step(deployment):
                 world.ended(deployment, 30)
@@ -151,13 +154,13 @@ def run(world: World, schedule: Schedule) -> None:
 def test_random_schedules(
     make_world: Any, pytestconfig: pytest.Config, record_property: Any, lane: int
 ) -> None:
-    seconds, given = pytestconfig.getoption("--seconds"), pytestconfig.getoption("--seed")
-    first: int = random.randrange(1 << 30) if given is None else given + lane * 1_000_000
+    seconds, option = pytestconfig.getoption("--seconds"), pytestconfig.getoption("--seed")
+    first: int = random.randrange(1 << 30) if option is None else option + lane * 1_000_000
     until, seed = time.monotonic() + seconds, first
     while seed == first or time.monotonic() < until:
         schedule = Schedule(seed)
         record_property("soak", seed)
-        print(f"seed {seed}: {schedule}")  # shown where it fails
+        print(f"seed {seed}: {schedule}")  # pytest shows this if the test fails
         run(make_world(schedule.kind), schedule)
         make_world.close()
         seed += 1
