@@ -1,4 +1,4 @@
-"""The wire protocol of Cachix Deploy: messages in JSON, and errors with their exit statuses.
+"""The wire protocol of Cachix Deploy: names, values and messages in JSON; the door to the errors.
 
 Nothing here does I/O. protocol.md decides every name below; our own additions are marked as such.
 """
@@ -13,57 +13,20 @@ import time
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
-from activate.process import Error as Error
 from activate.text import BASE32 as BASE32
 from activate.text import is_store_path as is_store_path
+from cachix_errors import AlreadyRunning as AlreadyRunning
+from cachix_errors import Error as Error
+from cachix_errors import Gone as Gone
+from cachix_errors import Refused as Refused
+from cachix_errors import Undecodable as Undecodable
+from cachix_errors import Unreachable as Unreachable
+from cachix_errors import UsageError as UsageError
 
 __version__ = "0.1.0"
 
 PROTOCOL_VERSION = "1.11.1"  # the Cachix release whose protocol we speak
 USER_AGENT = f"cachix-deploy/{__version__}"
-
-# --- errors and their exit statuses ---------------------------------------------------------------
-
-
-class UsageError(Error):
-    """The command line, or a value on it, is wrong."""
-
-    status = 64
-
-
-class Unreachable(Error):
-    """The workspace gives no usable answer.
-
-    `retry_after` is how many seconds it asks to be left alone. `overloaded` is set if it did
-    answer, but with a status that means: try again later.
-    """
-
-    status = 69
-
-    def __init__(self, message: str, retry_after: float = 0.0, overloaded: bool = False) -> None:
-        super().__init__(message)
-        self.retry_after, self.overloaded = retry_after, overloaded
-
-
-class Refused(Error):
-    """The workspace refuses the token."""
-
-    status = 77
-
-
-class AlreadyRunning(Error):
-    """An agent of this name is running on this machine."""
-
-    status = 75
-
-
-class Gone(Error):
-    """The workspace does not know a deployment, so there is nobody to report it to."""
-
-
-class Undecodable(ValueError):
-    """A message or a deploy.json that breaks the protocol. Messages are then logged and skipped."""
-
 
 # --- names and values -----------------------------------------------------------------------------
 

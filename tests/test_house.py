@@ -22,11 +22,12 @@ MAY_IMPORT = {
     "cachix_options": f"{FLOOR} {SHARED}",
     "cachix_follow": f"{FLOOR} activate.text",
     "cachix_reports": f"cachix_channels {FLOOR}"
-    " activate.journal activate.lock activate.logfile activate.text",
+    " activate.history activate.journal activate.lock activate.logfile activate.text",
     "cachix_channels": FLOOR,
     "cachix_connection": "cachix_protocol",
     "cachix_console": "cachix_protocol",
-    "cachix_protocol": "activate.process activate.text",
+    "cachix_protocol": "activate.text cachix_errors",
+    "cachix_errors": "activate.process",
     "activate": "activate",
     "activate.kinds": SHARED,
     "activate.agent": f"{SHARED} activate.agent",
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "cachix_workspace": "cachix_protocol cachix_console cachix_workspace cachix_workspace.cli",
     "cachix_workspace.cli": "cachix_protocol cachix_console cachix_workspace cachix_workspace.cli",
 }
-STANDARD_LIBRARY_ONLY = r"activate(\.|$)|cachix_protocol$"
+STANDARD_LIBRARY_ONLY = r"activate(\.|$)|cachix_protocol$|cachix_errors$"
 # Lines of a file, by its path; the first pattern that matches counts.
 BUDGETS = {
     r"cachix_deploy\.py": 700,
