@@ -1,4 +1,4 @@
-# A system as small as can be: several store paths that refer to one another, and what marks the last one as NixOS.
+# A minimal system: a few store paths that refer to one another, one of them marked as NixOS.
 { version, switch }:
 let
   make = name: script: more: derivation ({

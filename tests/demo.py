@@ -1,7 +1,8 @@
-"""The main job from end to end on this machine: `make run`.
+"""The whole job from end to end on this machine: `make run`.
 
-Three hosts, each with its own /nix and /run by a mount namespace: a workspace, a CI server that builds and pushes, and
-a machine with an agent. All files are below build/run, and nothing is left running.
+There are three hosts, each with its own /nix and /run by a mount namespace: a workspace, a CI
+server that builds and pushes, and a machine with an agent. All files are below build/run, and no
+process is left running.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ SECONDS = 120  # for any one command
 
 
 class Unexpected(Exception):
-    """The demonstration shows something else than it should: a sentence."""
+    """Something went differently from what the demonstration shows: a sentence."""
 
 
 class Screen:
-    """What the person who runs it sees: numbered steps, commands, and what they print."""
+    """Prints numbered steps, commands, and their output."""
 
     def __init__(self) -> None:
-        self.begin = time.monotonic()
+        self.start = time.monotonic()
         self.number = 0
         self.bold, self.plain = ("\x1b[1m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
 
@@ -48,13 +49,13 @@ class Screen:
 
 
 def expect(condition: object, sentence: str) -> None:
-    """Go on only if what the demonstration promises is so."""
+    """Raise Unexpected with a sentence unless the condition is true."""
     if not condition:
         raise Unexpected(sentence)
 
 
 def short(path: Optional[str]) -> str:
-    """A store path without its hash."""
+    """Return the name of a store path without its hash."""
     return "nothing" if path is None else os.path.basename(path)[33:]
 
 
@@ -69,18 +70,19 @@ class Demo:
         self.netrc = ci.directory / "netrc"
 
     def command(self, host: Host, *argv: str, show: bool = True, **kw: Any) -> str:
-        """Run a command on a host, shown with what it prints; gives its stdout. Only status 0 is good enough."""
-        done = self.attempt(host, *argv, show=show, **kw)
+        """Run a command on a host, print it, and return its stdout. Raises Unexpected."""
+        result = self.attempt(host, *argv, show=show, **kw)
+        messages = result.stderr.strip()[-600:]
         expect(
-            done.returncode == 0,
-            f"`{' '.join(argv)}` ended with status {done.returncode}: {done.stderr.strip()[-600:]}",
+            result.returncode == 0,
+            f"`{' '.join(argv)}` ended with status {result.returncode}: {messages}",
         )
-        return done.stdout.strip()
+        return result.stdout.strip()
 
     def attempt(
         self, host: Host, *argv: str, show: bool = True, **kw: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command as `command` does, whatever its status is. Messages are part of what is shown."""
+        """Run a command as `command` does, but accept any status. Prints stderr too."""
         self.screen.say(f"[{host.directory.name}] $ {' '.join(argv)}")
         if show:
             kw.setdefault("stderr", subprocess.STDOUT)
@@ -104,69 +106,44 @@ class Demo:
 
     def serve(self) -> None:
         """Start the workspace."""
-        argv = [
-            "cachix-workspace",
-            "serve",
-            "--listen=127.0.0.1:0",
-            f"--data={self.workspace.directory / 'data'}",
-        ]
+        data = f"--data={self.workspace.directory / 'data'}"
+        argv = ["cachix-workspace", "serve", "--listen=127.0.0.1:0", data]
         self.screen.say(f"[workspace] $ {' '.join(argv)} &")
         program = self.workspace.start("workspace", argv)
         self.url = program.wait_for(r"listening on (http://\S+)")[1].rstrip("/")
         self.screen.say(f"  listening on {self.url}")
 
     def secret(self, *words: str) -> str:
-        """What a command of the workspace prints only once; it is not shown."""
+        """Run a command of the workspace that prints a secret, and return it without showing it."""
         data = f"--data={self.workspace.directory / 'data'}"
         secret = self.command(self.workspace, "cachix-workspace", *words, data, show=False)
         self.screen.say("  (a secret, not shown here)")
         return secret
 
     def prepare(self) -> str:
-        """Make the cache and the tokens, and give CI what it needs; the agent's token."""
+        """Make the cache and the tokens, and give CI its files. Returns the agent's token."""
         write_secret(self.secret_key, self.secret("cache", "create", "demo"))
         self.activate_token = self.secret("token", "create", "activate", "--description=CI")
         write_secret(self.netrc, f"machine 127.0.0.1 password {self.activate_token}\n")
         return self.secret("token", "create", "agent", "--description=web1")
 
     def build(self, version: str, attribute: str = "system") -> str:
-        """Build on CI with nix-build, for real; the store path."""
+        """Build on CI with nix-build, and return the store path."""
         switch = self.ci.directory / "switch-to-configuration"
         switch.write_text(nixos_script())
-        words = [
-            "--attr",
-            attribute,
-            "--argstr",
-            "version",
-            version,
-            "--arg",
-            "switch",
-            str(switch),
-            "--no-out-link",
-        ]
-        done = self.attempt(
-            self.ci, "nix-build", str(PROJECT / "tests/demo.nix"), *words, show=False
-        )
-        self.screen.say(
-            "\n".join(f"  {line}" for line in done.stderr.splitlines() if not line.startswith("  "))
-        )
-        expect(done.returncode == 0, "nix-build failed")
-        return done.stdout.strip()
+        words = ["nix-build", str(PROJECT / "tests/demo.nix"), "--attr", attribute]
+        words += ["--argstr", "version", version, "--arg", "switch", str(switch), "--no-out-link"]
+        result = self.attempt(self.ci, *words, show=False)
+        lines = [line for line in result.stderr.splitlines() if not line.startswith("  ")]
+        self.screen.say("\n".join(f"  {line}" for line in lines))
+        expect(result.returncode == 0, "nix-build failed")
+        return result.stdout.strip()
 
     def push(self, *paths: str) -> None:
         """Sign closures and push them to the workspace's cache with `nix copy`."""
         target = f"{self.url}/cache/demo?secret-key={self.secret_key}"
-        self.command(
-            self.ci,
-            "nix",
-            "copy",
-            "--to",
-            target,
-            *paths,
-            "--option",
-            "netrc-file",
-            str(self.netrc),
-        )
+        netrc = ["--option", "netrc-file", str(self.netrc)]
+        self.command(self.ci, "nix", "copy", "--to", target, *paths, *netrc)
 
     def agent(self, token: str) -> Program:
         """Start the agent on the machine."""
@@ -177,83 +154,69 @@ class Demo:
         return program
 
     def deploy(self, path: str, script: Optional[str] = None) -> int:
-        """Deploy with a deploy.json as CI does; the exit status of `cachix-deploy activate`."""
+        """Deploy with a deploy.json as CI does. Returns the status of `cachix-deploy activate`."""
         spec: dict[str, Any] = {"agents": {AGENT: path}}
         if script is not None:
             spec["rollbackScript"] = {f"{os.uname().machine}-linux": script}
         (self.ci.directory / "deploy.json").write_text(json.dumps(spec, indent=2) + "\n")
         self.screen.say(json.dumps(spec, indent=2))
         argv = ["cachix-deploy", "--host", self.url, "activate", "deploy.json"]
-        return self.attempt(
-            self.ci, *argv, env={"CACHIX_ACTIVATE_TOKEN": self.activate_token}
-        ).returncode
+        env = {"CACHIX_ACTIVATE_TOKEN": self.activate_token}
+        return self.attempt(self.ci, *argv, env=env).returncode
 
     def show(self) -> tuple[Optional[str], Optional[str], Optional[str]]:
-        """Show what the machine runs; the running system, the profile's and the boot loader's."""
-        found = (self.machine.running(), self.machine.profile(), self.machine.boot_default())
-        for label, path in zip(("runs", "system profile", "would boot"), found):
+        """Print and return the running system, the profile's system, and the boot loader's."""
+        paths = (self.machine.running(), self.machine.profile(), self.machine.boot_default())
+        for label, path in zip(("runs", "system profile", "would boot"), paths):
             self.screen.say(f"{label + ':':16}{path or 'nothing yet'}")
-        return found
+        return paths
 
-    def tell(self) -> list[str]:
-        """The whole story; its summary."""
-        screen = self.screen
-        screen.step(
-            "A workspace is started: it holds agents, tokens, deployments, logs and a binary cache."
-        )
+    def expect_version(self, version: str, path: str) -> None:
+        """Show the machine, and check that it runs and boots a system, and that this works."""
+        expect(self.show() == (path,) * 3, f"the machine should run and boot version {version}")
+        self.command(self.machine, "/run/current-system/sw/bin/web-server")
+
+    def run(self) -> list[str]:
+        """Run the whole demonstration, and return its summary."""
+        step = self.screen.step
+        step("Start a workspace: it holds agents, tokens, deployments, logs and a binary cache.")
         self.serve()
-        screen.step(
-            "A binary cache and two tokens are created: one for CI, one for the machine's agent."
-        )
+        step("Create a binary cache and two tokens: one for CI, one for the machine's agent.")
         token = self.prepare()
-        screen.step(
-            "CI builds version 1 of the machine's system: three store paths, the last marked as NixOS."
-        )
+        step("CI builds version 1 of the machine's system: three store paths, one of them NixOS.")
         first = self.build("1")
         self.command(self.ci, "nix-store", "--query", "--requisites", first)
-        screen.step("CI signs the closure and pushes it to the workspace's cache.")
+        step("CI signs the closure and pushes it to the workspace's cache.")
         self.push(first)
-        screen.step(
-            "On the machine the agent connects. Nothing was deployed to it yet, its store is empty."
-        )
+        step("The agent connects. Nothing was deployed to its machine yet, and its store is empty.")
         agent = self.agent(token)
         self.show()
-        screen.step("CI deploys version 1 and follows the log.")
+        step("CI deploys version 1 and follows the log.")
         expect(self.deploy(first) == 0, "the first deployment should have succeeded")
-        expect(self.show() == (first,) * 3, "the machine should run and boot version 1")
-        self.command(self.machine, "/run/current-system/sw/bin/web-server")
-        screen.step(
-            "CI deploys version 2 with a rollback script that finds it unhealthy: the machine must come back."
-        )
+        self.expect_version("1", first)
+        step("CI deploys version 2 with a rollback script that finds it unhealthy: roll back.")
         second, script = self.build("2"), self.build("2", "healthCheck")
         self.push(second, script)
         expect(self.deploy(second, script) == 1, "`activate` should have ended with status 1")
-        expect(
-            self.show() == (first,) * 3,
-            "the machine should be back on version 1, running and to boot",
-        )
-        self.command(self.machine, "/run/current-system/sw/bin/web-server")
-        wanted = [("test", first), ("boot", first), ("test", second), ("test", first)]
-        expect(
-            self.machine.record() == wanted,
-            f"the machine was asked for something else: {self.machine.record()}",
-        )
-        screen.step("The agent is asked to stop.")
+        self.expect_version("1", first)
+        calls, record = [("test", first), ("boot", first)], self.machine.record()
+        calls += [("test", second), ("test", first)]
+        expect(record == calls, f"the machine should have been called for {calls}, not {record}")
+        step("Stop the agent.")
         expect(agent.stop() == 0, f"the agent should have ended with status 0:\n{agent.text()}")
-        done = [f"  {action:16}{short(path)}" for action, path in self.machine.record()]
-        return ["What the machine was asked, in this order:", *done]
+        lines = [f"  {action:16}{short(path)}" for action, path in record]
+        return ["These are all activations on the machine, in order:", *lines]
 
 
 def write_secret(path: Path, text: str) -> None:
     """Write a file that only its owner can read."""
-    with open(
-        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
-    ) as file:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(fd, "w", encoding="utf-8") as file:
         file.write(text)
 
 
 def clear(directory: Path) -> None:
-    """Remove what an earlier run left; the directories of a store can't be written."""
+    """Empty the directory of an earlier run, even of a store's read-only directories."""
     for parent, _, _ in os.walk(directory):
         with contextlib.suppress(OSError):
             os.chmod(parent, 0o700)
@@ -263,7 +226,7 @@ def clear(directory: Path) -> None:
 
 @contextlib.contextmanager
 def three_hosts() -> Iterator[list[Host]]:
-    """The hosts of the demonstration; they end with all that runs in them."""
+    """Yield the hosts of the demonstration, and end all their processes afterwards."""
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(Host(DIRECTORY / name)) for name in ("workspace", "ci", "machine")
@@ -271,33 +234,26 @@ def three_hosts() -> Iterator[list[Host]]:
 
 
 def main() -> int:
-    """Tell the story; the exit status."""
+    """Run the demonstration; return the exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     screen = Screen()
-    print(
-        "cachix-deploy on this machine: a workspace, a CI server and a machine to deploy to, all below build/run."
-    )
+    print("cachix-deploy on this machine: a workspace, a CI server, and a machine to deploy to.")
     try:
         clear(DIRECTORY)
         with three_hosts() as hosts:
-            summary = Demo(screen, *hosts).tell()
+            summary = Demo(screen, *hosts).run()
     except (Unexpected, AssertionError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-        print(
-            f"\nerror: {error}\n(what the programs said is below {DIRECTORY.relative_to(PROJECT)})",
-            file=sys.stderr,
-        )
+        logs = DIRECTORY.relative_to(PROJECT)
+        print(f"\nerror: {error}\n(the output of all programs is below {logs})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     screen.step("Summary")
     screen.say("\n".join(summary))
-    screen.say(
-        "Version 1 was deployed, checked and committed. Version 2 ran, failed its check and was rolled back:"
-    )
-    screen.say(
-        "it was never made the system to boot. All processes have ended; what they wrote is in build/run."
-    )
-    screen.say(f"This took {time.monotonic() - screen.begin:.1f} s.")
+    screen.say("Version 1 was deployed, checked and committed. Version 2 ran, failed its check and")
+    screen.say("was rolled back; it never became the system to boot. All processes have ended, and")
+    screen.say("their files are in build/run.")
+    screen.say(f"This took {time.monotonic() - screen.start:.1f} s.")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The harness itself, with real Nix: what other tests rely on."""
+"""The test harness itself, with real Nix."""
 
 from __future__ import annotations
 
@@ -30,74 +30,65 @@ def test_two_hosts_live_side_by_side(make_host: Callable[..., Host], cache: Cach
     assert (one.running(), one.profile(), one.boot_default()) == (first, first, first)
     assert (two.running(), two.profile(), two.boot_default()) == (second, second, second)
     assert not one.valid(second)
-    assert one.output("cat", "/proc/sys/kernel/random/boot_id") != two.output(
-        "cat", "/proc/sys/kernel/random/boot_id"
-    )
+    assert boot_id(one) != boot_id(two)
+
+
+def boot_id(host: Host) -> str:
+    return host.output("cat", "/proc/sys/kernel/random/boot_id")
 
 
 def test_a_host_sees_nothing_of_the_developer(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHIX_AGENT_TOKEN", "the developer's")
-    seen = dict(line.split("=", 1) for line in host.output("env").splitlines())
-    assert "CACHIX_AGENT_TOKEN" not in seen
-    own = (
-        "HOME",
-        "TMPDIR",
-        "STATE_DIRECTORY",
-        "NIX_CONF_DIR",
-        "XDG_CACHE_HOME",
-        "XDG_STATE_HOME",
-        "XDG_CONFIG_HOME",
-    )
-    assert all(seen[name].startswith(f"{host.directory}/") for name in own)
+    environment = dict(line.split("=", 1) for line in host.output("env").splitlines())
+    assert "CACHIX_AGENT_TOKEN" not in environment
+    names = ["HOME", "TMPDIR", "STATE_DIRECTORY", "NIX_CONF_DIR"]
+    names += ["XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME"]
+    assert all(environment[name].startswith(f"{host.directory}/") for name in names)
 
 
-def test_closing_a_host_ends_all_that_runs_in_it(make_host: Callable[..., Host]) -> None:
+def test_closing_a_host_kills_everything_in_it(make_host: Callable[..., Host]) -> None:
     host, other = make_host("one"), make_host("two")
-    kept = other.popen(["sleep", "600"])
-    program = host.start(
-        "sleeper",
-        ["sh", "-c", "trap '' TERM; setsid sleep 600 & echo started; sleep 600; sleep 600"],
-    )
+    survivor = other.popen(["sleep", "600"])
+    code = "trap '' TERM; setsid sleep 600 & echo started; sleep 600; sleep 600"
+    program = host.start("sleeper", ["sh", "-c", code])
     program.wait_for("started")
-    pids = wait_until(lambda: len(found := host.processes()) >= 3 and found)
+    pids = wait_until(lambda: len(processes := host.processes()) >= 3 and processes)
     host.close()
     assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}/exe")]
-    assert kept.poll() is None
+    assert survivor.poll() is None
 
 
 @pytest.mark.slow
 def test_a_killed_test_run_leaves_nothing_behind(tmp_path: Path) -> None:
-    code = (
-        f"import sys, time; sys.path[:0] = [{str(PROJECT / 'tests')!r}]\nfrom hosts import Host\n"
-        f"host = Host({str(tmp_path / 'host')!r})\nprint(host.popen(['setsid', 'sleep', '600']).pid, flush=True)\n"
-        "time.sleep(600)"
-    )
+    code = f"""
+import sys, time
+sys.path[:0] = [{str(PROJECT / "tests")!r}]
+from hosts import Host
+host = Host({str(tmp_path / "host")!r})
+print(host.popen(["setsid", "sleep", "600"]).pid, flush=True)
+time.sleep(600)
+"""
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     pid = int(process.stdout.readline())
-    wait_until(
-        lambda: Path(f"/proc/{pid}/comm").read_text() == "sleep\n",
-        10,
-        "the program to be in the host",
-    )
+    name = Path(f"/proc/{pid}/comm")
+    wait_until(lambda: name.read_text() == "sleep\n", 10, "the program to start in the host")
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     process.stdout.close()
-    wait_until(
-        lambda: not os.path.exists(f"/proc/{pid}/exe"), 10, "the end of what ran in the host"
-    )
+    wait_until(lambda: not os.path.exists(f"/proc/{pid}/exe"), 10, "the program to end")
 
 
 def test_a_reboot_keeps_the_disk_alone(host: Host, cache: Cache) -> None:
     first, second = nixos(cache, 1), nixos(cache, 2)
     host.install(cache.url, cache.key.public, first)
     host.fetch(cache.url, cache.key.public, second)
-    before = host.output("cat", "/proc/sys/kernel/random/boot_id")
+    before = boot_id(host)
     host.output(f"{second}/bin/switch-to-configuration", "test")
     assert host.running() == second
     host.reboot()
     assert host.running() == first and host.valid(second) and host.record() == [("test", second)]
-    assert host.output("cat", "/proc/sys/kernel/random/boot_id") != before
+    assert boot_id(host) != before
     assert host.processes() == {}
 
 
@@ -118,10 +109,8 @@ def test_archives_are_those_of_nix(host: Host, cache: Cache) -> None:
     ]
     host.fetch(cache.url, cache.key.public, *paths)
     for path in cache.closure(*paths):
-        dump = host.popen(["nix-store", "--dump", path], stdout=subprocess.PIPE).communicate(
-            timeout=30
-        )[0]
-        assert dump == cache.archive(path).read_bytes()
+        process = host.popen(["nix-store", "--dump", path], stdout=subprocess.PIPE)
+        assert process.communicate(timeout=30)[0] == cache.archive(path).read_bytes()
     assert nar(tree) == cache.archive(paths[0]).read_bytes()
     assert host.run(["nix-store", "--verify", "--check-contents"]).returncode == 0
     references = host.output("nix-store", "--query", "--references", paths[3]).split()
@@ -130,9 +119,8 @@ def test_archives_are_those_of_nix(host: Host, cache: Cache) -> None:
 
 def test_keys_are_those_of_nix(host: Host, tmp_path: Path) -> None:
     secret, public = tmp_path / "secret", tmp_path / "public"
-    host.output(
-        "nix-store", "--generate-binary-cache-key", "made-by-nix-1", str(secret), str(public)
-    )
+    files = (str(secret), str(public))
+    host.output("nix-store", "--generate-binary-cache-key", "made-by-nix-1", *files)
     assert Key.parse(secret.read_text()).public == public.read_text().strip()
 
 
@@ -149,7 +137,7 @@ def test_keys_are_those_of_nix(host: Host, tmp_path: Path) -> None:
         ("missing", "don't know how to build these paths"),
     ],
 )
-def test_nix_refuses_what_is_damaged(host: Host, cache: Cache, how: str, message: str) -> None:
+def test_nix_refuses_damaged_paths(host: Host, cache: Cache, how: str, message: str) -> None:
     good, bad = plain(cache, "good"), plain(cache, "bad")
     cache.damage(bad, how)
     with pytest.raises(AssertionError, match=message):
@@ -158,7 +146,7 @@ def test_nix_refuses_what_is_damaged(host: Host, cache: Cache, how: str, message
     assert host.valid(good) and not host.valid(bad)
 
 
-def test_the_cache_misbehaves_on_order(host: Host, cache: Cache) -> None:
+def test_the_cache_misbehaves_on_demand(host: Host, cache: Cache) -> None:
     path = plain(cache, 1)
     cache.misbehave(r"/nar/", "503", times=2)
     host.fetch(cache.url, cache.key.public, path)
@@ -181,13 +169,12 @@ def test_home_manager_keeps_its_promise_and_its_flaw(host: Host, cache: Cache) -
 
 
 def test_darwin_and_behaviours(host: Host, cache: Cache) -> None:
-    system = darwin(
-        cache, 1, before=closures.output(b"\xff\0x\n"), after=closures.kill("sleep 4321")
-    )
+    kill = closures.kill("sleep 4321")
+    system = darwin(cache, 1, before=closures.output(b"\xff\0x\n"), after=kill)
     host.fetch(cache.url, cache.key.public, system)
     victim = host.popen(["sleep", "4321"])
-    done = host.popen([f"{system}/sw/bin/darwin-rebuild", "activate"], stdout=subprocess.PIPE)
-    assert done.communicate(timeout=30)[0].startswith(b"\xff\0x\n")
+    rebuild = host.popen([f"{system}/sw/bin/darwin-rebuild", "activate"], stdout=subprocess.PIPE)
+    assert rebuild.communicate(timeout=30)[0].startswith(b"\xff\0x\n")
     assert host.running() == system
     assert victim.wait(10) == -signal.SIGKILL
 
@@ -198,11 +185,8 @@ def test_darwin_and_behaviours(host: Host, cache: Cache) -> None:
 def test_an_activation_that_fails_before_and_after(
     host: Host, cache: Cache, status: int, code: str
 ) -> None:
-    first, before, after = (
-        nixos(cache, 1),
-        nixos(cache, 2, before=code),
-        nixos(cache, 3, after=code),
-    )
+    first = nixos(cache, 1)
+    before, after = nixos(cache, 2, before=code), nixos(cache, 3, after=code)
     host.install(cache.url, cache.key.public, first)
     host.fetch(cache.url, cache.key.public, before, after)
     assert host.run([f"{before}/bin/switch-to-configuration", "test"]).returncode == status
@@ -217,7 +201,7 @@ def _client(peer: Peer, path: str = "/ws", **kw: Any) -> websocket.WebSocket:
     client = websocket.create_connection(
         url, timeout=5, suppress_origin=True, redirect_limit=0, **kw
     )
-    if client.getstatus() != 101:  # websocket-client 1.9.0 takes a redirect for a connection
+    if client.getstatus() != 101:  # for websocket-client 1.9.0 a redirect is a connection
         raise websocket.WebSocketException(f"HTTP {client.getstatus()}")
     return client
 
@@ -226,21 +210,17 @@ def test_the_peer_speaks_as_the_transcripts_do(peer: Peer) -> None:
     recorded = transcript("agent-no-cache")
     client = _client(peer, header=["name: agentg"])
     client.ping(b"")
-    said = json.loads(client.recv())
+    message = json.loads(client.recv())
     deployment_id = peer.deploy("/nix/store/x", fragments=3)
     assert json.loads(client.recv())["command"]["contents"]["id"] == deployment_id
     client.close()
     wait_until(lambda: [event for event in peer.events if event.get("event") == "closed"])
     first = next(json.loads(event["payload"]) for event in recorded if event.get("frame") == "text")
-    assert {**said, "id": first["id"]} == first
-    for kind, direction in (
-        ("ping", "C->S"),
-        ("pong", "S->C"),
-        ("close", "C->S"),
-        ("close", "S->C"),
-    ):
-        wanted = next(e for e in recorded if (e.get("frame"), e.get("dir")) == (kind, direction))
-        assert list(peer.frames("/ws", kind, direction)[0]) == list(wanted)
+    assert {**message, "id": first["id"]} == first
+    frames = [("ping", "C->S"), ("pong", "S->C"), ("close", "C->S"), ("close", "S->C")]
+    for kind, direction in frames:
+        frame = next(e for e in recorded if (e.get("frame"), e.get("dir")) == (kind, direction))
+        assert list(peer.frames("/ws", kind, direction)[0]) == list(frame)
     assert ("name", "agentg") in headers(peer.heads("/ws")[0])
 
 
@@ -278,18 +258,27 @@ def test_the_peer_is_silent_half_open_and_gone(peer: Peer) -> None:
 def test_an_agent_deploys_from_the_live_workspace(machine: Machine) -> None:
     first, second = nixos(machine.files, 1), nixos(machine.files, 2)
     assert machine.deploy(first).status == "Succeeded"
-    done = machine.deploy(second, script(machine.files, "failing", "echo unhealthy; exit 1"))
-    assert (done.status, done.step) == ("Failed", "rolled-back")
-    assert "unhealthy" in done.log
+    outcome = machine.deploy(second, script(machine.files, "failing", "echo unhealthy; exit 1"))
+    assert (outcome.status, outcome.step) == ("Failed", "rolled-back")
+    assert "unhealthy" in outcome.log
     assert machine.host.running() == machine.host.profile() == first
 
 
-def test_workspaces_of_ones_own(make_workspace: Callable[..., Workspace], host: Host) -> None:
+def test_a_workspace_for_one_test(make_workspace: Callable[..., Workspace]) -> None:
     workspace = make_workspace(private=True)
     path = plain(workspace.files, 1)
     workspace.push(path)
-    status, text = workspace.request(
-        "GET", f"/cache/main/{workspace.files.narinfo(path).name}", token="wrong"
-    )
+    narinfo = f"/cache/main/{workspace.files.narinfo(path).name}"
+    status, text = workspace.request("GET", narinfo, token="wrong")
     assert status == 401, text
     assert isinstance(workspace.files, Files) and workspace.stop() == 0
+
+
+def test_the_summary_of_faults_survives_an_error_at_collection(tmp_path: Path) -> None:
+    (tmp_path / "test_broken.py").write_text("raise RuntimeError('broken')\n")
+    argv = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider", "--faults"]
+    argv += [f"--rootdir={tmp_path}", "-c", str(PROJECT / "setup.cfg"), str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(PROJECT / "tests")}
+    result = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "RuntimeError: broken" in result.stdout
+    assert "1 cases, 1 failed, 0 skipped" in result.stdout, result.stdout + result.stderr

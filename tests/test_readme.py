@@ -1,4 +1,4 @@
-"""README.rst is true: its commands are run as they stand there (but for `make test`, which this is part of)."""
+"""README.rst is true: its commands are run as written, except for `make test`."""
 
 import re
 import shutil
@@ -11,27 +11,25 @@ TEXT = (PROJECT / "README.rst").read_text()
 
 
 def blocks(section):
-    """The shell commands of a section: (name of the block, script)."""
+    """Return the blocks of shell commands in a section: (name of the block, script)."""
     body = re.split(rf"^{section}\n-+\n", TEXT, flags=re.M)[1]
     body = re.split(r"^.+\n-{3,}\n", body, flags=re.M)[0]
-    found = re.findall(
-        r"^\.\. code-block:: sh\n(?:    :name: (\w+)\n)?\n((?:    .*\n|\n)+)", body, flags=re.M
-    )
-    return [(name, re.sub(r"^    ", "", script, flags=re.M).strip()) for name, script in found]
+    pattern = r"^\.\. code-block:: sh\n(?:    :name: (\w+)\n)?\n((?:    .*\n|\n)+)"
+    blocks = re.findall(pattern, body, flags=re.M)
+    return [(name, re.sub(r"^    ", "", script, flags=re.M).strip()) for name, script in blocks]
 
 
 @pytest.fixture
 def reader(tmp_path):
-    """A machine on which somebody follows README.rst in a checkout; /usr/local/bin is the machine's own."""
+    """A host for a reader of README.rst, with a checkout and its own /usr/local/bin."""
     checkout = tmp_path / "checkout"
-    files = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=PROJECT, capture_output=True, check=True
-    ).stdout
+    argv = ["git", "ls-files", "-z"]
+    files = subprocess.run(argv, cwd=PROJECT, capture_output=True, check=True).stdout
     for name in filter(None, files.decode().split("\0")):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(PROJECT / name, checkout / name)
-    for made in (".venv", ".make"):  # what `make` has set up already
-        (checkout / made).symlink_to(PROJECT / made)
+    for name in (".venv", ".make"):  # `make setup` has run
+        (checkout / name).symlink_to(PROJECT / name)
     (tmp_path / "bin").mkdir()
     with Host(tmp_path / "machine") as host:
         host.environment["PATH"] = f"/usr/local/bin:{host.environment['PATH']}"
@@ -40,21 +38,16 @@ def reader(tmp_path):
 
 
 def follow(reader, section):
-    """Run the commands of a section; those that go on for ever are left running, by their names."""
+    """Run the commands of a section. A block with a name is a server, which is left running."""
     host, checkout = reader
-    running = {}
     for name, script in blocks(section):
         if name:
-            running[name] = host.start(
-                name, ["/bin/sh", "-c", f"exec 2>&1; {script}"], cwd=checkout
-            )
-            running[name].wait_for({"serve": "listening on", "agent": "is connected to"}[name])
+            program = host.start(name, ["/bin/sh", "-c", f"exec 2>&1; {script}"], cwd=checkout)
+            program.wait_for({"serve": "listening on", "agent": "is connected to"}[name])
             continue
-        for command in [line for line in script.split("\n") if line == "make test"]:
-            script = script.replace(command, "")
-        done = host.run(["/bin/sh", "-euc", script], 110, cwd=checkout)
-        assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
-    return running
+        script = re.sub(r"^make test$", "", script, flags=re.M)
+        result = host.run(["/bin/sh", "-euc", script], 110, cwd=checkout)
+        assert result.returncode == 0, f"{script}\n{result.stdout}\n{result.stderr}"
 
 
 @pytest.mark.timeout(300)
@@ -70,6 +63,5 @@ def test_the_commands_of_the_readme(reader):
 
 def test_every_section_with_commands_is_followed():
     sections = re.findall(r"^(.+)\n-{3,}\n", TEXT, flags=re.M)
-    assert [name for name in sections if blocks(re.escape(name))] == [
-        "Try it", "Run an agent", "Host a workspace", "Deploy from CI"
-    ]  # fmt: skip
+    names = [name for name in sections if blocks(re.escape(name))]
+    assert names == ["Try it", "Run an agent", "Host a workspace", "Deploy from CI"]

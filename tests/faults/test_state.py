@@ -105,8 +105,8 @@ DAMAGES = {
     "log-dir": (directory_as("log"), nothing),
 }
 UNWRITABLE = ("full", "read-only")
-# How a deployment ends, without/with both processes killed at the same time. S: succeeded, B: rolled
-# back, F: failed before anything was changed, L: failed because the state was lost.
+# How a deployment ends, without/with both processes killed at the same time. S: succeeded, B:
+# rolled back, F: failed before anything was changed, L: failed because the state was lost.
 ENDS = """
 nixos         full  read-only  zeros  half  journal-dir  wiped  reported-dir  log-dir
 downloading   F/F   F/F        S/L    S/L   F/L          S/L    S/S           S/S
