@@ -1,4 +1,4 @@
-"""What the benchmarks share: plain lines of text, and a workspace whose own cost does not count."""
+"""Shared by the benchmarks: printing figures, and a workspace that costs next to nothing."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from peer import Answer, Peer, Request
 
 
 def figure(name: str, value: float, unit: str, target: float, at_least: bool = False) -> None:
-    """Print one figure, its target, their ratio, and whether the target was met: nothing here ever fails."""
+    """Print a figure, its target, their ratio, and whether it meets the target. Never fails."""
     met = value >= target if at_least else value <= target
     bound = "at least" if at_least else "at most"
-    print(
-        f"{name}: {value:.1f}{unit and ' ' + unit}, target {bound} {target:.1f}, ratio {value / target:.2f}, "
-        f"{'met' if met else 'missed'}",
-        flush=True,
+    say(
+        f"{name}: {value:.1f}{unit and ' ' + unit}, target {bound} {target:.1f},"
+        f" ratio {value / target:.2f}, {'met' if met else 'missed'}"
     )
 
 
@@ -32,28 +30,25 @@ def say(text: str) -> None:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median and quartiles."""
+    """Return median and quartiles as text."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return f"{middle:.1f} ({low:.1f} to {high:.1f})"
 
 
 @contextlib.contextmanager
 def directory() -> Iterator[Path]:
-    """A directory for hosts and workspaces, gone afterwards."""
+    """Yield a temporary directory for hosts and workspaces."""
     load = os.getloadavg()[0]
     if load > 1.5:
-        print(
-            f"note: this machine is busy (load {load:.1f}), the figures will be too",
-            file=sys.stderr,
-        )
-    with tempfile.TemporaryDirectory(
-        prefix="cachix-deploy-bench-", ignore_cleanup_errors=True
-    ) as name:
+        note = f"note: this machine is busy (load {load:.1f}), so the figures are too high"
+        print(note, file=sys.stderr)
+    prefix = "cachix-deploy-bench-"
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 
 class Light(Peer):
-    """A workspace in this process that answers at once and knows when a deployment's final report came."""
+    """A workspace in this process that answers at once, and notes when the final report came."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,13 +62,8 @@ class Light(Peer):
         answer = super()._answer(request)
         if request.path.endswith("/status"):
             status = request.json()
-            self.calls.append(
-                (
-                    now,
-                    status["status"]
-                    + (" with the size" if status["closureSize"] is not None else ""),
-                )
-            )
+            size = "" if status["closureSize"] is None else " with the size"
+            self.calls.append((now, status["status"] + size))
             if status["status"] != "InProgress":
                 self.moment = now
                 self.over.set()
@@ -82,16 +72,16 @@ class Light(Peer):
         return answer
 
     def time(self, path: str) -> tuple[str, float, list[tuple[float, str]]]:
-        """Deploy a path: its id, seconds from the frame to the final report, and the requests with their times."""
+        """Deploy a path; return its id, and the seconds until the final report and each request.
+
+        Time runs from the Deployment frame on.
+        """
         self.over.clear()
         self.calls.clear()
         self.agent()
-        begin = time.monotonic()
-        known: Any = self.deploy(path)
+        start = time.monotonic()
+        deployment_id = self.deploy(path)
         if not self.over.wait(60):
             raise AssertionError(f"no final report of {path} within 60 s")
-        return (
-            str(known),
-            self.moment - begin,
-            [(moment - begin, what) for moment, what in list(self.calls)],
-        )
+        calls = [(moment - start, call) for moment, call in list(self.calls)]
+        return deployment_id, self.moment - start, calls

@@ -1,8 +1,9 @@
-"""A binary cache behind a slow link, in a process of its own: `_link.py DIRECTORY` prints two ports and serves.
+"""A binary cache behind a slow link, in its own process: `_link.py DIRECTORY` prints two ports.
 
-The files are held in memory, as this is not about servers. The link delays what it carries by 10 ms each way, however
-much there is, and what a new connection carries first by a round trip more: the TCP handshake, which on 127.0.0.1 is
-over before a proxy hears of it.
+The first port is the cache's own, the second one leads to it over the link. All files are held in
+memory, as servers are not measured here. The link delays data by 10 ms each way, at any bandwidth.
+It delays the first data of a connection by another round trip, for the TCP handshake, which on
+127.0.0.1 is over before a proxy sees the connection.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ DELAY = 0.010  # seconds each way
 
 
 class Files(asyncio.Protocol):
-    """An HTTP server for GET and HEAD that keeps its connections open."""
+    """An HTTP server for GET and HEAD with persistent connections."""
 
     def __init__(self, answers: dict[bytes, bytes]) -> None:
         self.answers, self.text = answers, b""
@@ -39,13 +40,13 @@ class Files(asyncio.Protocol):
 
 
 class End(asyncio.Protocol):
-    """One end of a connection through the link; what it hears, the other says later."""
+    """One end of a connection through the link. It sends what the other end has received, later."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, port: Optional[int]) -> None:
         self.loop, self.port = loop, port
         self.transport: Optional[asyncio.Transport] = None
         self.other: Optional[End] = None
-        self.usable = 0.0  # until when the handshake would take
+        self.usable = 0.0  # the time at which the handshake would be over
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -54,22 +55,22 @@ class End(asyncio.Protocol):
             self.usable = self.loop.time() + 2 * DELAY
             self.other = far = End(self.loop, None)
             far.other = self
+            # Over long before the first data are due. The reference keeps the task alive.
             connecting = self.loop.create_connection(lambda: far, "127.0.0.1", self.port)
-            self.task = self.loop.create_task(
-                connecting
-            )  # kept: it is over long before anything is to be said
+            self.task = self.loop.create_task(connecting)
 
     def data_received(self, data: bytes) -> None:
-        self.later(data)
+        self.forward(data)
 
     def connection_lost(self, _: Optional[Exception]) -> None:
-        self.later(None)
+        self.forward(None)
 
-    def later(self, data: Optional[bytes]) -> None:
+    def forward(self, data: Optional[bytes]) -> None:
+        """Let the other end send data, or close (None), after the delay."""
         assert self.other is not None
-        self.loop.call_at(max(self.loop.time(), self.usable) + DELAY, self.other.say, data)
+        self.loop.call_at(max(self.loop.time(), self.usable) + DELAY, self.other.send, data)
 
-    def say(self, data: Optional[bytes]) -> None:
+    def send(self, data: Optional[bytes]) -> None:
         if self.transport is None or self.transport.is_closing():
             return
         if data is None:
@@ -79,14 +80,14 @@ class End(asyncio.Protocol):
 
 
 async def serve(directory: Path) -> None:
-    found = [path for path in directory.rglob("*") if path.is_file()]
-    answers = {f"/{path.relative_to(directory)}".encode(): path.read_bytes() for path in found}
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    answers = {f"/{path.relative_to(directory)}".encode(): path.read_bytes() for path in files}
     loop = asyncio.get_running_loop()
     near = await loop.create_server(lambda: Files(answers), "127.0.0.1", 0, backlog=1024)
     port = near.sockets[0].getsockname()[1]
     link = await loop.create_server(lambda: End(loop, port), "127.0.0.1", 0, backlog=1024)
     print(port, link.sockets[0].getsockname()[1], flush=True)
-    await loop.run_in_executor(None, sys.stdin.read)  # until who started it ends
+    await loop.run_in_executor(None, sys.stdin.read)  # until the parent ends
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Deployment of a tiny path that the store has: our agent against the two Nix commands that do the same by hand."""
+"""Deployment of a tiny path that is in the store: our agent against the two Nix commands for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROFILES = "/nix/var/nix/profiles"
 
 
 class Shell:
-    """A shell that stays open in a host, so that only the commands it is given count."""
+    """A shell that stays open in a host, so that only its commands count."""
 
     def __init__(self, host: Host) -> None:
         script = 'while read -r line; do eval "$line" >/dev/null 2>&1; echo $?; done'
@@ -31,57 +31,58 @@ class Shell:
         )
 
     def time(self, line: str) -> float:
-        """Seconds that a command line takes, which must succeed."""
+        """Run a command line, which must succeed; return how many seconds it took."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        begin = time.monotonic()
+        start = time.monotonic()
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
         status = self.process.stdout.readline()
-        took = time.monotonic() - begin
+        seconds = time.monotonic() - start
         assert status == b"0\n", f"{line} ended with status {status!r}"
-        return took
+        return seconds
 
 
 class Real:
-    """Deployments by way of our own workspace."""
+    """Deployments by our own workspace."""
 
     def __init__(self, workspace: Workspace, agent: str) -> None:
         self.workspace, self.agent = workspace, agent
-        self.connection = http.client.HTTPConnection(
-            workspace.url.removeprefix("http://"), timeout=30
-        )
+        address = workspace.url.removeprefix("http://")
+        self.connection = http.client.HTTPConnection(address, timeout=30)
         self.headers = {
             "Authorization": f"Bearer {workspace.token('activate')}",
             "Content-Type": "application/json",
         }
 
     def call(self, method: str, path: str, body: object = None) -> dict[str, object]:
-        self.connection.request(
-            method, path, None if body is None else json.dumps(body), self.headers
-        )
+        text = None if body is None else json.dumps(body)
+        self.connection.request(method, path, text, self.headers)
         return dict(json.loads(self.connection.getresponse().read()))
 
     def time(self, path: str) -> float:
-        """Seconds from POST activate to a final status, asked for every 5 ms."""
-        begin = time.monotonic()
+        """Deploy a path; return the seconds until a final status, which is read every 5 ms."""
+        start = time.monotonic()
         answer: dict[str, dict[str, dict[str, str]]] = self.call(  # type: ignore[assignment]
             "POST", "/api/v2/deploy/activate", {"agents": {self.agent: path}}
         )
         place = f"/api/v1/deploy/deployment/{answer['agents'][self.agent]['id']}"
         while self.call("GET", place)["status"] not in TERMINAL:
-            assert time.monotonic() < begin + 60, f"{place} does not end"
+            assert time.monotonic() < start + 60, f"{place} does not end"
             time.sleep(0.005)
-        return time.monotonic() - begin
+        return time.monotonic() - start
 
 
-def steps(host: Host, deployment_id: str, calls: list[tuple[float, str]]) -> dict[str, float]:
-    """Milliseconds after the deployment was received at which each step came, and after the frame for each request."""
+def moments(host: Host, deployment_id: str, calls: list[tuple[float, str]]) -> dict[str, float]:
+    """Return when each step and each request came, in milliseconds.
+
+    Steps count from `received` on, requests from the Deployment frame on.
+    """
     times: dict[str, float] = host.journal(deployment_id)["times"]
-    known = {name: 1000 * (times[name] - times["received"]) for name in STEPS if name in times}
-    for moment, what in calls:
-        number = 1 + sum(name.startswith(f"{what} #") for name in known)
-        known[f"{what} #{number}"] = 1000 * moment
-    return known
+    result = {name: 1000 * (times[name] - times["received"]) for name in STEPS if name in times}
+    for moment, call in calls:
+        number = 1 + sum(name.startswith(f"{call} #") for name in result)
+        result[f"{call} #{number}"] = 1000 * moment
+    return result
 
 
 def main() -> None:
@@ -90,10 +91,9 @@ def main() -> None:
         light.cache = cache.wire()
         paths = [plain(cache, version) for version in (1, 2)]
         host.fetch(cache.url, cache.key.public, *paths)
-        for link, path in enumerate(paths):  # that the store keeps them
-            host.output(
-                "nix-store", "--realise", path, "--add-root", f"/nix/var/kept-{link}", "--indirect"
-            )
+        for number, path in enumerate(paths):
+            root = ["--add-root", f"/nix/var/kept-{number}", "--indirect"]
+            host.output("nix-store", "--realise", path, *root)
         agents = [host.agent("light", light.url, "bench", "ours")]
         agents[0].wait_for("is connected to")
         workspace = serve(place / "workspace", cache)
@@ -110,7 +110,7 @@ def main() -> None:
 
 
 def serve(place: Path, cache: Cache) -> Workspace:
-    """Our own workspace."""
+    """Start our own workspace."""
     place.mkdir()
     workspace = Workspace(place)
     workspace.serve()
@@ -125,42 +125,47 @@ def end(agents: list[Program], workspace: Workspace) -> None:
 
 
 def measure(host: Host, light: Light, real: Real, paths: list[str]) -> None:
+    """Time the three ways in turns, and print their figures."""
     shell = Shell(host)
     raw: list[float] = []
     ours: list[float] = []
     whole: list[float] = []
     when: list[dict[str, float]] = []
     for number in range(WARM_UPS + ROUNDS):
-        path = paths[number % 2]  # another than before, so that each makes a generation
-        took_raw = shell.time(f"nix-store -r {path} && nix-env -p {PROFILES}/raw --set {path}")
-        deployment_id, took, calls = light.time(path)
+        path = paths[number % 2]  # never the one before, so that each makes a generation
+        raw_time = shell.time(f"nix-store -r {path} && nix-env -p {PROFILES}/raw --set {path}")
+        deployment_id, our_time, calls = light.time(path)
         time.sleep(0.1)  # its switch process ends
-        took_whole = real.time(path)
+        whole_time = real.time(path)
         time.sleep(0.1)
         if number >= WARM_UPS:
-            raw.append(1000 * took_raw)
-            ours.append(1000 * took)
-            whole.append(1000 * took_whole)
-            when.append(steps(host, deployment_id, calls))
-    say(
-        f"deployment of a present tiny path, ms, median (quartiles) of {ROUNDS} rounds, taken in turns"
-    )
+            raw.append(1000 * raw_time)
+            ours.append(1000 * our_time)
+            whole.append(1000 * whole_time)
+            when.append(moments(host, deployment_id, calls))
+    say(f"deployment of a tiny path in the store, ms, median (quartiles) of {ROUNDS} rounds")
     say(f"  raw `nix-store -r PATH && nix-env -p P --set PATH`: {spread(raw)}")
     say(f"  ours, from the Deployment frame to the final report: {spread(ours)}")
     say(f"  ours with our own workspace, from POST activate to the final status: {spread(whole)}")
     middle = statistics.median(raw)
     figure("  ours", statistics.median(ours), "ms", middle + TARGET)
     figure("  ours minus raw", statistics.median(o - r for o, r in zip(ours, raw)), "ms", TARGET)
+    say_where_the_time_goes(when)
+
+
+def say_where_the_time_goes(rounds: list[dict[str, float]]) -> None:
+    """Print the median of each step and each request over all rounds that have it."""
+    values: dict[str, list[float]] = {}
+    for moments_of_round in rounds:
+        for name, moment in moments_of_round.items():
+            values.setdefault(name, []).append(moment)
+    medians = {name: statistics.median(moments) for name, moments in values.items()}
     say("  where the time goes, ms:")
-    known = list(dict.fromkeys(name for one in when for name in one))
-    medians = {name: statistics.median(one[name] for one in when if name in one) for name in known}
-    said = [f"{name} {medians[name]:.0f}" for name in STEPS if name in medians]
-    say("    steps, after `received`: " + ", ".join(said))
-    requests = sorted((value, name) for name, value in medians.items() if "#" in name)
-    said = [
-        f"{name} {value:.0f} ({sum(name in one for one in when)} times)" for value, name in requests
-    ]
-    say("    requests, after the frame: " + ", ".join(said))
+    steps = [f"{name} {medians[name]:.0f}" for name in STEPS if name in medians]
+    say("    steps, after `received`: " + ", ".join(steps))
+    requests = sorted((moment, name) for name, moment in medians.items() if "#" in name)
+    texts = [f"{name} {moment:.0f} ({len(values[name])} times)" for moment, name in requests]
+    say("    requests, after the frame: " + ", ".join(texts))
 
 
 if __name__ == "__main__":

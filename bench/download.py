@@ -1,4 +1,4 @@
-"""1,000 small paths over a link with a round-trip time of 20 ms: the agent's download against plain `nix-store -r`."""
+"""1,000 small paths over a link with a round trip of 20 ms: the agent against `nix-store -r`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from closures import chain
 from hosts import PROJECT, Host
 
 PATHS = 1000
-ROUNDS = 3  # of ours; the plain one is slow, and once
-# What the agent does in its worker thread, all of it: is it there, what will it take, the download with its GC root.
+ROUNDS = 3  # of the agent's download; the slow plain one runs once
+# All that the agent's worker thread does: check the store, estimate, download with a GC root.
 OURS = """
 import os, sys
 from activate import nix
@@ -31,7 +31,7 @@ download.download([sys.argv[3]], [], "/nix/var/new", source, log)
 
 @contextlib.contextmanager
 def link(files: Path) -> Iterator[tuple[int, int]]:
-    """The ports of a cache and of the slow link to it."""
+    """Yield the ports of a cache and of the slow link to it."""
     argv = [sys.executable, str(Path(__file__).with_name("_link.py")), str(files)]
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
@@ -45,31 +45,29 @@ def link(files: Path) -> Iterator[tuple[int, int]]:
 
 
 def round_trip(port: int) -> float:
-    """Median milliseconds of a small request on an open connection."""
+    """Return the median milliseconds of a small request on an open connection."""
     connection = http.client.HTTPConnection("127.0.0.1", port)
     times = []
     for _ in range(15):
-        begin = time.monotonic()
+        start = time.monotonic()
         connection.request("GET", "/nix-cache-info")
         connection.getresponse().read()
-        times.append(1000 * (time.monotonic() - begin))
+        times.append(1000 * (time.monotonic() - start))
     connection.close()
     return statistics.median(times)
 
 
 def fresh(place: Path, argv: list[str]) -> float:
-    """Seconds that a command takes on a host that has nothing."""
+    """Run a command on a new host with an empty store; return how many seconds it took."""
     with Host(place) as host:
         host.output("nix-store", "--init")
-        begin = time.monotonic()
-        done = host.run(argv, 120, {"PYTHONPATH": str(PROJECT)})
-        took = time.monotonic() - begin
-        assert done.returncode == 0, done.stderr[-2000:]
-        found = len(
-            [name for name in host.path("/nix/store").iterdir() if not name.name.startswith(".")]
-        )
-        assert found >= PATHS, f"only {found} paths have arrived"
-    return took
+        start = time.monotonic()
+        result = host.run(argv, 120, {"PYTHONPATH": str(PROJECT)})
+        seconds = time.monotonic() - start
+        assert result.returncode == 0, result.stderr[-2000:]
+        paths = [path for path in host.path("/nix/store").iterdir() if path.name[0] != "."]
+        assert len(paths) >= PATHS, f"only {len(paths)} paths have arrived"
+    return seconds
 
 
 def main() -> None:
@@ -83,14 +81,13 @@ def main() -> None:
             plain = ["nix-store", "--realise", path, "--option", "substituters", url]
             plain += ["--option", "trusted-public-keys", key]
             linked, direct = round_trip(far), round_trip(near)
-            say(
-                f"download of {PATHS} small paths, round trip {linked:.1f} ms ({direct:.1f} without the link)"
-            )
+            trips = f"round trip {linked:.1f} ms ({direct:.1f} without the link)"
+            say(f"download of {PATHS} small paths, {trips}")
             times = [fresh(place / f"ours-{number}", ours) for number in range(ROUNDS)]
             raw = fresh(place / "plain", plain)
-        took = statistics.median(times)
-        say(f"  plain `nix-store -r`: {raw:.1f} s; ours: {took:.1f} s, median of {ROUNDS}")
-        figure("  ours is faster by a factor", raw / took, "", 5, at_least=True)
+        seconds = statistics.median(times)
+        say(f"  plain `nix-store -r`: {raw:.1f} s; ours: {seconds:.1f} s, median of {ROUNDS}")
+        figure("  ours is faster by a factor", raw / seconds, "", 5, at_least=True)
 
 
 if __name__ == "__main__":

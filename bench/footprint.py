@@ -1,4 +1,4 @@
-"""The agent at rest: its memory, how often it wakes, and the size of the one file that has it whole."""
+"""The agent at rest: its memory, its wake-ups, and the size of dist/cachix-deploy.pyz."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from _figures import Light, directory, figure
+from _figures import Light, directory, figure, say
 from caches import Cache
 from closures import plain
 from hosts import PROJECT, Host, Program
@@ -17,17 +17,16 @@ from peer import Gone
 MIB = 1 << 20
 SECONDS = 60.0
 PYZ = PROJECT / "dist" / "cachix-deploy.pyz"
-SERVER_PINGS = 25.0  # seconds between those of our workspace
+SERVER_PINGS = 25.0  # seconds between two pings of our workspace
 
 
 def wake_ups(pid: int) -> int:
-    """How often the threads of a process were given a processor so far."""
+    """Return how often a processor has run the threads of a process so far."""
     total = 0
     for status in Path(f"/proc/{pid}/task").glob("*/status"):
         with contextlib.suppress(OSError):
-            total += sum(
-                map(int, re.findall(r"voluntary_ctxt_switches:\s+(\d+)", status.read_text()))
-            )
+            counts = re.findall(r"voluntary_ctxt_switches:\s+(\d+)", status.read_text())
+            total += sum(map(int, counts))
     return total
 
 
@@ -39,7 +38,7 @@ def keep_pinging(light: Light, stop: threading.Event) -> None:
 
 
 def resident(agent: Program) -> float:
-    """MiB, when it has come to rest."""
+    """Return its resident memory in MiB, once it is at rest."""
     time.sleep(1.5)
     return agent.memory() / MIB
 
@@ -58,19 +57,14 @@ def main() -> None:
         figure("agent at rest, resident after a deployment", resident(agent), "MiB", 32)
         before = wake_ups(agent.pid)
         time.sleep(SECONDS)
-        figure(
-            "agent at rest, wake-ups of all its threads",
-            wake_ups(agent.pid) - before,
-            "a minute",
-            10,
-        )
+        count = wake_ups(agent.pid) - before
+        figure("agent at rest, wake-ups of all its threads", count, "a minute", 10)
         stop.set()
         agent.stop()
         cache.close()
     if PYZ.exists():
-        print(
-            f"dist/cachix-deploy.pyz, the agent and the CI command in one file: {PYZ.stat().st_size / 1024:.0f} KiB"
-        )
+        size = PYZ.stat().st_size / 1024
+        say(f"dist/cachix-deploy.pyz, the agent and the CI command in one file: {size:.0f} KiB")
 
 
 if __name__ == "__main__":
