@@ -106,9 +106,12 @@ def test_no_circles() -> None:
 
 
 def test_files_keep_to_their_budgets() -> None:
+    long = []
     for path, text in files(r".*\.py").items():
         budget = next((most for rule, most in BUDGETS.items() if re.fullmatch(rule, path)), None)
-        assert budget is None or len(text.splitlines()) <= budget, path
+        if budget is not None and len(text.splitlines()) > budget:
+            long.append(f"{path}: {len(text.splitlines())} lines, at most {budget}")
+    assert long == []
 
 
 def test_functions_are_short() -> None:
