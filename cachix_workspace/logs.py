@@ -106,4 +106,4 @@ def read(connection: Connection, deployment_id: str, offset: int) -> list[str]:
 
 def is_closing(line: str) -> bool:
     """Whether a stored line is one of the two with which agents end a log."""
-    return loads(line)["line"].startswith((SUCCESS_LINE, FAILURE_LINE))  # type: ignore[no-any-return]
+    return str(loads(line)["line"]).startswith((SUCCESS_LINE, FAILURE_LINE))
