@@ -12,11 +12,19 @@ import sys
 import threading
 from typing import Any, Callable, Optional
 
+from activate import startup
 from cachix_protocol import Error, UsageError
 
 verbose = False  # set once by `main`
 
 # --- messages -------------------------------------------------------------------------------------
+
+
+def prepare() -> None:
+    """Make this process independent of who has started it."""
+    startup.open_descriptors()
+    startup.reset_signals()
+    startup.disarm_warnings()
 
 
 def tell(message: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import cachix_console
-from activate import files, history, journal, lock, machine, nix, process
+from activate import files, history, journal, lock, machine, nix, process, startup
 from activate.agent import conductor, netrc
 from activate.agent.hooks import AgentHooks, Ended
 from cachix_channels import HttpChannel
@@ -488,6 +488,7 @@ def watch_signals(agent: Agent) -> None:
 
 def agent_command(options: AgentOptions) -> int:
     """Run an agent until it is asked to stop; the exit status. Raises Error."""
+    os.umask(startup.OWN_UMASK)
     state = journal.state_directory()
     for directory in (state, os.path.join(state, "deployments")):
         try:
@@ -571,6 +572,7 @@ def activate_command(options: dict[str, Any]) -> int:
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Run a command line and return its exit status."""
+    cachix_console.prepare()
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         cachix_console.verbose = options["--verbose"]

@@ -87,7 +87,7 @@ def main() -> int:
     progress = Progress(entry, log, policy, agent)
     signal.signal(signal.SIGTERM, lambda *_: progress.stop.set())
     for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, lambda *_: None)  # unlike SIG_IGN it is not inherited by commands
     try:
         steps.Switch(progress, network.reach, network.load).perform(action)
     except Stopping:

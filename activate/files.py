@@ -29,6 +29,16 @@ def write_durably(path: str, content: bytes) -> None:
         os.close(fd)
 
 
+def make_public(directory: str) -> None:
+    """Create a directory that all users may read, as its missing parents. Raises OSError."""
+    if not directory or os.path.isdir(directory):
+        return
+    make_public(os.path.dirname(directory))
+    with contextlib.suppress(FileExistsError):  # another process was faster
+        os.mkdir(directory)
+        os.chmod(directory, 0o755)  # mkdir obeys the umask
+
+
 def sync(directories: list[str]) -> None:
     """Flush the file systems of these directories; a missing directory is skipped.
 

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Optional
 
+from activate.files import make_public
 from activate.process import CommandFailed, Error, Run, ask, checked, output
 from activate.text import is_store_path
 
@@ -127,7 +128,7 @@ def show_config() -> dict[str, str]:
 
 def set_profile(profile: str, path: str, run: Run) -> None:
     """Point a profile at `path` by a new generation, atomically. Raises CommandFailed."""
-    os.makedirs(os.path.dirname(profile), mode=0o755, exist_ok=True)
+    make_public(os.path.dirname(profile))
     checked(run, ["nix-env", "--profile", profile, "--set", path])
 
 

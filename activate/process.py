@@ -9,7 +9,7 @@ import signal
 import subprocess
 from typing import Callable, Optional
 
-from activate import environment
+from activate import environment, startup
 
 KILL_AFTER = 5.0  # seconds between SIGTERM and SIGKILL for a process group
 
@@ -80,6 +80,7 @@ def start(
             env=env,
             cwd="/",
             start_new_session=True,
+            umask=startup.COMMAND_UMASK,
             preexec_fn=before,
         )
         _running.add(process)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from cachix_console import UnknownForm, complain, tell
+from cachix_console import UnknownForm, complain, prepare, tell
 from cachix_protocol import Error
 from cachix_workspace.cli.usage import fitting_lines, parse
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line (sys.argv by default) and return its exit status."""
+    prepare()
     try:
         return _run(parse(sys.argv[1:] if argv is None else argv))
     except UnknownForm as error:

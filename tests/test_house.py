@@ -25,7 +25,7 @@ MAY_IMPORT = {
     " activate.history activate.journal activate.lock activate.logfile activate.text",
     "cachix_channels": FLOOR,
     "cachix_connection": "cachix_protocol",
-    "cachix_console": "cachix_protocol",
+    "cachix_console": "cachix_protocol activate.startup",
     "cachix_protocol": "activate.text cachix_errors",
     "cachix_errors": "activate.process",
     "activate": "activate",

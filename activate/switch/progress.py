@@ -36,7 +36,7 @@ class Progress:
         The lock is held as long as this process lives. Raises Error or OSError; Withdrawn on
         SIGTERM, or when the deployment is not `wanted` any more.
         """
-        os.makedirs(os.path.dirname(profile), mode=0o755, exist_ok=True)
+        files.make_public(os.path.dirname(profile))
         path, timeout = lock.machine_path(profile), lock.DEPLOYMENT_TIMEOUT
         if lock.held(path):
             say(self.log, f"waiting for another deployment of {profile} to end")
