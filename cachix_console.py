@@ -5,9 +5,13 @@ The agent, the CI command and the workspace's own command share it.
 
 from __future__ import annotations
 
+import atexit
+import collections
 import contextlib
+import io
 import os
 import re
+import select
 import sys
 import threading
 from typing import Any, Callable, Optional
@@ -15,22 +19,144 @@ from typing import Any, Callable, Optional
 from activate import startup
 from cachix_protocol import Error, UsageError
 
+READER_TIMEOUT = 3600.0  # seconds for which nobody reads a full stdout
+PATIENCE = 0.2  # seconds for which whoever prints a message waits until it is written
+EXIT_PATIENCE = 1.0  # seconds for which the end of the program waits for its messages
+MOST_WAITING = 1000  # messages that wait for a reader of stderr
+
 verbose = False  # set once by `main`
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write `data` to a file that may be set not to block, as CI runners do. Raises OSError.
+
+    That is a TimeoutError if such a file takes nothing for READER_TIMEOUT seconds.
+    """
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:
+            if not select.select([], [fd], [], READER_TIMEOUT)[1]:
+                raise TimeoutError(f"nobody has read it for {READER_TIMEOUT:.0f} s") from None
+
 
 # --- messages -------------------------------------------------------------------------------------
 
 
+class Messages(io.RawIOBase):
+    """stderr by a thread, so that no other thread waits for a reader that hangs.
+
+    Whoever prints a message waits until it is written, but for PATIENCE seconds only, and not at
+    all until everything is written that is late. The oldest messages are lost if there are too
+    many.
+    """
+
+    name = "<stderr>"
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.reset()
+        os.register_at_fork(after_in_child=self.reset)
+
+    def reset(self) -> None:
+        """Begin anew, in the child of a fork, which has no such thread."""
+        self.changed = threading.Condition()
+        self.waiting: collections.deque[bytes] = collections.deque()
+        self.thread: Optional[threading.Thread] = None
+        self.lost = 0
+        self.busy = self.late = False
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def isatty(self) -> bool:
+        return os.isatty(self.fd)
+
+    def write(self, data: Any) -> int:
+        """Take a message, which is written soon. Never raises."""
+        with self.changed:
+            patience = 0.0 if self.late and not self.is_idle() else PATIENCE
+            self.waiting.append(bytes(data))
+            if len(self.waiting) > MOST_WAITING:
+                self.waiting.popleft()
+                self.lost += 1
+            self.start()
+            self.changed.notify_all()
+            self.late = not self.changed.wait_for(self.is_idle, patience)
+        return len(data)
+
+    def start(self) -> None:
+        """Start the thread with the first message."""
+        if self.thread is None:
+            self.thread = threading.Thread(target=self.run, name="messages", daemon=True)
+            try:
+                self.thread.start()
+            except RuntimeError:  # there are too many threads
+                self.thread = None
+                self.write_next()
+
+    def run(self) -> None:
+        """Write messages for as long as the program runs (a thread)."""
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting)
+                self.busy = True
+            self.write_next()
+            with self.changed:
+                self.busy = False
+                self.changed.notify_all()
+
+    def write_next(self) -> None:
+        """Write the oldest message, after the number of those that were lost before it."""
+        with self.changed:
+            message = self.waiting.popleft()
+            if self.lost:
+                message = f"{self.lost} messages were lost\n".encode() + message
+            self.lost = 0
+        with contextlib.suppress(OSError, ValueError):
+            write_all(self.fd, message)
+
+    def is_idle(self) -> bool:
+        """Whether everything is written."""
+        return not self.waiting and not self.busy
+
+    def finish(self) -> None:
+        """Wait for the last messages, for a moment."""
+        with self.changed:
+            self.changed.wait_for(self.is_idle, EXIT_PATIENCE)
+
+
 def prepare() -> None:
-    """Make this process independent of who has started it."""
+    """Make this process independent of who has started it, and of who reads stderr."""
     startup.open_descriptors()
     startup.reset_signals()
     startup.disarm_warnings()
+    if sys.stderr is sys.__stderr__:  # else it is none of ours, but that of a test
+        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+        messages: Any = Messages(2)
+        atexit.register(messages.finish)
+        sys.stderr = io.TextIOWrapper(messages, encoding, "backslashreplace", line_buffering=True)
 
 
 def tell(message: str) -> None:
     """Print a message for the operator, one line on stderr. Never raises."""
     with contextlib.suppress(OSError, ValueError):
-        print(" ".join(message.split("\n")), file=sys.stderr, flush=True)
+        line = " ".join(message.split("\n"))
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)
+
+
+def exit_now(status: int) -> None:
+    """End this process although other threads hang, and write its last messages before."""
+    messages = getattr(sys.stderr, "buffer", None)
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        if isinstance(messages, Messages):
+            messages.finish()
+    os._exit(status)
 
 
 def debug(message: str) -> None:

@@ -29,7 +29,7 @@ from cachix_connection import (
     hang_up,
     reach,
 )
-from cachix_console import complain, debug, positive, read_token, tell
+from cachix_console import complain, debug, exit_now, positive, read_token, tell
 from cachix_options import AgentOptions, agent_options, parse
 from cachix_protocol import (
     IN_PROGRESS,
@@ -481,7 +481,7 @@ def watch_signals(agent: Agent) -> None:
         deadline = time.monotonic() + STOP_TIMEOUT
         agent.request_stop()
         time.sleep(max(0.0, deadline - time.monotonic()))
-        os._exit(0)  # the main thread hangs: in a name look-up, or because nobody reads our close
+        exit_now(0)  # the main thread hangs: in a name look-up, or because nobody reads our close
 
     threading.Thread(target=run, name="signals", daemon=True).start()
 
