@@ -14,7 +14,7 @@ import re
 import select
 import sys
 import threading
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, TextIO
 
 from activate import startup
 from cachix_protocol import Error, UsageError
@@ -199,15 +199,24 @@ class Screen:
             if self.broken or stream is None:
                 return
             try:
-                text = line.encode(encoding, "backslashreplace").decode(encoding, "replace")
-                stream.write(text + "\n")
-                stream.flush()
+                _write_line(stream, line.encode(encoding, "backslashreplace") + b"\n", encoding)
             except (OSError, ValueError) as error:
                 self.broken = True
                 if not isinstance(error, BrokenPipeError):
                     tell(f"warning: stdout can't be written: {error}")
                 with contextlib.suppress(OSError, ValueError):  # or Python complains when it exits
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _write_line(stream: TextIO, line: bytes, encoding: str) -> None:
+    """Write a line to stdout, even if it is set not to block: Python would lose a part then."""
+    stream.flush()
+    try:
+        fd = stream.fileno()
+    except io.UnsupportedOperation:  # that of a test
+        stream.write(line.decode(encoding, "replace"))
+        return
+    write_all(fd, line)
 
 
 def align(rows: list[list[str]]) -> list[list[str]]:

@@ -839,6 +839,27 @@ def test_a_broken_pipe_ends_quietly(workspaces: Any, spec_file: str) -> None:
         assert process.wait(10) == 1 and process.stderr.read() == b""
 
 
+def test_a_slow_reader_of_a_pipe_that_does_not_block(workspaces: Any, spec_file: str) -> None:
+    """Node sets the pipes of its children so, and CI runners are written in Node."""
+    workspace = workspaces()
+    workspace.logs["web"] = [[*(f"line {number}" for number in range(5000)), 1000]]
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    arguments = command(spec_file, host=workspace.host)
+    with subprocess.Popen(**arguments, stdout=writer, stderr=writer) as process:
+        os.close(writer)
+        time.sleep(2)
+        output = b""
+        while part := os.read(reader, 2048):
+            output += part
+            time.sleep(0.001)
+    os.close(reader)
+    assert process.returncode == 0 and b"warning" not in output
+    lines = output.decode().splitlines()
+    numbers = [int(line.rpartition(" ")[2]) for line in lines if line.startswith("web | line")]
+    assert numbers == list(range(5000)) and "Succeeded" in lines[-1]
+
+
 def test_interrupted(workspaces: Any, spec_file: str) -> None:
     workspace = workspaces()
     workspace.states["web"] = [state("InProgress")]
