@@ -56,12 +56,17 @@ def switch_command() -> list[str]:
     """The command that starts a switch process: this Python once more, at `cachix_switch`.
 
     It skips the `site` module, and takes over our module search path. Otherwise the switch process
-    would not be ready when a small download is complete.
+    would not be ready when a small download is complete. It ignores the variables of Python, but
+    for a PYTHONHOME that we have found the standard library by.
     """
     path = [os.path.abspath(entry) for entry in sys.path]
-    code = f"import gc, sys; gc.disable(); sys.path[:] = {path!r}"
+    code = f"import gc, sys; gc.disable(); sys.path[:] = {path!a}"
     code += "; import cachix_switch; sys.exit(cachix_switch.main())"
-    return [sys.executable, "-S", "-c", code, os.path.abspath(sys.argv[0])]
+    own_home = "PYTHONHOME" in os.environ and not sys.flags.ignore_environment
+    flags = ["-s" if own_home else "-I", "-S", "-X", f"utf8={sys.flags.utf8_mode}"]
+    flags += ["-B"] if sys.dont_write_bytecode else []
+    flags += ["-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else []
+    return [sys.executable, *flags, "-c", code, os.path.abspath(sys.argv[0])]
 
 
 # --- worker ---------------------------------------------------------------------------------------
@@ -573,8 +578,16 @@ def activate_command(options: dict[str, Any]) -> int:
 def main(argv: Optional[list[str]] = None) -> int:
     """Run a command line and return its exit status."""
     cachix_console.prepare()
+    status = run(sys.argv[1:] if argv is None else argv)
+    if sys.flags.inspect:  # by PYTHONINSPECT: Python would print a traceback of our exit
+        exit_now(status)
+    return status
+
+
+def run(argv: list[str]) -> int:
+    """Run a command line; the exit status."""
     try:
-        options = parse(sys.argv[1:] if argv is None else argv)
+        options = parse(argv)
         cachix_console.verbose = options["--verbose"]
         complete_proxies()
         if options["agent"]:

@@ -26,6 +26,11 @@ class Lost(Error):
     """Somebody has ended the switch process while it waited for "go"."""
 
 
+def is_for_switch(name: str) -> bool:
+    """Whether a switch process gets the environment variable: none that can break its Python."""
+    return name not in WITHHELD and (name == "PYTHONHOME" or not name.startswith("PYTHON"))
+
+
 def in_scope(argv: list[str]) -> list[str]:
     """`argv` in a scope of its own if systemd runs, so that it outlives the agent's service."""
     program = shutil.which("systemd-run", path=environment.for_commands()["PATH"])
@@ -54,7 +59,7 @@ class SwitchProcess:
     def spawn(self, argv: list[str]) -> None:
         """Start the program, and hand over the configuration by its stdin. Raises Error."""
         self.scoped = argv != self.argv
-        env = {name: value for name, value in os.environ.items() if name not in WITHHELD}
+        env = {name: value for name, value in os.environ.items() if is_for_switch(name)}
         try:
             self.process = subprocess.Popen(
                 argv,
