@@ -69,6 +69,12 @@ def switch_command() -> list[str]:
     return [sys.executable, *flags, "-c", code, os.path.abspath(sys.argv[0])]
 
 
+def program_files() -> tuple[int, ...]:
+    """The descriptors that our module search path names: see tools/pyz_main.py."""
+    entries = [entry.partition("/proc/self/fd/") for entry in sys.path]
+    return tuple(int(number) for head, _, number in entries if not head and number.isdigit())
+
+
 # --- worker ---------------------------------------------------------------------------------------
 
 
@@ -119,6 +125,7 @@ class Worker(threading.Thread):
         self.hooks = AgentHooks(
             config=config,
             switch_command=switch_command(),
+            switch_files=program_files(),
             scope_timeout=options.waits.ready,
             download_timeout=options.waits.download,
             stop=stop,

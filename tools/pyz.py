@@ -23,15 +23,6 @@ PACKAGES = (
     "websocket",
     "docopt.py",
 )
-# Newer Pythons warn about docopt's source, which they compile at every start.
-MAIN = """import sys
-import warnings
-
-warnings.filterwarnings("ignore", category=SyntaxWarning)
-from cachix_deploy import main
-
-sys.exit(main())
-"""
 LEFT_OUT = shutil.ignore_patterns(
     "*.so", "*.pyi", "py.typed", "__pycache__", "tests", "emscripten", "contrib"
 )
@@ -73,8 +64,8 @@ def main(target: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         for source in sources():
             copy(source, directory)
-        with open(os.path.join(directory, "__main__.py"), "w", encoding="utf-8") as file:
-            file.write(MAIN)
+        start = os.path.join(ROOT, "tools", "pyz_main.py")
+        shutil.copy(start, os.path.join(directory, "__main__.py"))
         compile_all(directory)
         zipapp.create_archive(
             directory, f"{target}.new", interpreter="/usr/bin/env python3", compressed=True

@@ -35,3 +35,4 @@ class AgentHooks:
     measured: Callable[[journal.Journal, int], None]  # the closure has this many bytes
     tell: Callable[[str], None]  # a message for the operator
     reach: Reach  # looks at the workspace over a new connection
+    switch_files: tuple[int, ...] = ()  # descriptors that a switch process is loaded from

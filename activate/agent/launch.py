@@ -51,6 +51,7 @@ class SwitchProcess:
         """Start it with the deployment lock. It loads while the agent goes on. Raises Error."""
         self.step = ""
         self.may_run = False  # "go" was sent: it is not killed any more
+        self.files = hooks.switch_files
         self.argv = [*hooks.switch_command, "switch", entry.record.id]
         self.config = {**hooks.config, "directory": entry.directory, "lock": taken.fd}
         self.scope_until = time.monotonic() + hooks.scope_timeout
@@ -67,7 +68,7 @@ class SwitchProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 cwd="/",
-                pass_fds=[self.config["lock"]],
+                pass_fds=[self.config["lock"], *self.files],
                 start_new_session=True,
                 env=env,
                 bufsize=0,

@@ -1,0 +1,179 @@
+"""The program in one file: it runs on when the file is replaced, and however Python is started."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import closures
+import pytest
+from hosts import PROJECT, wait_until
+
+REPLACED = {
+    "cp": ["cp", "NEW", "OLD"],  # the same inode with other content
+    "install": ["install", "NEW", "OLD"],
+    "mv": ["mv", "NEW", "OLD"],
+    "rm": ["rm", "OLD"],
+    "truncate": ["truncate", "--size=0", "OLD"],  # a copy that a full disk has stopped
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The file that `make pyz` builds."""
+    path = tmp_path_factory.mktemp("pyz") / "cachix-deploy.pyz"
+    python = [sys.executable, "-W", "ignore::SyntaxWarning"]
+    subprocess.run([*python, str(PROJECT / "tools/pyz.py"), str(path)], check=True)
+    return path
+
+
+class Installed:
+    """A copy of the file, and the next release beside it: the same with other offsets."""
+
+    def __init__(self, built, directory):
+        self.path, self.new = directory / "installed.pyz", directory / "new.pyz"
+        shutil.copy(built, self.path)
+        with zipfile.ZipFile(built) as source, zipfile.ZipFile(self.new, "w") as target:
+            target.writestr("first", os.urandom(50000))
+            for name in sorted(source.namelist(), reverse=True):
+                target.writestr(name, source.read(name))
+
+    def replace(self, how):
+        words = {"NEW": str(self.new), "OLD": str(self.path)}
+        subprocess.run([words.get(word, word) for word in REPLACED[how]], check=True)
+
+
+@pytest.fixture
+def installed(built, tmp_path):
+    return Installed(built, tmp_path)
+
+
+@pytest.fixture
+def start(host, live, name):
+    """Start an agent from a pyz: `start(path, flags of Python, environment)`."""
+
+    def start(path, flags=(), env=None, words=()):
+        number = len(list(host.directory.glob("agent-*.out")))
+        argv = [sys.executable, *flags, str(path), "--host", live.url, "agent", name, *words]
+        variables = {"CACHIX_AGENT_TOKEN": live.token("agent"), **(env or {})}
+        agent = host.start(f"agent-{number}", argv, variables)
+        agent.wait_for("is connected to")
+        return agent
+
+    return start
+
+
+@pytest.mark.promise(8)
+@pytest.mark.parametrize("how", list(REPLACED))
+@pytest.mark.parametrize("when", ["at-first", "later"])
+def test_the_file_is_replaced_while_the_agent_runs(host, live, name, installed, start, how, when):
+    agent = start(installed.path)
+    if when == "later":
+        path = closures.plain(live.files, f"{name}-1")
+        live.push(path)
+        assert live.wait(live.deploy(name, path)) == "Succeeded"
+    installed.replace(how)
+    path = closures.plain(live.files, f"{name}-2")
+    live.push(path)
+    deployment = live.deploy(name, path)
+    assert live.wait(deployment, 30) == "Succeeded", (live.deployment(deployment), agent.text())
+    assert agent.stop() == 0 and "Traceback" not in agent.text()
+
+
+@pytest.mark.promise(8)
+@pytest.mark.parametrize("how", ["cp", "mv"])
+def test_the_file_is_replaced_and_the_agent_too_in_mid_deployment(
+    host, live, name, installed, start, how
+):
+    agent = start(installed.path)
+    wait = f"touch /run/at; {closures.wait_for('/run/go')}"
+    system = closures.nixos(live.files, name, after=wait)
+    live.push(system)
+    deployment = live.deploy(name, system)
+    wait_until(host.path("/run/at").exists)
+    installed.replace(how)
+    agent.kill()  # the switch process has yet to load what a look at the workspace needs
+    start(installed.path)
+    host.path("/run/go").touch()
+    assert live.wait(deployment) == "Succeeded" and host.running() == system
+
+
+def test_the_file_is_replaced_while_activate_waits(host, live, name, installed, start, tmp_path):
+    start(installed.path)
+    system = closures.nixos(live.files, name, after=closures.wait_for("/run/go"))
+    live.push(system)
+    spec = tmp_path / "deploy.json"
+    spec.write_text(f'{{"agents": {{"{name}": "{system}"}}}}')
+    argv = [sys.executable, str(installed.path), "--host", live.url, "activate", str(spec)]
+    command = host.start("activate", argv, {"CACHIX_ACTIVATE_TOKEN": live.token("activate")})
+    command.wait_for(r"\$ .*switch-to-configuration test")
+    installed.replace("cp")
+    host.path("/run/go").touch()
+    assert command.wait() == 0, command.text()
+
+
+FLAGS = {
+    "plain": ((), {}),
+    "isolated": (("-I",), {"PYTHONHOME": "/nonexistent", "PYTHONPATH": "/nonexistent"}),
+    "environment-ignored": (("-E", "-s"), {"PYTHONHOME": "/nonexistent"}),
+    "no-site": (("-S",), {}),
+    "optimized": (("-OO", "-B"), {}),
+    "optimize": ((), {"PYTHONOPTIMIZE": "2"}),
+    "inspect": ((), {"PYTHONINSPECT": "1"}),
+    "warnings-are-errors": ((), {"PYTHONWARNINGS": "error"}),
+    "home": ((), {"PYTHONHOME": f"{sys.base_prefix}:{sys.base_exec_prefix}"}),
+    "home-and-inspect": ((), {"PYTHONHOME": sys.base_prefix, "PYTHONINSPECT": "1"}),
+    "ascii": (
+        ("-X", "utf8=0"),
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
+    ),
+    "latin": ((), {"LC_ALL": "en_US.ISO-8859-1", "LANG": "xx_YY.nonsense"}),
+    "development": (("-X", "dev"), {"PYTHONSTARTUP": "/nonexistent", "PYTHONSAFEPATH": "1"}),
+    "cache-elsewhere": ((), {"PYTHONPYCACHEPREFIX": "/dev/null/caches"}),
+}
+
+
+@pytest.mark.parametrize("which", list(FLAGS))
+def test_however_python_is_started(host, live, name, built, tmp_path, start, which):
+    """A system succeeds and one that fails is rolled back; the agent ends with status 0."""
+    directory = tmp_path / "caf\u00e9 d'\u00e9t\u00e9"
+    directory.mkdir()
+    program = shutil.copy(built, directory)
+    agent = start(program, *FLAGS[which])
+    good = closures.nixos(live.files, f"{name}-1", after="printf 'caf\\303\\251 \\377\\n'")
+    bad = closures.nixos(live.files, f"{name}-2", after="exit 1")
+    live.push(good, bad)
+    assert live.wait(live.deploy(name, good)) == "Succeeded", agent.text()
+    deployment = live.deploy(name, bad)
+    assert live.wait(deployment) == "Failed" and host.step(deployment) == "rolled-back"
+    assert agent.stop() == 0 and "Traceback" not in agent.text(), agent.text()
+
+
+def test_from_a_source_tree(host, live, name):
+    """`python cachix_deploy.py` and `python -m cachix_deploy`, in any working directory."""
+    for words in ([str(PROJECT / "cachix_deploy.py")], ["-m", "cachix_deploy"]):
+        argv = [sys.executable, *words, "--host", live.url, "agent", name]
+        variables = {"CACHIX_AGENT_TOKEN": live.token("agent"), "PYTHONPATH": str(PROJECT)}
+        agent = host.start(f"agent-{len(words)}", argv, variables)
+        agent.wait_for("is connected to")
+        path = closures.plain(live.files, f"{name}-{len(words)}")
+        live.push(path)
+        assert live.wait(live.deploy(name, path)) == "Succeeded"
+        assert agent.stop() == 0
+
+
+@pytest.mark.parametrize("closed", ["0", "0 1 2"])
+def test_its_copy_is_none_of_the_standard_descriptors(host, live, name, built, closed):
+    closing = " ".join(f"{number}>&-" for number in closed.split())
+    program = [sys.executable, str(built), "--host", live.url, "agent", name]
+    argv = ["sh", "-c", f'exec "$@" {closing}', "sh", *program]
+    agent = host.popen(argv, {"CACHIX_AGENT_TOKEN": live.token("agent")})
+    wait_until(lambda: name in live.cli("agent", "list"))
+    links = {number: os.readlink(f"/proc/{agent.pid}/fd/{number}") for number in closed.split()}
+    assert set(links.values()) == {os.devnull}
+    path = closures.plain(live.files, name)
+    live.push(path)
+    assert live.wait(live.deploy(name, path)) == "Succeeded"
+    agent.terminate()
+    assert agent.wait(12) == 0
