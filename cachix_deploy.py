@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import cachix_console
-from activate import files, history, journal, lock, machine, nix, process, startup
+from activate import environment, files, history, journal, lock, machine, nix, process, startup
 from activate.agent import conductor, netrc
 from activate.agent.hooks import AgentHooks, Ended
 from cachix_channels import HttpChannel
@@ -41,6 +41,7 @@ from cachix_protocol import (
     Refused,
     Undecodable,
     Unreachable,
+    UsageError,
     decode_to_agent,
 )
 from cachix_reports import Reported, Reporter
@@ -500,6 +501,10 @@ def watch_signals(agent: Agent) -> None:
 
 def agent_command(options: AgentOptions) -> int:
     """Run an agent until it is asked to stop; the exit status. Raises Error."""
+    try:
+        environment.home()
+    except environment.NoHome as error:
+        raise UsageError(str(error)) from None
     os.umask(startup.OWN_UMASK)
     state = journal.state_directory()
     for directory in (state, os.path.join(state, "deployments")):

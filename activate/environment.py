@@ -5,12 +5,8 @@ from __future__ import annotations
 import os
 import pwd
 
-FALLBACK_PATH = (
-    "/run/current-system/sw/bin",
-    "/nix/var/nix/profiles/default/bin",
-    "/usr/bin",
-    "/bin",
-)
+SYSTEM_PATH = "/run/current-system/sw/bin"
+FALLBACK_PATH = ("/nix/var/nix/profiles/default/bin", "/usr/bin", "/bin")
 # Variables that commands may see: no token, and none that ties a process to a systemd service.
 LOCALE = ("LANG", "LANGUAGE", "TZ", "TZDIR")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -20,9 +16,37 @@ KEPT = frozenset((*LOCALE, *PROXIES, *(name.upper() for name in PROXIES))) | fro
 KEPT_PREFIXES = ("LC_", "LOCALE_ARCHIVE", "XDG_", "NIX_")
 
 
+class NoHome(Exception):
+    """The user has no home directory. The message says what to set."""
+
+
 def home() -> str:
-    """The home directory: $HOME, else that of the passwd entry."""
-    return os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
+    """The home directory: $HOME, else that of the passwd entry, else $STATE_DIRECTORY.
+
+    Raises NoHome if there is none of these: a container may run as any user id.
+    """
+    for candidate in (os.environ.get("HOME", ""), _passwd_home(), given_state()):
+        if candidate.startswith("/"):
+            return candidate
+    user, hint = os.geteuid(), "set HOME, or STATE_DIRECTORY to a directory for its files"
+    raise NoHome(f"user {user} has no passwd entry, thus no home directory: {hint}")
+
+
+def _passwd_home() -> str:
+    """The home directory of the effective user's passwd entry; empty if there is none."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        return "/root" if os.geteuid() == 0 else ""
+
+
+def given_state() -> str:
+    """The directory for state that systemd or the operator names; empty if there is none.
+
+    systemd may name several in $STATE_DIRECTORY: the first one counts.
+    """
+    first = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    return first if first.startswith("/") else ""
 
 
 def user() -> str:
@@ -49,9 +73,19 @@ def _base_directory(name: str, default: str) -> str:
     return value if value.startswith("/") else os.path.join(home(), default)
 
 
-def for_commands() -> dict[str, str]:
-    """The environment that every command gets."""
-    ours = {k: v for k, v in os.environ.items() if k in KEPT or k.startswith(KEPT_PREFIXES)}
+def nix_profiles() -> tuple[str, str]:
+    """The links to the profile of a Nix that is installed for one user alone: old and new place."""
+    return f"{home()}/.nix-profile", f"{state_home()}/nix/profile"
+
+
+def search_path() -> str:
+    """The PATH of commands: ours, and where Nix may be although cron, say, does not name it."""
+    own = [f"{profile}/bin" for profile in nix_profiles()]
     present = [part for part in os.environ.get("PATH", "").split(":") if part.startswith("/")]
-    path = [*present, *(part for part in FALLBACK_PATH if part not in present)]
-    return {**ours, "PATH": ":".join(path), "HOME": home(), "USER": user(), "LOGNAME": user()}
+    return ":".join(dict.fromkeys([*present, SYSTEM_PATH, *own, *FALLBACK_PATH]))
+
+
+def for_commands() -> dict[str, str]:
+    """The environment that every command gets. Raises NoHome."""
+    ours = {k: v for k, v in os.environ.items() if k in KEPT or k.startswith(KEPT_PREFIXES)}
+    return {**ours, "PATH": search_path(), "HOME": home(), "USER": user(), "LOGNAME": user()}

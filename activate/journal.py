@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from activate.environment import state_home
+from activate.environment import given_state, state_home
 from activate.files import write_durably
 from activate.process import Error
 
@@ -172,13 +172,9 @@ def load(directory: str) -> Optional[Journal]:
 
 
 def state_directory() -> str:
-    """The directory for state: $STATE_DIRECTORY, or root's own, or below $XDG_STATE_HOME.
-
-    systemd may name several directories in $STATE_DIRECTORY: the first one counts.
-    """
-    first = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
-    if first.startswith("/"):
-        return first
+    """The directory for state: $STATE_DIRECTORY, or root's own, or below $XDG_STATE_HOME."""
+    if given_state():
+        return given_state()
     if os.geteuid() == 0:
         return "/var/lib/cachix-deploy"
     return os.path.join(state_home(), "cachix-deploy")

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import pwd
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 import closures
 import pytest
 from hosts import PROJECT, command, wait_until
+
+from activate import environment, journal
 
 DESCRIPTORS = [set(c) for n in (0, 1, 2, 3) for c in itertools.combinations((0, 1, 2), n)]
 HUP_AND_INT = 0b11  # in the masks of proc(5)
@@ -159,3 +163,107 @@ def test_a_blocked_sigterm(host, live, name, start):
     )
     agent.wait_for("is connected to")
     assert agent.stop() == 0
+
+
+# --- the user -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stranger(host):
+    """The words in front of a command of a user id without passwd entry: `stranger("NAME=VALUE")`.
+
+    It has no variable that names a directory but those that are given.
+    """
+    for directory in (host.directory, *host.directory.parents):
+        if directory.stat().st_uid == os.getuid() and str(directory) not in ("/", "/tmp"):
+            directory.chmod(stat.S_IMODE(directory.stat().st_mode) | 0o055)
+    unset = [word for variable in WITHOUT_HOME for word in ("-u", variable)]
+    user = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", "--inh-caps=-all"]
+    if subprocess.run([*user, *command("cachix-deploy"), "--version"], check=False).returncode:
+        pytest.skip("other users can't read the Python of these tests, or setpriv is missing")
+    return lambda *variables: ["env", *unset, "TMPDIR=/tmp", *variables, *user]
+
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root may take another user id")
+
+
+@root_only
+def test_an_agent_of_a_user_without_home(host, live, name, stranger):
+    program = [*command("cachix-deploy"), "--host", live.url, "agent", name]
+    env = {"CACHIX_AGENT_TOKEN": live.token("agent")}
+    done = host.run([*stranger(), *program], env=env)
+    assert (done.returncode, done.stdout) == (64, "")
+    sentence = "error: user 54321 has no passwd entry, thus no home directory: set HOME, or "
+    assert done.stderr == f"{sentence}STATE_DIRECTORY to a directory for its files\n"
+    place = host.directory / "place"
+    place.mkdir()
+    os.chown(place, 54321, 54321)
+    agent = host.start("agent", [*stranger(f"STATE_DIRECTORY={place}"), *program], env)
+    agent.wait_for("is connected to")
+    assert (place / f".cache/cachix/deploy/locks/agent-{name}.lock").exists()
+    assert agent.stop() == 0
+
+
+@root_only
+def test_activate_needs_no_home(machine, stranger):
+    path = closures.plain(machine.files, machine.name)
+    machine.workspace.push(path)
+    spec = machine.host.directory / "deploy.json"
+    spec.write_text(json.dumps({"agents": {machine.name: path}}))
+    words = ["--host", machine.workspace.url, "activate", str(spec)]
+    env = {"CACHIX_ACTIVATE_TOKEN": machine.workspace.token("activate")}
+    done = machine.host.run([*stranger(), *command("cachix-deploy"), *words], env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_home_directory(monkeypatch):
+    for variable in ("HOME", "STATE_DIRECTORY", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    assert environment.home() == pwd.getpwuid(os.geteuid()).pw_dir
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    with pytest.raises(environment.NoHome, match="set HOME, or STATE_DIRECTORY"):
+        environment.home()
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/one:/var/lib/two")
+    assert environment.home() == journal.state_directory() == "/var/lib/one"
+    assert environment.cache_home() == "/var/lib/one/.cache"
+    monkeypatch.setenv("HOME", "relative")
+    assert environment.home() == "/var/lib/one"
+    monkeypatch.setenv("HOME", "/home/web")
+    assert environment.for_commands()["HOME"] == "/home/web"
+    assert environment.for_commands()["USER"] == "54321"
+
+
+# --- PATH -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it hides the system's Nix by a mount")
+@pytest.mark.parametrize("profile", [".nix-profile", "state/nix/profile"])
+def test_a_nix_below_the_home_directory(host, live, name, start, profile):
+    """It was installed for one user alone, and the PATH of cron does not name it."""
+    programs = Path(host.environment["HOME"]) / profile / "bin"
+    programs.mkdir(parents=True)
+    real = os.path.realpath(shutil.which("nix-store"))
+    shutil.copy(real, host.directory / "nix-elsewhere")
+    for program in ("nix", "nix-store", "nix-env"):
+        (programs / program).symlink_to(host.directory / "nix-elsewhere")
+    assert host.run(["mount", "--bind", os.devnull, real]).returncode == 0
+    agent = start("PATH=/usr/bin:/bin")
+    agent.wait_for("is connected to")
+    assert deploy(live, name, closures.plain(live.files, name)) == ["Succeeded"], agent.text()
+
+
+def test_the_search_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/web")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    own = ["/home/web/.nix-profile/bin", "/home/web/.local/state/nix/profile/bin"]
+    default = "/nix/var/nix/profiles/default/bin"
+    system = "/run/current-system/sw/bin"
+    monkeypatch.setenv("PATH", "/usr/bin:/bin::relative")
+    assert environment.search_path().split(":") == ["/usr/bin", "/bin", system, *own, default]
+    monkeypatch.delenv("PATH")
+    assert environment.search_path().split(":") == [system, *own, default, "/usr/bin", "/bin"]
