@@ -1,10 +1,12 @@
 """The exact command lines of Nix, and how its output is parsed."""
 
 import os
+import sys
 
 import pytest
+from hosts import PROJECT
 
-from activate import nix
+from activate import byhand, nix
 from activate.agent import download
 from activate.kinds import home_manager, nixos, plain
 from activate.kinds.change import Change, restore_profile
@@ -131,6 +133,14 @@ def test_restore_profile_without_its_generation(tmp_path):
     assert run.calls[-1] == ["nix-env", "--profile", undo.profile, "--set", OLD]
 
 
+def test_restore_profile_without_nix(tmp_path):
+    run = Recorder(**{"1": 1, OLD: 1})
+    undo = make_change(tmp_path, NEW, OLD, 1)
+    os.symlink(OLD, undo.profile + "-1-link")
+    assert restore_profile(undo, run)
+    assert os.readlink(undo.profile) == "system-1-link"
+
+
 def test_restore_profile_that_did_not_exist_removes_it(tmp_path):
     undo = make_change(tmp_path, NEW, None, None)
     assert restore_profile(undo, Recorder())
@@ -202,16 +212,108 @@ def test_nixos_rollback_goes_on_after_a_failure(tmp_path):
     assert run.calls[-1] == [f"{OLD}/bin/switch-to-configuration", "test"]
 
 
-def test_home_manager_rollback_shows_the_previous_generation_a_change(tmp_path, monkeypatch):
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The links of a home-manager whose activation of NEW broke off: (current, former, change)."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(byhand, "GC_ROOTS", str(tmp_path / "gcroots"))
+    monkeypatch.setattr(home_manager, "user", lambda: "jo")
+    change = make_change(tmp_path, NEW, OLD, 1)
+    former = str(tmp_path / "gcroots/per-user/jo/current-home")
+    return f"{tmp_path}/home-manager/gcroots/current-home", former, change
+
+
+def test_home_manager_rollback_shows_the_previous_generation_a_change(home):
+    current, _, change = home
+    byhand.point(current, OLD)
     run = Recorder()
-    assert home_manager.rollback(Change(NEW, "/p/home-manager", OLD, OLD, 1), run) == []
-    current = f"{tmp_path}/home-manager/gcroots/current-home"
-    expected = [
-        ["nix-store", "--realise", NEW, "--add-root", current, "--indirect"],
-        [f"{OLD}/activate"],
-    ]
-    assert run.calls == expected
+    assert home_manager.rollback(change, run) == []
+    assert run.calls == [[f"{OLD}/activate"]]
+    assert os.readlink(current) == NEW
+
+
+def test_home_manager_rollback_without_a_change_leaves_the_link_alone(home):
+    current, _, change = home
+    byhand.point(current, OLD)
+    byhand.point(change.profile, OLD)
+    run = Recorder()
+    assert home_manager.rollback(change, run) == []
+    assert (run.calls, os.readlink(current)) == ([[f"{OLD}/activate"]], OLD)
+
+
+def test_home_manager_rollback_goes_on_without_the_link(home, tmp_path):
+    (tmp_path / "home-manager").write_text("no directory")
+    run = Recorder()
+    assert "could not be pointed at the new generation" in home_manager.rollback(home[2], run)[0]
+    assert run.calls == [[f"{OLD}/activate"]]
+
+
+def test_home_manager_runs_what_either_link_says_or_the_profile(home):
+    current, former, change = home
+    assert home_manager.running_path(change.profile) == NEW
+    byhand.point(former, OLDER)
+    assert home_manager.running_path(change.profile) == OLDER
+    byhand.point(current, OLD)
+    assert home_manager.running_path(change.profile) == OLD
+
+
+@pytest.mark.parametrize("place", ["current", "former"])
+def test_home_manager_rollback_to_a_generation_that_keeps_one_of_the_links(home, place):
+    """Before 22.11 it kept the former one, and does not know of the other."""
+    current, former, change = home
+    byhand.point(former, OLD)
+
+    def run(argv):
+        assert (os.readlink(current), os.readlink(former)) == (NEW, NEW)
+        byhand.point(current if place == "current" else former, OLD)
+        return 0
+
+    assert home_manager.rollback(change, run) == []
+    assert os.readlink(former) == OLD and home_manager.running_path(change.profile) == OLD
+    assert os.path.lexists(current) == (place == "current")
+
+
+def test_a_gc_root_by_hand_is_the_one_that_nix_makes(host):
+    path = host.output("nix-store", "--add", "/etc/hostname").strip()
+    links = [f"{host.directory}/by-nix", f"{host.directory}/by-hand"]
+    host.output("nix-store", "--realise", path, "--add-root", links[0], "--indirect")
+    code = f"from activate import byhand; byhand.point({links[1]!r}, {path!r})"
+    code += f"; byhand.add_root({links[1]!r}); byhand.add_root({links[0]!r})"
+    host.output("env", f"PYTHONPATH={PROJECT}", sys.executable, "-c", code)
+    roots = host.path("/nix/var/nix/gcroots/auto").iterdir()
+    assert sorted(os.readlink(root) for root in roots) == sorted(links)
+    assert set(host.output("nix-store", "--query", "--roots", path).split()) >= set(links)
+
+
+@pytest.mark.parametrize(
+    ("links", "number", "expected"),
+    [({1: OLD, 2: NEW}, 1, 1), ({1: OLD, 2: NEW, 5: OLD}, 3, 5), ({2: NEW}, 1, 3), ({}, None, 1)],
+)
+def test_a_profile_by_hand(tmp_path, monkeypatch, links, number, expected):
+    monkeypatch.setattr(byhand, "GC_ROOTS", str(tmp_path / "gcroots"))
+    profile = tmp_path / "system"
+    for known, target in links.items():
+        os.symlink(target, f"{profile}-{known}-link")
+    profile.symlink_to("system-2-link")
+    byhand.set_profile(str(profile), OLD, number)
+    assert os.readlink(profile) == f"system-{expected}-link"
+    assert nix.target(str(profile)) == OLD and nix.generation(str(profile)) == expected
+
+
+@pytest.mark.parametrize(
+    ("refuses", "prefix"), [("", []), ("configured", byhand.NO_CONFIGURATION), ("all", [])]
+)
+def test_nix_runs_without_its_configuration_only_where_it_refuses_that(
+    monkeypatch, refuses, prefix
+):
+    def ask(argv, timeout):
+        fails = refuses == "all" or (refuses == "configured" and argv[0] != "env")
+        return int(fails), "", ""
+
+    monkeypatch.setattr(byhand, "ask", ask)
+    run = Recorder()
+    byhand.run_with_a_working_nix(OLD, run)(["program"])
+    assert run.calls == [[*prefix, "program"]]
 
 
 def test_home_manager_profile_is_where_its_activation_keeps_it(tmp_path, monkeypatch):

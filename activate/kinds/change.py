@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Optional
 
-from activate import nix
+from activate import byhand, nix
 from activate.process import CommandFailed, Run
 
 
@@ -26,11 +26,15 @@ class Change:
     committed: bool = False
 
 
+class Lasting(str):
+    """A problem of a rollback that neither the running path nor the profile shows."""
+
+
 def restore_profile(change: Change, run: Run) -> bool:
     """Undo `nix.set_profile`: back to the recorded generation; whether the profile had changed.
 
-    A profile that did not exist is removed again, with its generation. Raises CommandFailed or
-    OSError.
+    A profile that did not exist is removed again, with its generation. If Nix can't do it, the
+    links are made without Nix. Raises OSError.
     """
     if nix.target(change.profile) == change.previous_profile:
         return False
@@ -44,5 +48,8 @@ def restore_profile(change: Change, run: Run) -> bool:
         with contextlib.suppress(CommandFailed):
             nix.switch_generation(change.profile, change.previous_generation, run)
     if nix.target(change.profile) != change.previous_profile:
-        nix.set_profile(change.profile, change.previous_profile, run)
+        with contextlib.suppress(CommandFailed, OSError):
+            nix.set_profile(change.profile, change.previous_profile, run)
+    if nix.target(change.profile) != change.previous_profile:
+        byhand.set_profile(change.profile, change.previous_profile, change.previous_generation)
     return True

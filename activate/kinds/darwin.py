@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from activate import nix
 from activate.kinds import nixos, verdict
@@ -12,6 +13,10 @@ from activate.process import CommandFailed, Run
 NAME = "nix-darwin"
 NEEDS_PREVIOUS = True
 MAY_REMOVE_FILES = True
+LOCK_FILES: tuple[str, ...] = ()
+PROGRAM = "sw/bin/darwin-rebuild"
+REFUSAL = re.compile(r"aborting activation")
+BEGUN = re.compile(r"(setting up|configuring|reloading|restarting) |(user|system) defaults")
 MARKERS = ("darwin-version", "darwin-version.json")  # the name changed over the years
 profile_path = nixos.profile_path
 running_path = nixos.running_path
@@ -25,7 +30,7 @@ def detect(path: str) -> bool:
 
 def activate(change: Change, run: Run) -> int:
     """Run the new system."""
-    return run([f"{change.new}/sw/bin/darwin-rebuild", "activate"])
+    return run([f"{change.new}/{PROGRAM}", "activate"])
 
 
 def commit(change: Change, run: Run) -> None:
@@ -38,10 +43,10 @@ def rollback(change: Change, run: Run) -> list[str]:
     problems = []
     try:
         restore_profile(change, run)
-    except (CommandFailed, OSError) as error:
+    except OSError as error:
         problems.append(f"the profile could not be restored ({error})")
     try:
-        status = run([f"{change.previous_running}/sw/bin/darwin-rebuild", "activate"])
+        status = run([f"{change.previous_running}/{PROGRAM}", "activate"])
         if status:
             activation = f"the activation of {change.previous_running}"
             problems.append(f"{activation} ended with status {status}")

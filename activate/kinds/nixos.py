@@ -6,17 +6,24 @@ So a machine that is lost in between boots the previous system.
 from __future__ import annotations
 
 import os
+import re
 from typing import Optional
 
 from activate import nix
 from activate.kinds import verdict
-from activate.kinds.change import Change, restore_profile
+from activate.kinds.change import Change, Lasting, restore_profile
 from activate.kinds.verdict import Policy, Verdict
 from activate.process import CommandFailed, Run, checked
 
 NAME = "NixOS"
 NEEDS_PREVIOUS = True
 MAY_REMOVE_FILES = True
+LOCK_FILES: tuple[str, ...] = ("/run/nixos/switch-to-configuration.lock",)
+PROGRAM = "bin/switch-to-configuration"
+REFUSAL = re.compile(
+    r"Could not (acquire|open) lock|Pre-switch checks failed|This is not a NixOS installation!"
+)
+BEGUN = re.compile(r"(stopping|activating|setting up|restarting|reloading|starting) ")
 BOOTLOADER_FAILED = "Failed to install bootloader"
 
 
@@ -68,19 +75,22 @@ def judge(status: int, new_runs: bool, output: str, policy: Policy) -> Verdict:
 def commit(change: Change, run: Run) -> None:
     """Set the profile to the new system, and let it boot. Raises CommandFailed."""
     nix.set_profile(change.profile, change.new, run)
-    checked(run, [f"{change.new}/bin/switch-to-configuration", "boot"])
+    checked(run, [f"{change.new}/{PROGRAM}", "boot"])
 
 
 def rollback(change: Change, run: Run) -> list[str]:
     """Undo `commit` if it had begun, then `activate`; a message for each failure."""
-    problems = []
+    problems, restored = [], True
     try:
         restored = restore_profile(change, run)
+    except OSError as error:
+        problems.append(f"the profile could not be restored ({error})")
+    try:
         previous = change.previous_profile or change.previous_running
         if previous is not None and (restored or change.committed):
-            checked(run, [f"{previous}/bin/switch-to-configuration", "boot"])
-    except (CommandFailed, OSError) as error:
-        problems.append(f"the profile or the boot loader could not be restored ({error})")
+            checked(run, [f"{previous}/{PROGRAM}", "boot"])
+    except CommandFailed as error:
+        problems.append(Lasting(f"the boot loader could not be restored ({error})"))
     try:
         status = nix.switch_to_configuration(str(change.previous_running), "test", run)
         if status not in (0, 4):  # 4: the previous system runs, some of its units do not

@@ -7,11 +7,14 @@ from typing import Optional
 from activate import nix
 from activate.kinds import verdict
 from activate.kinds.change import Change, restore_profile
-from activate.process import CommandFailed, Run
+from activate.process import Run
 
 NAME = "plain path"
 NEEDS_PREVIOUS = False
 MAY_REMOVE_FILES = False  # setting a link takes nothing away
+LOCK_FILES: tuple[str, ...] = ()
+PROGRAM = ""
+REFUSAL, BEGUN = verdict.NEVER, verdict.NEVER
 judge = verdict.judge
 
 
@@ -44,6 +47,6 @@ def rollback(change: Change, run: Run) -> list[str]:
     """Undo `activate`; a message for each failure."""
     try:
         restore_profile(change, run)
-    except (CommandFailed, OSError) as error:
+    except OSError as error:
         return [f"the profile could not be restored ({error})"]
     return []

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
+
+from activate.text import clean
 
 GO, RECHECK, BOOT, UNTOUCHED, UNDO = "go", "recheck", "boot", "untouched", "undo"
+NEVER = re.compile(r"(?!)")  # matches no output
 FAILED_UNITS = re.compile(r"the following units failed: (.*)")
 
 
@@ -18,6 +22,12 @@ class Policy:
     on_unit_failure: str = "rollback"
     on_reboot_needed: str = "fail"
     unit_recheck: float = 10.0
+    retry: float = 2.0  # before the second attempt at a rollback
+
+    def changes(self) -> dict[str, Any]:
+        """The decisions that differ from the defaults: a program of any version knows those."""
+        default = Policy()
+        return {name: value for name, value in vars(self).items() if value != vars(default)[name]}
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,17 @@ def judge(status: int, new_runs: bool, output: str, policy: Policy) -> Verdict:
     if not new_runs:
         return Verdict(UNDO, "the activation ended with status 0, but the new system does not run")
     return Verdict(GO)
+
+
+def refusal(output: str, refuses: re.Pattern[str], begins: re.Pattern[str]) -> str:
+    """The line by which an activation says that it refuses to begin; empty if there is none.
+
+    It is not believed if another line says that the activation had begun.
+    """
+    lines = [clean(line).strip() for line in output.splitlines()]
+    if any(begins.match(line) for line in lines):
+        return ""
+    return next((line for line in lines if refuses.search(line)), "")
 
 
 def failed_units(output: str) -> list[str]:
