@@ -91,9 +91,14 @@ def add_roots(paths: list[str], link: str, run: Run) -> None:
     checked(run, _realise(paths, link))
 
 
+def requisites(paths: list[str], timeout: float) -> list[str]:
+    """The paths in the closures of `paths`. Raises CommandFailed if Nix does not have them."""
+    return output(["nix-store", "--query", "--requisites", *paths], timeout).split()
+
+
 def damaged_paths(paths: list[str], timeout: float) -> list[str]:
     """The paths in the closures of `paths` whose contents have changed. Nix reads all of them."""
-    closure = output(["nix-store", "--query", "--requisites", *paths], timeout).split()
+    closure = requisites(paths, timeout)
     messages = ask(["nix-store", "--verify-path", *closure], timeout)[2]
     return [path for path in closure if f"path '{path}' was modified" in messages]
 
@@ -153,6 +158,11 @@ def target(link: str) -> Optional[str]:
                 return link
             link = os.path.normpath(os.path.join(os.path.dirname(link), os.readlink(link)))
     return None
+
+
+def store_path_of(file: str) -> str:
+    """The store path that a file, or the target of a link, is in."""
+    return "/".join(os.path.realpath(file).split("/")[:4])
 
 
 def generation(profile: str) -> Optional[int]:

@@ -23,7 +23,7 @@ WITHHELD = frozenset(
 
 
 class Lost(Error):
-    """Somebody has ended the switch process while it waited for "go"."""
+    """The switch process can't begin, but another attempt may."""
 
 
 def is_for_switch(name: str) -> bool:
