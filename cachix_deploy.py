@@ -190,6 +190,7 @@ class Worker(threading.Thread):
             store_path=deployment.store_path,
             rollback_script=deployment.rollback_script,
             profile_name=self.options.profile,
+            sequence=history.next_sequence(history.load_all(self.state)[0]),
         )
         entry = journal.Journal(directory, record)
         self.reporter.add(entry)

@@ -1,12 +1,16 @@
-"""All deployments in a state directory."""
+"""All deployments in a state directory, in the order of their turns at the machine.
+
+A deployment gets the next number, `sequence`, when it arrives, and another one whenever a process
+that leads it gets the machine lock. The clock would not do: it may be wrong for a while. Nor would
+the index: a workspace that was restored from a backup begins with lower ones.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 
-from activate.journal import RECEIVED, SET_ASIDE, Journal, load
+from activate.journal import SET_ASIDE, Journal, load
 from activate.process import Error
 
 
@@ -23,22 +27,24 @@ def load_all(state: str) -> tuple[list[Journal], list[str]]:
                 continue
             if entry is not None:
                 journals.append(entry)
-    return sorted(journals, key=lambda entry: entry.record.times.get(RECEIVED, 0.0)), problems
+    return sorted(journals, key=order), problems
 
 
-def newest_first(state: str) -> Iterator[Journal]:
-    """The journals that can be read, in the order of their last write, latest first."""
-    root = os.path.join(state, "deployments")
-    writes: list[tuple[float, str]] = []
-    with contextlib.suppress(OSError):
-        for name in os.listdir(root):
-            with contextlib.suppress(OSError):
-                writes.append((os.stat(os.path.join(root, name, "journal.json")).st_mtime, name))
-    for _, name in sorted(writes, reverse=True):
-        with contextlib.suppress(Error):
-            entry = load(os.path.join(root, name))
-            if entry is not None:
-                yield entry
+def order(entry: Journal) -> tuple[int, float]:
+    """The place of a deployment among all.
+
+    Those without a number are older than any other; only among them times must do.
+    """
+    return entry.record.sequence, max(entry.record.times.values(), default=0.0)
+
+
+def next_sequence(journals: list[Journal]) -> int:
+    """A number higher than that of any of these deployments.
+
+    No file counts them, so that none can be lost: the highest number is that of the newest
+    deployment, which `prune` keeps. If its journal is lost, the rest is still in order.
+    """
+    return 1 + max((entry.record.sequence for entry in journals), default=0)
 
 
 def was_set_aside(directory: str) -> bool:

@@ -17,7 +17,8 @@ from activate.environment import given_state, state_home
 from activate.files import write_durably
 from activate.process import Error
 
-VERSION = 1  # increase it with every new key
+VERSION = 2  # increase it with every new key
+ADDED = {"sequence": 2}  # the version that brought a key; all others are as old as VERSION 1
 RECEIVED, DOWNLOADING, READY = "received", "downloading", "ready"
 ACTIVATING, CHECKING, COMMITTING = "activating", "checking", "committing"
 ROLLING_BACK, ROLLED_BACK, ROLLBACK_FAILED = "rolling-back", "rolled-back", "rollback-failed"
@@ -39,7 +40,8 @@ class Record:
 
     Paths are absolute, `times` has the seconds since 1970 at which each step was entered,
     `log_size` is the end of the log in bytes. `attempts` counts the attempts at the present step,
-    `revision` all entries ever made.
+    `revision` all entries ever made. `sequence` orders the deployments, see `history`; it is 0 in
+    a journal of VERSION 1.
     """
 
     id: str
@@ -59,6 +61,7 @@ class Record:
     step: str = RECEIVED
     attempts: int = 0
     revision: int = 0
+    sequence: int = 0
     reason: Optional[str] = None
     detail: Optional[str] = None
     times: dict[str, float] = field(default_factory=dict)
@@ -77,19 +80,23 @@ class Record:
             unknown = {name: value for name, value in values.items() if name not in names}
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise Unreadable(f"not a journal ({error})") from None
-        missing = names - set(values) if values.get("version") == VERSION else set()
-        if missing or not record.is_valid():
-            raise Unreadable("not a journal (a value is of the wrong type, or a key is missing)")
+        version = record.version if "version" in values else 0
+        if not record.is_valid():
+            raise Unreadable("not a journal (a value is of the wrong type)")
+        needed = {name for name in names if ADDED.get(name, 1) <= version <= VERSION}
+        if needed - set(values):
+            raise Unreadable("not a journal (a key is missing)")
         return dataclasses.replace(record, unknown=unknown)
 
     def is_valid(self) -> bool:
         """Whether the values are of the right types, and the step is known."""
         texts = (self.id, self.agent, self.host, self.store_path, self.step, self.boot_id)
         paths = (self.rollback_script, self.profile, self.previous_running, self.previous_profile)
+        numbers = (self.index, self.attempts, self.revision, self.sequence, self.version)
         return (
             all(isinstance(text, str) for text in texts)
             and all(path is None or isinstance(path, str) for path in paths)
-            and all(type(n) is int for n in (self.index, self.attempts, self.revision))
+            and all(type(number) is int for number in numbers)
             and self.step in STEPS
             and isinstance(self.times, dict)
             and all(isinstance(moment, (int, float)) for moment in self.times.values())

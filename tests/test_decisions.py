@@ -9,6 +9,8 @@ import pytest
 
 from activate import history, journal, kinds, recovery
 from activate.kinds import verdict
+from activate.process import Error
+from activate.switch import previous as previous_system
 from cachix_reports import KEPT_JOURNALS, Reported, prune
 
 NEW, OLD, OLDER, OTHER = ("/nix/store/" + letter * 32 + "-s" for letter in "abcd")
@@ -44,6 +46,12 @@ def test_judge(kind, status, new_runs, output, policy, move):
     assert (decision.reason == "") == (move == verdict.GO and status == 0)
 
 
+def test_a_switch_process_gets_only_what_differs_from_its_defaults():
+    assert verdict.Policy().changes() == {}
+    assert TOLERATE.changes() == {"on_unit_failure": "tolerate", "on_reboot_needed": "boot"}
+    assert verdict.Policy(**TOLERATE.changes()) == TOLERATE
+
+
 def test_failed_units_and_their_recovery():
     output = "starting...\nwarning: the following units failed: a.service, b.service\nmore\n"
     assert verdict.failed_units(output) == ["a.service", "b.service"]
@@ -52,6 +60,42 @@ def test_failed_units_and_their_recovery():
     assert not verdict.recovered(["a", "b"], ["active", "failed"])
     assert not verdict.recovered(["a", "b"], ["active"])
     assert not verdict.recovered([], [])
+
+
+REFUSALS = {
+    "NixOS": "Could not acquire lock",
+    "nix-darwin": "\x1b[1;31merror: Unexpected files in /etc, aborting activation\x1b[0m\n  /etc/x",
+    "home-manager": "Activating checkLinkTargets\nExisting file '/home/jo/x' would be clobbered",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_refusal_is_found_in_its_words_unless_the_activation_had_begun(kind):
+    module = kinds.find(kind)
+    words = REFUSALS[kind]
+    line = verdict.refusal(f"warning: no locale\n{words}\n", module.REFUSAL, module.BEGUN)
+    assert line and line in words
+    for begun in (
+        "activating the configuration...",
+        "setting up /etc...",
+        "Activating writeBoundary",
+    ):
+        if module.BEGUN.match(begun):
+            assert verdict.refusal(f"{begun}\n{words}", module.REFUSAL, module.BEGUN) == ""
+            break
+    else:
+        pytest.fail("nothing says that it has begun")
+    assert verdict.refusal("some other failure\n", module.REFUSAL, module.BEGUN) == ""
+
+
+def test_a_plain_path_refuses_nothing():
+    plain = kinds.find("plain path")
+    assert verdict.refusal("Could not acquire lock", plain.REFUSAL, plain.BEGUN) == ""
+
+
+def test_a_kind_is_not_guessed_from_a_path_that_does_not_exist():
+    with pytest.raises(Error, match="does not exist"):
+        kinds.detect(NEW)
 
 
 def record(step, attempts=0, previous=OLD, boot_id=""):
@@ -165,7 +209,7 @@ def test_journal_keeps_unknown_keys_and_reads_a_newer_version(tmp_path):
     entry = journal.Journal(str(tmp_path / "d"), record(journal.READY))
     entry.enter(journal.READY)
     path = tmp_path / "d" / "journal.json"
-    text = path.read_text().replace('"version": 1', '"version": 9, "moon": [1]')
+    text = path.read_text().replace(f'"version": {journal.VERSION}', '"version": 9, "moon": [1]')
     path.write_text(text)
     newer = journal.load(str(tmp_path / "d"))
     assert newer.record.version == 9
@@ -232,7 +276,8 @@ def test_anything_in_the_place_of_a_journal_is_set_aside(tmp_path, instead):
 
 def test_old_deployments_are_pruned_once_they_are_reported(tmp_path):
     for number in range(25):
-        received = dataclasses.replace(record(journal.RECEIVED), times={journal.RECEIVED: number})
+        times = {journal.RECEIVED: -number}  # the clock went backwards
+        received = dataclasses.replace(record(journal.RECEIVED), times=times, sequence=number)
         entry = journal.Journal(str(tmp_path / f"deployments/{number:02}"), received)
         entry.enter(journal.SUCCEEDED)
         reported = dataclasses.asdict(Reported(logged=number != 3, ended=True))
@@ -240,6 +285,70 @@ def test_old_deployments_are_pruned_once_they_are_reported(tmp_path):
     prune(str(tmp_path))
     names = sorted(path.name for path in (tmp_path / "deployments").iterdir())
     assert names == ["03", *(f"{number:02}" for number in range(25 - KEPT_JOURNALS, 25))]
+
+
+def entries(tmp_path, *facts):
+    """Journals with these steps, sequences and times, as they lie on the disk."""
+    for number, (step, sequence, moment) in enumerate(facts):
+        entry = dataclasses.replace(
+            record(step), id=str(number), sequence=sequence, times={step: moment}, profile="/p/x"
+        )
+        directory = tmp_path / f"deployments/{9 - number}"
+        directory.mkdir(parents=True)
+        (directory / "journal.json").write_bytes(entry.to_json())
+    return [journal_.record.id for journal_ in history.load_all(str(tmp_path))[0]]
+
+
+def test_deployments_are_ordered_by_number_and_those_without_by_their_times(tmp_path):
+    done = journal.SUCCEEDED
+    facts = [(done, 2, 100), (done, 3, 5), (done, 1, 1e12), (done, 0, 7e12), (done, 0, 6e12)]
+    assert entries(tmp_path, *facts) == ["4", "3", "2", "0", "1"]
+
+
+def test_the_next_number_is_higher_than_any_even_if_the_last_journal_is_lost(tmp_path):
+    assert history.next_sequence([]) == 1
+    entries(tmp_path, (journal.SUCCEEDED, 7, 1), (journal.SUCCEEDED, 8, 2))
+    assert history.next_sequence(history.load_all(str(tmp_path))[0]) == 9
+    (tmp_path / "deployments/8/journal.json").write_bytes(b"\0" * 500)
+    assert history.next_sequence(history.load_all(str(tmp_path))[0]) == 8
+
+
+FAILED, DONE = journal.ROLLBACK_FAILED, journal.SUCCEEDED
+A, B = ("/nix/store/" + letter * 32 + "-x" for letter in "fg")
+
+
+@pytest.mark.promise(3)
+@pytest.mark.parametrize(
+    ("earlier", "now", "previous"),
+    [
+        ([], (OLD, OLD), (OLD, OLD)),
+        ([(FAILED, A)], (A, A), (OLD, OLDER)),  # it was left on an unconfirmed path
+        ([(FAILED, A)], (A, OLDER), (OLD, OLDER)),
+        ([(FAILED, A)], (OTHER, OTHER), (OTHER, OTHER)),  # somebody has deployed since
+        ([(FAILED, A)], (OLD, OLDER), (OLD, OLDER)),  # nothing had failed to roll back
+        ([(FAILED, A), (FAILED, B)], (A, A), (OLD, OLDER)),
+        ([(FAILED, A), (journal.FAILED, B)], (A, A), (OLD, OLDER)),  # B has changed nothing
+        ([(FAILED, A), (DONE, B)], (B, B), (B, B)),
+        ([(FAILED, A), (DONE, A)], (A, A), (A, A)),
+        ([(FAILED, A), (journal.ROLLED_BACK, B)], (A, A), (A, A)),
+        ([(journal.ACTIVATING, A)], (A, OLDER), (OLD, OLDER)),  # interrupted, and not undone yet
+    ],
+)
+def test_the_previous_system_is_what_runs_unless_that_was_never_confirmed(earlier, now, previous):
+    profile = "/nix/var/nix/profiles/system"
+    journals = [
+        journal.Journal(
+            f"/d/{number}",
+            dataclasses.replace(
+                record(step), id=str(number), store_path=path, profile=profile, sequence=number + 1
+            ),
+        )
+        for number, (step, path) in enumerate(earlier)
+    ]
+    present = journal.Journal("/d/now", record(journal.READY))
+    suspects = previous_system.unconfirmed(present, profile, journals)
+    facts = previous_system.confirmed(now, 7, profile, suspects)
+    assert (facts["previous_running"], facts["previous_profile"]) == previous
 
 
 def test_record_is_the_journal_byte_for_byte(tmp_path):

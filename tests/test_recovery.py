@@ -16,7 +16,7 @@ from cachix_reports import Reported
 
 pytestmark = pytest.mark.promise(2, 6, 7, 15)
 
-WAITS = json.dumps({"unit_recheck": 0.2, "backoff": 0.1, "slowest": 0.5})
+WAITS = json.dumps({"unit_recheck": 0.2, "retry": 0.1, "backoff": 0.1, "slowest": 0.5})
 
 
 def once(name, code):
@@ -47,6 +47,7 @@ def kill_switch(machine):
 def interrupt(machine, how):
     """Kill the switch process, the agent or both, or cut the power. An agent runs afterwards."""
     if how == "power":
+        machine.agent.kill()  # else it may see the switch process end before it ends itself
         machine.host.reboot()
     elif how in ("agent", "both"):
         machine.agent.kill()
@@ -236,6 +237,7 @@ WHOLE = journal.Record(
     step=journal.COMMITTING,
     attempts=1,
     revision=5,
+    sequence=9,
     reason="why",
     times={journal.RECEIVED: 1.5, journal.COMMITTING: 2.5},
     log_size=70,
@@ -298,6 +300,16 @@ def test_no_key_may_be_missing_in_a_journal_of_this_version():
         assert record is None or (name, record) == ("version", WHOLE)
 
 
+def test_a_journal_of_version_1_is_read_without_the_keys_of_version_2():
+    values = {**json.loads(WHOLE.to_json()), "version": 1}
+    for name in journal.ADDED:
+        del values[name]
+    expected = dataclasses.replace(WHOLE, version=1, sequence=0)
+    assert read(json.dumps(values).encode()) == expected
+    del values["previous_running"]
+    assert read(json.dumps(values).encode()) is None
+
+
 @pytest.mark.parametrize("version", [None, 0])
 def test_keys_may_be_missing_in_an_older_journal(version):
     values = {"id": "i", "index": 1, "agent": "a", "host": "h", "store_path": NEW}
@@ -310,7 +322,7 @@ def test_keys_may_be_missing_in_an_older_journal(version):
 
 
 def test_a_newer_journal_keeps_its_keys_and_one_with_an_unknown_step_is_set_aside(tmp_path):
-    newer = {**json.loads(WHOLE.to_json()), "version": 2, "moon": {"phase": 3}}
+    newer = {**json.loads(WHOLE.to_json()), "version": 99, "moon": {"phase": 3}}
     record = read(json.dumps(newer).encode())
     assert record is not None and json.loads(record.to_json()) == newer
     (tmp_path / "journal.json").write_text(json.dumps({**newer, "step": "waning"}))

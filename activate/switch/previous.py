@@ -6,11 +6,13 @@ import contextlib
 import os
 from typing import Any, Optional
 
-from activate import history, journal, kinds, nix
+from activate import history, journal, kinds, lock, nix
 from activate.kinds.change import Change
 from activate.process import CommandFailed, Error, Run, ask, say
 
 ROOT_TIMEOUT = 600.0  # seconds
+State = tuple[Optional[str], Optional[str]]  # the path that runs, the target of the profile
+UNCONFIRMED = journal.EFFECTS | {journal.CHECKING, journal.ROLLBACK_FAILED}
 
 
 def change(record: journal.Record) -> Change:
@@ -32,34 +34,71 @@ def facts(
 
     Raises Error if the profile holds another kind. The caller holds the machine lock.
     """
-    target = nix.target(profile)
+    state = observe(kind, profile)
+    target = state[1]
     if target is not None and os.path.isdir(target) and kinds.detect(target) is not kind:
         raise Error(
             f"{profile} holds a {kinds.detect(target).NAME} and {entry.record.store_path} is a "
             f"{kind.NAME}: it was not deployed"
         )
-    previous: dict[str, Any] = {
-        "previous_running": kind.running_path(profile),
-        "previous_profile": target,
-        "previous_generation": nix.generation(profile),
-    }
-    failed = failed_rollback(entry, profile)
-    if failed is not None:
-        previous = {name: getattr(failed, name) for name in previous}
+    journals, _ = history.load_all(entry.state)
+    previous = confirmed(
+        state, nix.generation(profile), profile, unconfirmed(entry, profile, journals)
+    )
     paths = (previous["previous_running"], previous["previous_profile"])
     add_roots([path for path in paths if path], entry, log, timeout)
-    return {"kind": kind.NAME, "profile": profile, **previous}
+    sequence = history.next_sequence([*journals, entry])
+    return {"kind": kind.NAME, "profile": profile, "sequence": sequence, **previous}
 
 
-def failed_rollback(entry: journal.Journal, profile: str) -> Optional[journal.Record]:
-    """The last deployment of this profile if its rollback failed.
+def observe(kind: kinds.Kind, profile: str) -> State:
+    """The path that runs, and the one that the profile points at."""
+    return kind.running_path(profile), nix.target(profile)
 
-    Its previous system is then that of the next deployment too.
+
+def unconfirmed(
+    entry: journal.Journal, profile: str, journals: list[journal.Journal]
+) -> list[journal.Record]:
+    """The deployments that may have left this machine on their path, latest first.
+
+    None of them is older than the last one that was confirmed or rolled back.
     """
-    for other in history.newest_first(entry.state):
-        if other.record.profile == profile and other.record.id != entry.record.id:
-            return other.record if other.record.step == journal.ROLLBACK_FAILED else None
-    return None
+    records = [other.record for other in reversed(journals)]
+    machine_lock, found = lock.machine_path(profile), []
+    for record in records:
+        if record.id == entry.record.id or record.profile is None:
+            continue
+        if lock.machine_path(record.profile) != machine_lock:
+            continue
+        if record.step in (journal.SUCCEEDED, journal.ROLLED_BACK):
+            break
+        if record.step in UNCONFIRMED:
+            found.append(record)
+    return found
+
+
+def confirmed(
+    now: State,
+    generation: Optional[int],
+    profile: str,
+    suspects: list[journal.Record],
+) -> dict[str, Any]:
+    """The system to go back to: what is there now, unless it is the path of a failed deployment.
+
+    The previous system of that deployment is then that of the next one too. `suspects` are the
+    unconfirmed deployments.
+    """
+    running, target = now
+    for record in suspects:
+        if running == record.store_path:
+            running = record.previous_running
+        if target == record.store_path and record.profile == profile:
+            target, generation = record.previous_profile, record.previous_generation
+    return {
+        "previous_running": running,
+        "previous_profile": target,
+        "previous_generation": generation,
+    }
 
 
 def add_roots(paths: list[str], entry: journal.Journal, log: int, timeout: float) -> None:
@@ -85,7 +124,7 @@ def foreign_deployment(change: Change, kind: kinds.Kind) -> str:
 
 def nothing_to_undo(change: Change, kind: kinds.Kind) -> str:
     """A message if the machine must be left as it is; empty if it must be rolled back."""
-    now = (kind.running_path(change.profile), nix.target(change.profile))
+    now = observe(kind, change.profile)
     same = now == (change.previous_running, change.previous_profile) == (change.new, change.new)
     if same:
         return "it ran before already: nothing to roll back"
@@ -109,7 +148,7 @@ def restore(change: Change, kind: kinds.Kind, run: Run) -> list[str]:
 
 def differences(change: Change, kind: kinds.Kind) -> list[str]:
     """A message for each thing that differs from the state before."""
-    running, profile = kind.running_path(change.profile), nix.target(change.profile)
+    running, profile = observe(kind, change.profile)
     problems = []
     if running != change.previous_running:
         problems.append(f"{running} runs instead of {change.previous_running}")

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from typing import Callable
 
-from activate import journal, kinds, logfile, machine, recovery
+from activate import history, journal, kinds, logfile, machine, recovery
 from activate.kinds import verdict
 from activate.kinds.change import Change
 from activate.pipe import BEGIN, Reach
@@ -98,6 +98,9 @@ class Switch:
             raise Error(f"this version does not know the kind {self.record.kind!r}")
         self.kind = kind
         self.progress.lock_machine(str(self.record.profile))
+        entry = self.progress.journal
+        sequence = history.next_sequence([*history.load_all(entry.state)[0], entry])
+        entry.record = replace(self.record, sequence=sequence)
 
     def forward(self, activate_first: bool) -> None:
         """Activate, check, commit. Raises an exception for whatever fails."""
