@@ -57,6 +57,7 @@ class Waits:
     ready: float = 2.0
     download: float = 6 * 3600.0
     unit_recheck: float = 10.0
+    retry: float = 2.0
 
     @classmethod
     def from_environment(cls) -> Waits:

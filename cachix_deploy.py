@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import cachix_console
@@ -121,7 +120,7 @@ class Worker(threading.Thread):
         self.nix_config: dict[str, str] = {}
         self.deployed = threading.Event()
         self.accepted: set[str] = set()  # ids of those that wait or are in progress
-        peer, policy = options.peer, asdict(options.policy)
+        peer, policy = options.peer, options.policy.changes()
         config = {"host": peer.host, "token": peer.token, "name": peer.name, "policy": policy}
         self.hooks = AgentHooks(
             config=config,

@@ -96,6 +96,7 @@ def agent_options(options: dict[str, Any]) -> AgentOptions:
         on_unit_failure=choice(options, "--on-unit-failure", ("rollback", "tolerate")),
         on_reboot_needed=choice(options, "--on-reboot-needed", ("fail", "boot")),
         unit_recheck=waits.unit_recheck,
+        retry=waits.retry,
     )
     return AgentOptions(
         peer=Peer.create(options["--host"], token, name),

@@ -13,7 +13,7 @@ import pytest
 from hosts import SYSTEM, command, wait_until
 
 SUCCESS, FAILURE = "Successfully activated the deployment.", "Failed to activate the deployment."
-WAITS = json.dumps({"unit_recheck": 0.2, "backoff": 0.1, "slowest": 0.5})
+WAITS = json.dumps({"unit_recheck": 0.2, "retry": 0.1, "backoff": 0.1, "slowest": 0.5})
 UNITS = "echo 'warning: the following units failed:"
 LOADER = "Failed to install bootloader"
 HANG, HANG_TRAPPED = closures.hang(), closures.hang(trap=True)

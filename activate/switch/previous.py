@@ -6,8 +6,8 @@ import contextlib
 import os
 from typing import Any, Optional
 
-from activate import history, journal, kinds, lock, nix
-from activate.kinds.change import Change
+from activate import byhand, history, journal, kinds, lock, nix
+from activate.kinds.change import Change, Lasting
 from activate.process import CommandFailed, Error, Run, ask, say
 
 ROOT_TIMEOUT = 600.0  # seconds
@@ -141,9 +141,19 @@ def restore(change: Change, kind: kinds.Kind, run: Run) -> list[str]:
     if not can_restore(change, kind):
         return ["there is no previous system to go back to"]
     try:
+        run = byhand.run_with_a_working_nix(change.previous_running or change.new, run)
         return kind.rollback(change, run) or differences(change, kind)
     except Exception as error:  # a bug of ours must not hide the machine's state
         return [f"{type(error).__name__}: {error}", *differences(change, kind)]
+
+
+def is_back(change: Change, kind: kinds.Kind, problems: list[str]) -> bool:
+    """Whether the machine is where it was, whatever the rollback's `problems` say.
+
+    A previous system that refuses to begin, as the new one did, has nothing to restore.
+    """
+    lasting = any(isinstance(problem, Lasting) for problem in problems)
+    return not lasting and not differences(change, kind)
 
 
 def differences(change: Change, kind: kinds.Kind) -> list[str]:

@@ -16,7 +16,7 @@ from activate.kinds import verdict
 from activate.kinds.change import Change
 from activate.pipe import BEGIN, Reach
 from activate.process import Error, say
-from activate.switch import checks, previous
+from activate.switch import checks, others, previous, rollback
 from activate.switch.progress import Progress, Withdrawn
 
 BEGIN_TIMEOUT = 30.0  # seconds for the agent's answer, which takes much less
@@ -73,23 +73,34 @@ class Switch:
                 import traceback
 
                 say(self.log, traceback.format_exc())
-            self.roll_back(str(error))
+            rollback.roll_back(self.progress, self.kind, str(error))
 
     def begin(self) -> None:
         """Lock the machine, record the previous system, and enter `activating`.
 
         Raises Error or OSError, before anything is changed; Withdrawn if the agent refuses.
         """
-        record, timeout = self.record, self.policy.activation_timeout
+        record = self.record
         self.kind = kinds.detect(record.store_path)
         profile = self.kind.profile_path(record.profile_name)
         self.progress.lock_machine(profile, wanted=self.progress.agent.is_alive)
-        entry = self.progress.journal
-        facts = previous.facts(entry, self.kind, profile, self.log, timeout)
-        entry.record = replace(record, **facts)
+        others.wait_untouched(self.progress, self.kind, self.progress.agent.is_alive)
+        before = self.record_previous(profile)
         if self.progress.agent.ask(BEGIN, BEGIN_TIMEOUT) != "":
             raise Withdrawn
         self.progress.enter(journal.ACTIVATING, boot_id=machine.boot_id())
+        others.wait_untouched(self.progress, self.kind)
+        if previous.observe(self.kind, profile) != before:  # another tool was faster
+            self.record_previous(profile)
+            self.progress.enter(journal.ACTIVATING)
+
+    def record_previous(self, profile: str) -> previous.State:
+        """Prepare the facts of the next entry; the present state of the machine. Raises Error."""
+        entry, timeout = self.progress.journal, self.policy.activation_timeout
+        state = previous.observe(self.kind, profile)
+        facts = previous.facts(entry, self.kind, profile, self.log, timeout)
+        entry.record = replace(self.record, **facts)
+        return state
 
     def resume(self) -> None:
         """Lock the machine to go on with an interrupted deployment. Raises Error."""
@@ -106,10 +117,14 @@ class Switch:
         """Activate, check, commit. Raises an exception for whatever fails."""
         note = ""
         if activate_first:
+            others.wait(self.progress, self.kind)
             decision = self.activate()
             note = decision.reason
             if decision.move != verdict.BOOT:
                 self.check()
+        others.wait(self.progress, self.kind)
+        if foreign := previous.foreign_deployment(self.change, self.kind):
+            raise Untouched(foreign)
         self.progress.enter(journal.COMMITTING)
         self.kind.commit(self.change, self.run)
         self.progress.finish(journal.SUCCEEDED, note or None)
@@ -129,48 +144,23 @@ class Switch:
             if checks.units_recovered(units, pause, self.progress.stop, self.log):
                 return verdict.Verdict(verdict.GO)
         if decision.move in (verdict.RECHECK, verdict.UNDO):
+            self.accept_refusal(status, output)
             raise Error(decision.reason)
         if decision.move == verdict.UNTOUCHED:
             raise Untouched(decision.reason)
         return decision
+
+    def accept_refusal(self, status: int, output: str) -> None:
+        """Raise Untouched if the activation has refused to begin, and its words are true.
+
+        That the same paths are there is not enough: it may have stopped units before it failed.
+        """
+        words = verdict.refusal(output, self.kind.REFUSAL, self.kind.BEGUN)
+        if status > 0 and words and not previous.differences(self.change, self.kind):
+            raise Untouched(f"the activation was refused ({words}); nothing was changed")
 
     def check(self) -> None:
         """Check the new system. Raises Error if a check fails."""
         self.progress.enter(journal.CHECKING)
         checks.run_script(self.record.rollback_script, self.run)
         checks.confirm(self.progress, self.reach, self.began)
-        if foreign := previous.foreign_deployment(self.change, self.kind):
-            raise Untouched(foreign)
-
-    def roll_back(self, reason: str) -> None:
-        """Restore the previous system, without the network."""
-        change = self.change
-        self.progress.check_stopping(journal.ROLLING_BACK)
-        obstacle = previous.nothing_to_undo(change, self.kind)
-        if obstacle:
-            self.progress.finish(journal.FAILED, f"{reason}; {obstacle}")
-            return
-        if self.record.step != journal.ROLLING_BACK:
-            self.progress.enter_rollback(attempts=1, reason=reason)
-        self.progress.agent.report(journal.ROLLING_BACK)
-        say(self.log, f"rolling back: {reason}")
-        problems = self.restore()
-        if problems:
-            # a shutdown ends commands, so that their failure says nothing
-            self.progress.check_stopping(journal.ROLLING_BACK)
-            failure = f"the rollback failed: {'; '.join(problems)}"
-            self.progress.finish(journal.ROLLBACK_FAILED, f"{reason}; {failure}")
-        else:
-            restored = change.previous_running or "no profile, as before"
-            self.progress.finish(journal.ROLLED_BACK, f"{reason}; rolled back to {restored}")
-
-    def restore(self) -> list[str]:
-        """Roll back, with retries; a message for each thing that was not restored."""
-        change = self.change
-        can_retry = previous.can_restore(change, self.kind)
-        problems = previous.restore(change, self.kind, self.run)
-        while problems and can_retry and self.record.attempts < recovery.ATTEMPTS:
-            say(self.log, f"the rollback failed, trying again: {'; '.join(problems)}")
-            self.progress.enter_rollback(attempts=self.record.attempts + 1)
-            problems = previous.restore(change, self.kind, self.run)
-        return problems

@@ -52,7 +52,8 @@ POINTS = {
     },
 }
 # How a deployment ends if the fault happens once/always. Two letters: either of these ends. A
-# single end: the point is passed only once then, so that once is always.
+# single end: the point is passed only once then, so that once is always. A rollback whose commands
+# fail after they have had their effect has not failed.
 ENDS = """
 nixos         exit  hang  die   kill-switch  kill-agent  kill-both  power
 received      S     S     S     S            S/F         S/F        S/F
@@ -68,7 +69,7 @@ booted        B     B     B     S/B          S           S/B        S/B
 undo-profile  B     B     B     B/X          B           B/X        B/X
 undo-boot     B/X   B/X   B/X   B/X          B           B/X        B/X
 rolling-back  B/X   B/X   B/X   B/X          B           B/X        B/X
-rolled-back   B/X   B/X   B/X   B/X          B           B/X        B/X
+rolled-back   B/B   B/B   B/B   B/X          B           B/X        B/X
 
 darwin        exit  hang  die   kill-switch  kill-agent  kill-both  power
 activating    B     B     B     B            S           B          B
@@ -76,7 +77,7 @@ activated     B     B     B     B            S           B          B
 committing    B     B     B     S/B          S           S/B        S/B
 profile-set   B     B     B     S/B          S           S/B        S/B
 rolling-back  B/X   B/X   B/X   B/X          B           B/X        B/X
-rolled-back   B/X   B/X   B/X   B/X          B           B/X        B/X
+rolled-back   B/B   B/B   B/B   B/X          B           B/X        B/X
 
 home_manager  exit  hang  die   kill-switch  kill-agent  kill-both  power
 activating    B     B     B     B            S           B          B
@@ -84,7 +85,7 @@ profile-set   B     B     B     B            S           B          B
 activated     B     B     B     B            S           B          B
 checking      B     B     B     B            S           B          B
 rolling-back  B/X   B/X   B/X   B/X          B           B/X        B/X
-rolled-back   B/X   B/X   B/X   B/X          B           B/X        B/X
+rolled-back   B/B   B/B   B/B   B/X          B           B/X        B/X
 
 plain         exit  hang  die   kill-switch  kill-agent  kill-both  power
 activating    B     B     B     B            S           B          B

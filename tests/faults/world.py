@@ -32,6 +32,7 @@ from machines import FINAL
 
 WAITS = {
     "unit_recheck": 0.2,
+    "retry": 0.05,
     "backoff": 0.05,
     "slowest": 0.3,
     "ready": 1.5,
