@@ -12,7 +12,10 @@ from activate.process import CommandFailed, Run, ask
 from activate.text import BASE32
 
 GC_ROOTS = "/nix/var/nix/gcroots"
+# Commands that run another one without a configuration of Nix. The second is for Nix 2.3: it has no
+# NIX_USER_CONF_FILES, but an activation may want to know the true directories.
 NO_CONFIGURATION = ["env", "NIX_CONF_DIR=/var/empty", "NIX_USER_CONF_FILES=", "NIX_CONFIG="]
+NO_DIRECTORIES = [*NO_CONFIGURATION, "XDG_CONFIG_HOME=/var/empty", "XDG_CONFIG_DIRS=/var/empty"]
 QUESTION_TIMEOUT = 10.0  # seconds
 
 
@@ -26,8 +29,9 @@ def run_with_a_working_nix(path: str, run: Run) -> Run:
     with contextlib.suppress(CommandFailed):
         if ask(question, QUESTION_TIMEOUT)[0] == 0:
             return run
-        if ask([*NO_CONFIGURATION, *question], QUESTION_TIMEOUT)[0] == 0:
-            return lambda argv: run([*NO_CONFIGURATION, *argv])
+        for prefix in (NO_CONFIGURATION, NO_DIRECTORIES):
+            if ask([*prefix, *question], QUESTION_TIMEOUT)[0] == 0:
+                return lambda argv: run([*prefix, *argv])
     return run
 
 

@@ -300,20 +300,16 @@ def test_a_profile_by_hand(tmp_path, monkeypatch, links, number, expected):
     assert nix.target(str(profile)) == OLD and nix.generation(str(profile)) == expected
 
 
-@pytest.mark.parametrize(
-    ("refuses", "prefix"), [("", []), ("configured", byhand.NO_CONFIGURATION), ("all", [])]
-)
-def test_nix_runs_without_its_configuration_only_where_it_refuses_that(
-    monkeypatch, refuses, prefix
-):
+@pytest.mark.parametrize("works", [[], byhand.NO_CONFIGURATION, byhand.NO_DIRECTORIES, None])
+def test_nix_runs_without_its_configuration_only_if_it_refuses_that(monkeypatch, works):
     def ask(argv, timeout):
-        fails = refuses == "all" or (refuses == "configured" and argv[0] != "env")
-        return int(fails), "", ""
+        return int(argv[: -len(question)] != works), "", ""
 
+    question = ["nix-store", "--check-validity", OLD]
     monkeypatch.setattr(byhand, "ask", ask)
     run = Recorder()
     byhand.run_with_a_working_nix(OLD, run)(["program"])
-    assert run.calls == [[*prefix, "program"]]
+    assert run.calls == [[*(works or []), "program"]]
 
 
 def test_home_manager_profile_is_where_its_activation_keeps_it(tmp_path, monkeypatch):
