@@ -8,6 +8,7 @@ import re
 from typing import Optional
 
 from activate import nix
+from activate.files import make_public
 from activate.process import CommandFailed, Run, ask
 from activate.text import BASE32
 
@@ -37,7 +38,7 @@ def run_with_a_working_nix(path: str, run: Run) -> Run:
 
 def point(link: str, path: str) -> None:
     """Point a link at `path`, atomically. Raises OSError."""
-    os.makedirs(os.path.dirname(link), mode=0o755, exist_ok=True)
+    make_public(os.path.dirname(link))
     temporary = f"{link}.new-{os.getpid()}"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary)
