@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 import subprocess
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from caches import Executable
 
 from activate import nix
-from activate.agent import closure
+from activate.agent import closure, database
 
 pytestmark = pytest.mark.promise(2)
 
@@ -106,15 +107,69 @@ def test_an_empty_rollback_script(machine):
     assert machine.host.profile() is None
 
 
-def test_two_thousand_paths_take_a_few_milliseconds(host, cache, monkeypatch):
-    """Nix answers while the switch process starts; what is left is one look at each path."""
+@pytest.fixture
+def store(host, cache, monkeypatch):
+    """A closure of 2,001 paths, in the database of a host that is read as if it were this one's."""
     path = closures.chain(cache, 2000)
     host.fetch(cache.url, cache.key.public, path)
-    names = host.output("nix-store", "--query", "--requisites", path).split()
-    paths = [str(host.path(name)) for name in names]
-    monkeypatch.setattr(nix, "requisites", lambda roots, timeout: paths)
-    began = time.process_time()
-    assert len(paths) == 2001 and closure.Closure([path]).missing() == []
-    assert time.process_time() - began < 0.05  # 4 ms, but for a machine that is busy
-    shutil.rmtree(paths[7]) if os.path.isdir(paths[7]) else os.unlink(paths[7])
-    assert closure.Closure([path]).missing() == [paths[7]]
+    monkeypatch.setattr(database, "DIRECTORY", str(host.path("/nix/var/nix/db")))
+    return host, path
+
+
+def test_the_database_says_what_nix_says(store):
+    host, path = store
+    expected = host.output("nix-store", "--query", "--requisites", path).split()
+    assert sorted(database.requisites([path])) == sorted(expected)
+    part = next(one for one in expected if one != path)
+    assert database.requisites([part]) == [part]
+    assert sorted(database.requisites([part, path])) == sorted(expected)
+
+
+def test_two_thousand_paths_take_less_than_ten_milliseconds(store):
+    host, path = store
+    paths = [str(host.path(one)) for one in database.requisites([path])]
+    times = []
+    for _ in range(5):
+        began = time.process_time()
+        assert len(database.requisites([path])) == 2001
+        assert all(map(os.path.lexists, paths))
+        times.append(time.process_time() - began)
+    assert min(times) < 0.010, times
+
+
+def forbid(monkeypatch, directory):
+    (directory / "schema").write_text("11")
+
+
+def variable(monkeypatch, directory):
+    monkeypatch.setenv("NIX_STATE_DIR", "/elsewhere")
+
+
+def damage(monkeypatch, directory):
+    (directory / "db.sqlite").write_bytes(b"\xff" * 8192)
+
+
+def remove_all(monkeypatch, directory):
+    shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("how", [forbid, variable, damage, remove_all])
+def test_a_database_that_can_not_be_trusted_is_not_read(store, monkeypatch, how):
+    host, path = store
+    how(monkeypatch, host.path("/nix/var/nix/db"))
+    assert database.requisites([path]) is None
+    monkeypatch.setattr(nix, "requisites", lambda paths, timeout: [path, "/nix/store/gone"])
+    assert "/nix/store/gone" in closure.missing([path])
+
+
+def test_a_path_that_is_not_valid_has_no_closure(store):
+    assert database.requisites([store[1], "/nix/store/" + "a" * 32 + "-none"]) is None
+
+
+def test_a_database_that_another_process_has_locked(store):
+    host, path = store
+    writer = sqlite3.connect(host.path("/nix/var/nix/db/db.sqlite"), isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    assert len(database.requisites([path]) or [None] * 2001) == 2001
+    writer.execute("ROLLBACK")
+    writer.close()

@@ -25,7 +25,6 @@ class Attempt:
         """`sizes` has the closure size, in bytes, of the path that was deployed last."""
         self.hooks, self.entry, self.sizes = hooks, entry, sizes
         self.switch: Optional[launch.SwitchProcess] = None
-        self.closure: Optional[closure.Closure] = None
         self.refusal: Optional[Exception] = None  # why the switch process must not begin
 
     def run(self, action: recovery.Action, taken: lock.Lock) -> None:
@@ -59,9 +58,7 @@ class Attempt:
             with self.hooks.source() as source:
                 link = entry.path("new")
                 rooted = download.download(paths, previous, link, source, log, timeout)
-                self.closure = closure.Closure(paths)
-                if again or self.closure.lacks_roots():
-                    self.closure = closure.complete(self.closure, source, log, timeout)
+                closure.complete(paths, source, log, timeout)
                 if unsafe:
                     download.repair(paths, source, log, timeout)
             closure.check_programs(record.store_path, record.rollback_script)
@@ -114,7 +111,6 @@ class Attempt:
             if question.word == pipe.LOOK:
                 self.hooks.reach(question.timeout)
             else:
-                self.check_closure()
                 self.hooks.still_wanted(self.entry)
                 switch.step = journal.ACTIVATING
         except Exception as error:
@@ -122,12 +118,6 @@ class Attempt:
             if question.word == pipe.BEGIN:
                 self.refusal = error
         switch.pipe.answer(question, problem)
-
-    def check_closure(self) -> None:
-        """Raise Lost if a part of the closure is gone: the next attempt downloads it again."""
-        missing = [] if self.closure is None else self.closure.missing()
-        if missing:
-            raise launch.Lost(f"{missing[0]} is gone from the disk, although Nix has it")
 
 
 def paths_in_use(profile_name: Optional[str]) -> list[str]:

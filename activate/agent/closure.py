@@ -3,70 +3,46 @@
 from __future__ import annotations
 
 import os
-import threading
 from typing import Optional
 
 from activate import kinds, logfile, nix
+from activate.agent import database
 from activate.agent.download import DownloadFailed
 from activate.process import Error, run, say
 from activate.text import last_lines, one_line
 
-QUESTION_TIMEOUT = 20.0  # seconds; the switch process waits for the answer, see `steps`
+QUESTION_TIMEOUT = 300.0  # seconds
 
 
-class Closure:
-    """The paths in the closures of `roots`, all of them valid, and which of them are gone.
+def missing(paths: list[str]) -> list[str]:
+    """The paths in the closures of valid `paths` that are gone. Raises CommandFailed."""
+    closure = database.requisites(paths)
+    if closure is None:
+        closure = nix.requisites(paths, QUESTION_TIMEOUT)
+    return [path for path in closure if not os.path.lexists(path)]
 
-    Nix takes a while to name thousands of paths: it is asked while the switch process starts.
+
+def complete(paths: list[str], source: nix.Source, log: int, timeout: float) -> None:
+    """Download again whatever is gone from the closures of `paths`.
+
+    Raises DownloadFailed if it can't be had, or CommandFailed if Nix can't be run.
     """
-
-    def __init__(self, roots: list[str]) -> None:
-        self.roots = roots
-        self.gone: list[str] = []
-        self.problem: Optional[Error] = None
-        self.thread = threading.Thread(target=self.look, name="closure", daemon=True)
-        self.thread.start()
-
-    def look(self) -> None:
-        """Look for each path."""
-        try:
-            paths = nix.requisites(self.roots, QUESTION_TIMEOUT)
-            self.gone = [path for path in paths if not os.path.lexists(path)]
-        except Error as error:
-            self.problem = error
-
-    def missing(self) -> list[str]:
-        """The paths that are gone. Raises CommandFailed if Nix does not answer."""
-        self.thread.join()
-        if self.problem is not None:
-            raise self.problem
-        return self.gone
-
-    def lacks_roots(self) -> bool:
-        """Whether one of the roots itself is gone, so that nothing can be known of it."""
-        return not all(map(os.path.lexists, self.roots))
-
-
-def complete(whole: Closure, source: nix.Source, log: int, timeout: float) -> Closure:
-    """Download again whatever is gone. Raises Error if it can't be had."""
-    missing = whole.missing()
-    if not missing:
-        return whole
-    say(log, f"gone from the disk, downloading again: {' '.join(missing)}")
+    gone = missing(paths)
+    if not gone:
+        return
+    say(log, f"gone from the disk, downloading again: {' '.join(gone)}")
     start = os.fstat(log).st_size
-    nix.repair(missing, source, lambda argv: run(argv, log, timeout))
-    whole = Closure(whole.roots)
-    missing = whole.missing()
-    if missing:
+    nix.repair(gone, source, lambda argv: run(argv, log, timeout))
+    gone = missing(paths)
+    if gone:
         output = logfile.read_since(log, start)
         cause = one_line(last_lines(output, 1))
         raise DownloadFailed(
-            f"{missing[0]} is gone from the disk, although Nix takes it for valid, and could not "
-            f"be downloaded again ({cause}): push it to the cache, or run as root "
-            f"`nix-store --repair-path {missing[0]}`; nothing was changed",
+            f"{gone[0]} is gone from the disk, although Nix takes it for valid, and could not be "
+            f"downloaded again ({cause}): push it to the cache, or run as root "
+            f"`nix-store --repair-path {gone[0]}`; nothing was changed",
             output,
         )
-    return whole
 
 
 def check_programs(path: str, script: Optional[str]) -> None:

@@ -22,7 +22,7 @@ WITHHELD = frozenset(
 
 
 class Lost(Error):
-    """The switch process can't begin, but another attempt may."""
+    """Somebody has ended the switch process while it waited for "go"."""
 
 
 def is_for_switch(name: str) -> bool:
