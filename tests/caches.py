@@ -245,6 +245,14 @@ def _basic(token: str) -> str:
     return "Basic " + base64.b64encode(f":{token}".encode()).decode()
 
 
+def password(authorization: Optional[str]) -> Optional[str]:
+    """Return the password of an Authorization header, whatever the user name is."""
+    try:
+        return base64.b64decode((authorization or "")[len("Basic ") :]).decode().split(":", 1)[1]
+    except (ValueError, IndexError):
+        return None
+
+
 @dataclass
 class Fault:
     """How the server misbehaves for requests whose path matches, `times` times (-1: always)."""
@@ -356,7 +364,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         token = self.owner.token
         if token is None or path == "/nix-cache-info":
             return True
-        return bool(self.headers["Authorization"] == _basic(token))
+        return password(self.headers["Authorization"]) == token
 
     def serve(self, path: str, truncate: bool) -> None:
         """Answer with a file, or with the first half of it."""

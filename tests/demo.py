@@ -124,7 +124,7 @@ class Demo:
         """Make the cache and the tokens, and give CI its files. Returns the agent's token."""
         write_secret(self.secret_key, self.secret("cache", "create", "demo"))
         self.activate_token = self.secret("token", "create", "activate", "--description=CI")
-        write_secret(self.netrc, f"machine 127.0.0.1 password {self.activate_token}\n")
+        write_secret(self.netrc, f"machine 127.0.0.1 login x password {self.activate_token}\n")
         return self.secret("token", "create", "agent", "--description=web1")
 
     def build(self, version: str, attribute: str = "system") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
@@ -12,7 +11,7 @@ from typing import Any
 
 import closures
 import pytest
-from caches import Cache, Files
+from caches import Cache, Files, password
 from closures import nixos, plain, script
 from hosts import Host, Program, wait_until
 from peer import AGENT_ID, GARBAGE, Answer, Peer, Request, headers, message, outline, transcript
@@ -126,8 +125,8 @@ def serve_files(files: Files, token: str) -> Any:
     """A function that answers requests as a private cache does."""
 
     def answer(request: Request) -> Answer:
-        basic = "Basic " + base64.b64encode(f":{token}".encode()).decode()
-        if request.path != "/nix-cache-info" and request.headers.get("authorization") != basic:
+        given = password(request.headers.get("authorization"))
+        if request.path != "/nix-cache-info" and given != token:
             return 401, {"error": "private"}
         file = files.directory / request.path.lstrip("/")
         return (200, file.read_bytes()) if file.is_file() else (404, {"error": "not found"})

@@ -175,8 +175,8 @@ def test_the_netrc_for_a_private_cache_is_removed(make_workspace, make_machine):
     machine.start()
     outcome = machine.deploy(closures.nixos(machine.files, "private"))
     assert outcome.status == "Succeeded"
-    copy = machine.host.path("/nix/var/netrc-copy")
-    assert copy.read_text() == f"machine 127.0.0.1 password {machine.workspace.token('agent')}\n"
+    copy, token = machine.host.path("/nix/var/netrc-copy"), machine.workspace.token("agent")
+    assert copy.read_text() == f"machine 127.0.0.1 login x password {token}\n"
     copy.unlink()
     assert not list(machine.host.state.glob("netrc*"))
 

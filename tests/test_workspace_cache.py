@@ -195,8 +195,9 @@ def test_nix_pushes_and_pulls(tmp_path: Path, private: bool) -> None:
         push = ["nix", "copy", "--to", f"{url}?secret-key={tmp_path / 'secret'}", thing]
         refused = ci.run(push)
         assert refused.returncode != 0 and "401" in refused.stderr
-        (tmp_path / "netrc-ci").write_text(f"machine 127.0.0.1 password {peer.ci_token}\n")
-        (tmp_path / "netrc-agent").write_text(f"machine 127.0.0.1 password {peer.agent_token}\n")
+        netrc = "machine 127.0.0.1 login x password {}\n".format
+        (tmp_path / "netrc-ci").write_text(netrc(peer.ci_token))
+        (tmp_path / "netrc-agent").write_text(netrc(peer.agent_token))
         ci.output(*push, "--option", "netrc-file", str(tmp_path / "netrc-ci"))
         ci.output(
             *push, "--option", "netrc-file", str(tmp_path / "netrc-ci")

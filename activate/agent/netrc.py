@@ -12,21 +12,22 @@ from activate.process import Error
 def write_netrc(state: str, url: str, token: str, also: str) -> lock.Lock:
     """Write a netrc that only this user can read; its lock, whose path is that of the netrc.
 
-    It replaces Nix's own netrc-file, `also`, whose entries are copied. A netrc that is not locked
-    is stale. Raises Error or OSError.
+    It replaces Nix's own netrc-file, `also`, which is copied behind our entry. A netrc that is not
+    locked is stale. Raises Error or OSError.
     """
     from urllib.parse import urlsplit
 
-    machine = urlsplit(url).hostname
-    others = ""
-    with contextlib.suppress(OSError, ValueError), open(also, encoding="utf-8") as file:
-        others = file.read(1 << 20)
+    # curl 7.88, which is Debian's, drops an entry without a login if the file has other ones
+    entry = f"machine {urlsplit(url).hostname} login x password {token}\n"
+    others = b""
+    with contextlib.suppress(OSError, ValueError), open(also, "rb") as file:
+        others = file.read(1 << 20)  # as it is: a comment may be in any encoding
     os.makedirs(state, mode=0o700, exist_ok=True)
     path = os.path.join(state, f"netrc-{os.getpid()}-{os.urandom(4).hex()}")
     taken = lock.take(path)
     if taken is None:
         raise Error(f"{path} is locked by another process")
-    os.pwrite(taken.fd, f"machine {machine} password {token}\n{others}".encode(), 0)
+    os.pwrite(taken.fd, entry.encode() + others, 0)
     return taken
 
 

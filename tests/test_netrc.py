@@ -1,0 +1,34 @@
+"""The netrc that carries the agent's token to a private cache, beside the machine's own entries."""
+
+import os
+
+import closures
+import pytest
+from hosts import NIX_CONF
+from machines import Machine
+
+from activate.agent.netrc import write_netrc
+
+
+@pytest.mark.promise(11)
+def test_it_keeps_the_machines_entries_byte_for_byte(tmp_path):
+    own = b"# f\xfcr den Cache im B\xfcro\nmachine nas.example.org password secret"
+    (tmp_path / "netrc").write_bytes(own)
+    url = "http://deploy.example.org/cache/main"
+    file = write_netrc(str(tmp_path / "state"), url, "token", str(tmp_path / "netrc"))
+    assert os.stat(file.path).st_mode & 0o777 == 0o600
+    with open(file.path, "rb") as netrc:
+        assert netrc.read() == b"machine deploy.example.org login x password token\n" + own
+    file.close()
+
+
+@pytest.mark.parametrize("own", [b"machine nas.example.org login joe password secret\n", b"\xfc"])
+def test_a_private_cache_beside_another_entry(host, make_workspace, name, own):
+    """Nix's curl 7.88 drops an entry without a login as soon as there is another one."""
+    workspace = make_workspace(private=True)
+    netrc = host.directory / "netrc"
+    netrc.write_bytes(own)
+    (host.directory / "etc/nix.conf").write_text(f"{NIX_CONF}netrc-file = {netrc}\n")
+    path = closures.plain(workspace.files, name)
+    outcome = Machine(host, workspace, name).deploy(path)
+    assert outcome.status == "Succeeded" and host.profile() == path, outcome
