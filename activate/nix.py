@@ -23,10 +23,13 @@ def option(name: str, value: str) -> list[str]:
 
 
 EXPERIMENTAL = option("experimental-features", "nix-command")
+# A narinfo is small, so that a substituter which says nothing for so long is stuck.
+DRY_RUN_OPTIONS = option("stalled-download-timeout", "10")
 DOWNLOAD_OPTIONS = [
     *["--max-jobs", "32"],
     *option("max-substitution-jobs", "32"),
     *option("http-connections", "128"),
+    *option("connect-timeout", "10"),  # seconds; Nix before 2.31 waits for minutes
     *option("stalled-download-timeout", "30"),  # seconds
     *option("fsync-store-paths", "true"),
 ]
@@ -45,20 +48,29 @@ def check_paths(*paths: Optional[str]) -> None:
 class Source:
     """A source of closures besides the machine's own substituters.
 
-    `keys` are all trusted keys, `netrc` is the path of a file with credentials.
+    `keys` are all trusted keys, `netrc` is the path of a file with credentials, `only` are the
+    substituters that replace all others. `fresh`: what Nix remembers of narinfos does not count.
     """
 
     substituter: Optional[str] = None
     keys: tuple[str, ...] = ()
     netrc: Optional[str] = None
+    only: Optional[tuple[str, ...]] = None
+    fresh: bool = False
 
     def options(self) -> list[str]:
         """The options for a download. Whatever is not set here is set by the machine's nix.conf."""
         options = list(DOWNLOAD_OPTIONS)
-        if self.substituter is not None:
+        if self.only is not None:  # 2.3 keeps the extra ones of nix.conf otherwise
+            options += option("substituters", " ".join(self.only))
+            options += option("extra-substituters", "")
+        elif self.substituter is not None:
             options += option("extra-substituters", self.substituter)
+        if self.substituter is not None:
             options += option("trusted-public-keys", " ".join(self.keys))
         options += option("narinfo-cache-negative-ttl", "0")
+        if self.fresh:
+            options += option("narinfo-cache-positive-ttl", "0")
         return options if self.netrc is None else options + option("netrc-file", self.netrc)
 
 
@@ -78,12 +90,13 @@ def realise_present(paths: list[str], link: str, timeout: float) -> bool:
     return ask([*_realise(paths, link), *options], timeout)[0] == 0
 
 
-def realise_dry_run(paths: list[str], source: Source, timeout: float) -> str:
-    """The paths and sizes that a download would fetch, in Nix's words.
+def realise_dry_run(paths: list[str], source: Source, run: Run) -> int:
+    """Print the paths and sizes that a download would fetch; the exit status.
 
     The answers of the substituters go into Nix's cache, so that the download does not ask again.
     """
-    return ask(["nix-store", "--realise", "--dry-run", *paths, *source.options()], timeout)[2]
+    options = [*source.options(), *DRY_RUN_OPTIONS]
+    return run(["nix-store", "--realise", "--dry-run", *paths, *options])
 
 
 def add_roots(paths: list[str], link: str, run: Run) -> None:
@@ -106,6 +119,13 @@ def damaged_paths(paths: list[str], timeout: float) -> list[str]:
 def repair(paths: list[str], source: Source, run: Run) -> int:
     """Replace the contents of valid paths by those of a substituter; the exit status."""
     return run(["nix-store", "--repair-path", *paths, *source.options()])
+
+
+def substituters() -> list[str]:
+    """The substituters of this machine's nix.conf. Nix 2.3 keeps the extra ones apart."""
+    config = show_config()
+    names = ("substituters", "extra-substituters")
+    return list(dict.fromkeys(url for name in names for url in config.get(name, "").split()))
 
 
 def may_forbid_substitution() -> bool:

@@ -134,6 +134,14 @@ def wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
     return process.returncode is not None
 
 
+def forget(process: subprocess.Popen[bytes]) -> None:
+    """Close the pipes of a command that has ended, or that nobody waits for any more."""
+    _running.discard(process)
+    for pipe in (process.stdout, process.stderr):
+        if pipe is not None:
+            pipe.close()
+
+
 def end_all() -> None:
     """Send SIGTERM to every command we are waiting for, so that the waits return."""
     for process in list(_running):
@@ -144,9 +152,7 @@ def end_all() -> None:
 def end(process: subprocess.Popen[bytes]) -> None:
     """End a child of ours with its whole process group."""
     end_group(process.pid, lambda timeout: wait(process, timeout))
-    for pipe in (process.stdout, process.stderr):
-        if pipe is not None:
-            pipe.close()
+    forget(process)
 
 
 def end_group(pid: int, wait_for_end: Callable[[float], bool]) -> None:

@@ -7,7 +7,6 @@ import pytest
 from hosts import PROJECT
 
 from activate import byhand, nix
-from activate.agent import download
 from activate.kinds import home_manager, nixos, plain
 from activate.kinds.change import Change, restore_profile
 from activate.process import CommandFailed
@@ -43,7 +42,8 @@ def questions(monkeypatch):
 
 
 TUNED = ["--max-jobs", "32", "--option", "max-substitution-jobs", "32"]
-TUNED += ["--option", "http-connections", "128", "--option", "stalled-download-timeout", "30"]
+TUNED += ["--option", "http-connections", "128", "--option", "connect-timeout", "10"]
+TUNED += ["--option", "stalled-download-timeout", "30"]
 TUNED += ["--option", "fsync-store-paths", "true"]
 FRESH = ["--option", "narinfo-cache-negative-ttl", "0"]
 
@@ -68,15 +68,30 @@ def test_realise_without_a_cache_leaves_the_machines_own_keys_alone():
     ]
 
 
+def test_a_dry_run_gives_up_a_silent_substituter_sooner():
+    run = Recorder()
+    nix.realise_dry_run([NEW], nix.Source(), run)
+    sooner = ["--option", "stalled-download-timeout", "10"]
+    assert run.calls == [["nix-store", "--realise", "--dry-run", NEW, *TUNED, *FRESH, *sooner]]
+
+
+def test_a_source_that_replaces_the_substituters_and_what_nix_remembers():
+    source = nix.Source("http://c", ("k:1",), only=("http://c", "http://d"), fresh=True)
+    assert source.options() == [
+        *TUNED,
+        *["--option", "substituters", "http://c http://d", "--option", "extra-substituters", ""],
+        *["--option", "trusted-public-keys", "k:1", *FRESH],
+        *["--option", "narinfo-cache-positive-ttl", "0"],
+    ]
+
+
 def test_questions(questions):
     assert nix.realise_present([NEW, OLD], "/state/new", 300)
     assert nix.path_info_size(NEW) == 12345
-    nix.realise_dry_run([NEW], nix.Source(), 1800)
     assert questions == [
         ["nix-store", "--realise", NEW, OLD, "--add-root", "/state/new", "--indirect"]
         + ["--option", "substitute", "false", "--max-jobs", "0"],
         ["nix", "path-info", "-S", NEW, "--option", "experimental-features", "nix-command"],
-        ["nix-store", "--realise", "--dry-run", NEW, *TUNED, *FRESH],
     ]
 
 
@@ -89,6 +104,12 @@ def test_show_config_under_its_old_and_its_new_name(monkeypatch):
     monkeypatch.setattr(nix, "output", output)
     expected = {"netrc-file": "/etc/nix/netrc", "trusted-public-keys": "a:1 b:2", "empty": ""}
     assert nix.show_config() == expected
+
+
+def test_the_substituters_of_nix_conf_with_the_extra_ones_that_2_3_keeps_apart(monkeypatch):
+    config = {"substituters": "http://a http://b", "extra-substituters": "http://c http://a"}
+    monkeypatch.setattr(nix, "show_config", lambda: config)
+    assert nix.substituters() == ["http://a", "http://b", "http://c"]
 
 
 def test_set_profile_makes_the_directory(tmp_path):
@@ -331,53 +352,6 @@ def test_profiles_by_name():
     assert nixos.profile_path("spare") == "/nix/var/nix/profiles/system-profiles/spare"
     assert plain.profile_path(None) == "/nix/var/nix/profiles/system"
     assert plain.profile_path("tools") == "/nix/var/nix/profiles/tools"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("these 3 paths will be fetched (0.04 MiB download, 0.05 MiB unpacked):", (41943, 52428)),
-        (
-            "this path will be fetched (1.50 GiB download, 2.00 GiB unpacked):",
-            (1610612736, 2147483648),
-        ),
-        ("these 2 paths will be fetched (0.00 KiB download, 512 KiB unpacked):", (0, 524288)),
-        ("", None),
-        ("don't know how to build these paths:\n  /nix/store/x", None),
-    ],
-)
-def test_estimate(text, expected):
-    assert download.parse_estimate(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("message", "name"),
-    [
-        ("error: cannot add path 'P' because it lacks a signature by a trusted key", "signature"),
-        ("warning: substituter 'u' does not have a valid signature for path 'P'", "signature"),
-        ("error: path 'P' is not signed by any of the keys in trusted-public-keys", "signature"),
-        ("error: hash mismatch importing path 'P'", "corrupt"),
-        ("error: std::bad_alloc", "corrupt"),
-        ("error: bad archive: input doesn't look like a Nix archive", "corrupt"),
-        ("error: NAR for 'P' fetched from 'http://c' is incomplete", "corrupt"),
-        ("error: unable to download 'http://c/x.narinfo': HTTP error 401", "credentials"),
-        ("error: 'http://c' does not appear to be a binary cache", "credentials"),
-        (
-            "error: unable to download 'http://c/x.narinfo': Couldn't connect to server (7)",
-            "network",
-        ),
-        ("error: unable to download 'http://c/x.nar': Timeout was reached (28)", "network"),
-        ("don't know how to build these paths:\n  P\nerror: build of 'P' failed", "missing"),
-        ("error: something new", ""),
-    ],
-)
-def test_classes_of_failure(message, name):
-    message = message.replace("'P'", f"'{NEW}'")
-    assert download.classify(message) == name
-    reason = download.explain(message, nix.Source("http://c", ("k:1",)), OLD)
-    if name == "signature":
-        assert reason == f"the signature of {NEW} is by none of the keys k:1"
-    assert "\n" not in reason
 
 
 @pytest.mark.promise(13)

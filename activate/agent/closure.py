@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Optional
 
-from activate import kinds, logfile, nix
+from activate import kinds, nix
 from activate.agent import database
-from activate.agent.download import DownloadFailed
-from activate.process import Error, run, say
-from activate.text import last_lines, one_line
+from activate.agent.download import replace_contents
+from activate.agent.failure import DownloadFailed
+from activate.process import Error, say
 
 QUESTION_TIMEOUT = 300.0  # seconds
 
@@ -31,12 +31,13 @@ def complete(paths: list[str], source: nix.Source, log: int, timeout: float) -> 
     if not gone:
         return
     say(log, f"gone from the disk, downloading again: {' '.join(gone)}")
-    start = os.fstat(log).st_size
-    nix.repair(gone, source, lambda argv: run(argv, log, timeout))
+    cause, output = "Nix did not say why", ""
+    try:
+        replace_contents(gone, source, log, timeout)
+    except DownloadFailed as error:
+        cause, output = str(error), error.detail
     gone = missing(paths)
     if gone:
-        output = logfile.read_since(log, start)
-        cause = one_line(last_lines(output, 1))
         raise DownloadFailed(
             f"{gone[0]} is gone from the disk, although Nix takes it for valid, and could not be "
             f"downloaded again ({cause}): push it to the cache, or run as root "
