@@ -8,6 +8,7 @@ from typing import Any
 from flask import Flask, Response, request
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import WebsocketMismatch
 
 from cachix_protocol import Error, Undecodable, dumps
 from cachix_workspace.refusal import Refusal
@@ -24,6 +25,7 @@ def register_error_handlers(app: Flask) -> None:
     """Answer every error with JSON that has a sentence in `error`."""
     app.register_error_handler(Refusal, _refused)
     app.register_error_handler(HTTPException, _http_error)
+    app.register_error_handler(WebsocketMismatch, _wrong_protocol)
     app.register_error_handler(Undecodable, _undecodable)
     app.register_error_handler(SQLAlchemyError, _database_failed)
     app.register_error_handler(Error, _database_failed)
@@ -46,6 +48,14 @@ def _http_error(error: HTTPException) -> Response:
         if name in ("Allow", "Content-Range"):
             answer.headers[name] = value
     return answer
+
+
+def _wrong_protocol(_error: WebsocketMismatch) -> Response:
+    """A plain request for a websocket, or the reverse."""
+    if "Upgrade" in request.headers and "upgrade" in request.headers.get("Connection", "").lower():
+        return json_answer({"error": f"there is no websocket at {request.path}"}, 400)
+    hint = "does a proxy in front of the workspace not pass the Upgrade headers?"
+    return json_answer({"error": f"this is no websocket handshake: {hint}"}, 400)
 
 
 def _undecodable(error: Undecodable) -> Response:

@@ -67,7 +67,8 @@ def create(
     if find(connection, name) is not None:
         raise Error(f"there is a cache {name} already: see `cachix-workspace cache show {name}`")
     seed, public_key = _key_pair()
-    key_name = f"{name}.{settings.public_host}-1"
+    host = settings.public_host.replace(":", "-")  # to Nix, a key's name ends at the first colon
+    key_name = f"{name}.{host}-1"
     query = insert(caches).values(
         name=name,
         public=public,

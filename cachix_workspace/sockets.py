@@ -99,7 +99,7 @@ def serve(
     with workspace.hub.slot():
         try:
             sock = Socket(request.environ, token.id, workspace.settings, max_message)
-        except (RemoteProtocolError, simple_websocket.ConnectionError) as error:
+        except (RemoteProtocolError, simple_websocket.ConnectionError, UnicodeError) as error:
             raise Refusal(400, f"this is no websocket handshake: {error}") from None
         except OSError:
             return _Handled()

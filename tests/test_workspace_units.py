@@ -207,6 +207,16 @@ def test_libraries_with_overridden_internals_are_bounded(library: str) -> None:
 # --- caches ---------------------------------------------------------------------------------------
 
 
+def test_the_name_of_a_key_has_no_colon(database: Database) -> None:
+    """To Nix the name of a key ends at its first colon."""
+    settings = Settings(Path("/x"), "http://[fd00::1]:8080")
+    with database.write() as c:
+        row, secret = cache.create(c, "mycache", True, settings)
+        wire = cache.find_for_agent(c, None, settings, "[fd00::1]:8080")
+    assert secret.startswith("mycache.fd00--1-1:") and secret.count(":") == 1
+    assert wire is not None
+
+
 def test_both_kinds_of_agent_find_the_same_key(database: Database) -> None:
     settings = Settings(Path("/x"), "https://deploy.example.org:8443/sub")
     with database.write() as c:
