@@ -11,6 +11,7 @@ from cachix_connection import (
     Waits,
     close,
     connect,
+    hang_up,
     http,
     round_trip,
     within,
@@ -94,7 +95,12 @@ class SocketChannel:
         try:
             if path not in self.sockets:
                 self.sockets[path] = connect(self.peer, path, self.waits.connect)
-            within(timeout, lambda: round_trip(self.sockets[path], timeout, tuple(frames)))
+            sock = self.sockets[path]
+            within(
+                timeout,
+                lambda: round_trip(sock, timeout, tuple(frames)),
+                lambda: hang_up(sock),
+            )
         except Error:
             if path in self.sockets:
                 self.sockets.pop(path).shutdown()  # type: ignore[no-untyped-call]

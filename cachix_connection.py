@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import socket
 import threading
 import time
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar
+from typing import TYPE_CHECKING, Any, Optional
 
+import cachix_dial
+from cachix_dial import Dialer, shut_down
+from cachix_dial import ca_bundle as ca_bundle
+from cachix_dial import within as within
 from cachix_protocol import (
     PROTOCOL_VERSION,
     USER_AGENT,
     Cache,
-    Refused,
     Unreachable,
+    UsageError,
     checked_url,
     loads,
     nix_system,
 )
+from cachix_proxy import ascii_host, proxy_for
 
 if TYPE_CHECKING:
-    import requests
     import websocket
+
+    import cachix_session
 
 CONNECT_TIMEOUT = 20.0  # seconds for name look-up, TCP, TLS and handshake together
 CALL_TIMEOUT = 10.0  # seconds for one report, or for sending a ping
 MAX_BODY = 1 << 26  # bytes of an answer
 MAX_RETRY_AFTER = 3600.0  # seconds for which a workspace may ask to be left alone
-SYSTEM_BUNDLES = (
-    "/etc/ssl/certs/ca-certificates.crt",
-    "/etc/pki/tls/certs/ca-bundle.crt",
-    "/etc/ssl/ca-bundle.pem",
-    "/etc/ssl/cert.pem",
-)
 
-# --- deadlines ------------------------------------------------------------------------------------
+_importing = threading.Lock()  # Python 3.9: two threads that import from a zip see half a module
+
+# --- patience -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -77,89 +79,7 @@ def backoff(failures: int, waits: Waits) -> float:
     return random.uniform(0, min(waits.slowest, waits.backoff * 2 ** min(failures, 16)))
 
 
-Result = TypeVar("Result")
-
-
-class _Call(threading.Thread):
-    """A call in a thread of its own, which `give_up` ends once nobody waits for it any more."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        super().__init__(name="call", daemon=True)
-        self.call = call
-        self.results: list[Any] = []
-        self.problems: list[Exception] = []
-        self.running = True
-        self.guard = threading.Lock()
-
-    def run(self) -> None:
-        try:
-            self.results.append(self.call())
-        except Exception as error:
-            self.problems.append(error)
-        except SystemExit:  # see `give_up`
-            pass
-        finally:
-            with self.guard:
-                self.running = False
-
-    def give_up(self) -> None:
-        """Raise SystemExit in the thread as soon as it runs Python again.
-
-        Nothing else ends a thread in a name look-up, or in a library that waits for the next packet
-        again and again. The thread can't end while `guard` is locked, so that no other thread has
-        its ident yet.
-        """
-        import ctypes
-
-        raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-        with self.guard:
-            if self.running:
-                count = raise_in(ctypes.c_ulong(self.ident or 0), ctypes.py_object(SystemExit))
-                if count != 1:
-                    raise RuntimeError(f"the exception was set in {count} threads instead of one")
-
-
-def within(timeout: float, call: Callable[[], Result]) -> Result:
-    """Return or raise whatever `call` does. Raises Unreachable after `timeout` seconds.
-
-    The libraries' own timeouts are per packet, and a name look-up has none.
-    """
-    thread = _Call(call)
-    thread.start()
-    thread.join(timeout)
-    if thread.problems:
-        raise thread.problems[0]
-    if not thread.results:
-        thread.give_up()
-        raise Unreachable(f"no answer within {timeout:.0f} s")
-    return thread.results[0]  # type: ignore[no-any-return]
-
-
 # --- the workspace --------------------------------------------------------------------------------
-
-
-def ca_bundle() -> Optional[str]:
-    """The file of trusted authorities for every connection: the system's, else certifi's."""
-    variables = ("SSL_CERT_FILE", "NIX_SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
-    for candidate in (*map(os.environ.get, variables), *SYSTEM_BUNDLES):
-        if candidate and os.path.isfile(candidate):
-            return candidate
-    with contextlib.suppress(ImportError, OSError):
-        import certifi
-
-        return certifi.where()
-    return None
-
-
-def complete_proxies() -> None:
-    """Add the scheme to proxies that the environment gives as HOST:PORT.
-
-    requests and Nix accept that form; websocket-client would bypass such a proxy.
-    """
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        value = os.environ.get(name)
-        if value and "://" not in value:
-            os.environ[name] = f"http://{value}"
 
 
 @dataclass(frozen=True)
@@ -172,9 +92,14 @@ class Peer:
 
     @classmethod
     def create(cls, host: str, token: str, name: Optional[str] = None) -> Peer:
-        """Complete `host` to a URL. Raises UsageError if it is not an http or https URL."""
+        """Complete `host` to a URL, in ASCII.
+
+        Raises UsageError if it is not an http or https URL, or if its proxy can't be used.
+        """
         url = host if "://" in host else f"https://{host}"
-        return cls(checked_url(url, "--host", "https://cachix.org"), token, name)
+        url = _ascii_url(checked_url(url, "--host", "https://cachix.org"))
+        proxy_for(url)
+        return cls(url, token, name)
 
     def headers(self) -> dict[str, str]:
         """The headers of every request and handshake. An agent adds its name and system."""
@@ -194,8 +119,32 @@ class Peer:
         """The cache's key in Nix's form, NAME:BASE64."""
         if ":" in cache.public_key:
             return cache.public_key
-        host = urllib.parse.urlsplit(self.host).hostname
+        host = (urllib.parse.urlsplit(self.host).hostname or "").replace(":", "-")
         return f"{cache.name}.{host}-1:{cache.public_key}"
+
+
+def _ascii_url(url: str) -> str:
+    """A URL as it goes over the wire. Raises UsageError if its host's name can't be encoded."""
+    if url.isascii():
+        return url
+    parts = urllib.parse.urlsplit(url)
+    user, at, rest = parts.netloc.rpartition("@")
+    host, colon, port = rest.partition(":")
+    try:
+        netloc = f"{user}{at}{ascii_host(host)}{colon}{port}"
+    except UnicodeError as error:
+        raise UsageError(f"--host must be a URL with a host name, not {url!r}: {error}") from None
+    path = urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~")
+    return urllib.parse.urlunsplit((parts.scheme, netloc, path, "", ""))
+
+
+def load(peer: Peer) -> None:
+    """Load all that `reach` needs: an activation may remove the files."""
+    import websocket  # noqa: F401
+
+    import cachix_diagnosis  # noqa: F401
+
+    cachix_dial.load(peer.host)
 
 
 # --- websockets -----------------------------------------------------------------------------------
@@ -203,53 +152,53 @@ class Peer:
 
 def connect(peer: Peer, path: str, timeout: float = CONNECT_TIMEOUT) -> websocket.WebSocket:
     """Open a websocket to `path`. Raises Refused (the token), or Unreachable with the reason."""
-    import websocket
+    with _importing:
+        import websocket
 
-    bundle = ca_bundle()
-    sock = websocket.WebSocket(
-        enable_multithread=True,
-        skip_utf8_validation=True,
-        sslopt={} if bundle is None else {"ca_certs": bundle},
-    )
-    options = {
+    dialer, url = Dialer(timeout), "ws" + peer.host[4:] + path
+    sock = websocket.WebSocket(enable_multithread=True, skip_utf8_validation=True)
+    options: dict[str, Any] = {
         "header": [f"{name}: {value}" for name, value in peer.headers().items()],
         "timeout": timeout,
         "suppress_origin": True,
         "redirect_limit": 0,
     }
-    url = "ws" + peer.host[4:] + path
+
+    def call() -> None:
+        connection = dialer.open(peer.host)
+        sock.connect(url, socket=connection, **options)  # type: ignore[no-untyped-call]
+
     try:
-        within(timeout, lambda: sock.connect(url, **options))  # type: ignore[no-untyped-call]
+        within(timeout, call, dialer.hang_up)
         if sock.status != 101:
             raise websocket.WebSocketException("a redirect")
-    except (Unreachable, OSError, ValueError, websocket.WebSocketException) as error:
+    except Exception as error:  # the library raises nearly anything if the answer is not HTTP
         hang_up(sock)
-        raise _connect_problem(peer, path, sock, error) from None
+        raise _connect_problem(peer, path, sock, error, dialer) from None
     return sock
 
 
 def _connect_problem(
-    peer: Peer, path: str, sock: websocket.WebSocket, error: Exception
+    peer: Peer, path: str, sock: websocket.WebSocket, error: Exception, dialer: Dialer
 ) -> Exception:
     """The error for a handshake that failed."""
+    with _importing:
+        from cachix_diagnosis import handshake_problem, reason
+
     # the library raises no error with a status for a redirect
     status = getattr(error, "status_code", sock.status)
-    if status in (401, 403):
-        hint = "check it, or create a new one"
-        return Refused(f"{peer.host} refused the token (HTTP {status}): {hint}")
     if status in (None, 101):
-        return Unreachable(f"no connection to {peer.host}{path}: {error or type(error).__name__}")
-    location = (getattr(error, "resp_headers", sock.headers) or {}).get("location")
-    hint = ""
-    if location:
-        hint = f" and points to {location}, which is not followed: give it as --host"
-    return Unreachable(f"{peer.host}{path} answered HTTP {status} instead of a websocket{hint}")
+        problem = reason(peer.host, error, dialer)
+        return Unreachable(f"no connection to {peer.host}{path}: {problem}")
+    headers = getattr(error, "resp_headers", sock.headers) or {}
+    body = getattr(error, "resp_body", None) or b""  # older releases have none
+    return handshake_problem(peer.host, path, status, headers, body, dialer)
 
 
 def hang_up(sock: websocket.WebSocket) -> None:
     """End a connection at once, from any thread. A read in another thread ends too."""
-    with contextlib.suppress(OSError, AttributeError):
-        sock.sock.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+    with contextlib.suppress(AttributeError):  # it has none before it is connected
+        shut_down(sock.sock)
 
 
 def close(sock: websocket.WebSocket) -> None:
@@ -286,7 +235,7 @@ def reach(peer: Peer, timeout: float) -> None:
     """Check that the workspace answers over a fresh connection. Raises Refused or Unreachable."""
     sock = connect(peer, "/ws-deployment", timeout)
     try:
-        round_trip(sock, timeout)
+        within(timeout, lambda: round_trip(sock, timeout), lambda: hang_up(sock))
     finally:
         close(sock)
 
@@ -322,40 +271,34 @@ def http(peer: Peer, method: str, path: str, timeout: float = 20.0, **kwargs: An
     than MAX_BODY. Redirects are not followed: the token would go elsewhere.
     """
     with _importing:
-        import requests
+        import cachix_diagnosis
+        import cachix_session  # noqa: F401  # for `_session`
 
-    session, deadline = _session(), time.monotonic() + timeout
+    session, url = _session(), peer.host + path
+    dialer, proxy = session.dialer, proxy_for(peer.host)
+    dialer.set_deadline(timeout)
     kwargs["headers"] = {**peer.headers(), **kwargs.pop("headers", {})}
-    kwargs.update(timeout=timeout, verify=ca_bundle() or True, stream=True, allow_redirects=False)
-
-    def call() -> Answer:
-        response = session.request(method, peer.host + path, **kwargs)
-        body = bytearray()
-        for chunk in response.iter_content(1 << 16):
-            body += chunk
-            if len(body) > MAX_BODY:
-                raise ValueError(f"the answer is larger than {MAX_BODY >> 20} MiB")
-            if time.monotonic() > deadline:
-                raise requests.Timeout(f"the answer took longer than {timeout:.0f} s")
-        return Answer(response.status_code, response.headers, bytes(body))
-
+    kwargs.update(timeout=timeout, verify=ca_bundle() or True)
     try:
-        return within(timeout, call)
-    except (Unreachable, requests.RequestException, OSError, ValueError) as error:
-        _sessions.session = None  # a late call may still be using it
-        reason = error or type(error).__name__
-        raise Unreachable(f"{method} {peer.host}{path} failed: {reason}") from None
+        call = functools.partial(session.fetch, method, url, proxy, MAX_BODY, **kwargs)
+        answer = Answer(*within(timeout, call, dialer.hang_up))
+    except (Unreachable, OSError, ValueError) as error:  # also those of requests
+        _sessions.session = None
+        problem = cachix_diagnosis.reason(peer.host, error, dialer)
+        raise Unreachable(f"{method} {url} failed: {problem}") from None
+    is_page = answer.status == 400 and not answer.is_json
+    if is_page and (problem := cachix_diagnosis.speaks_https(peer.host, dialer)):
+        raise Unreachable(f"{method} {url} failed: {problem}")
+    return answer
 
 
 _sessions = threading.local()
-_importing = threading.Lock()  # Python 3.9: two threads that import from a zip see half a module
 
 
-def _session() -> requests.Session:
-    """The calling thread's session: proxies from the environment, no credentials from ~/.netrc."""
-    import requests
+def _session() -> cachix_session.Session:
+    """The calling thread's session, whose connections are kept alive."""
+    import cachix_session
 
     if getattr(_sessions, "session", None) is None:
-        _sessions.session = requests.Session()
-        _sessions.session.auth = lambda request: request
+        _sessions.session = cachix_session.Session()
     return _sessions.session  # type: ignore[no-any-return]

@@ -23,7 +23,6 @@ from cachix_connection import (
     CALL_TIMEOUT,
     backoff,
     close,
-    complete_proxies,
     connect,
     hang_up,
     reach,
@@ -43,6 +42,7 @@ from cachix_protocol import (
     UsageError,
     decode_to_agent,
 )
+from cachix_proxy import for_nix
 from cachix_reports import Reported, Reporter
 
 if TYPE_CHECKING:
@@ -253,14 +253,15 @@ class Worker(threading.Thread):
         while self.registered is None:  # we may be finishing an earlier agent's deployment
             if self.stop.wait(0.1):
                 raise Error("the agent is exiting")
-        cache = self.registered.cache
+        cache, peer = self.registered.cache, self.options.peer
         if cache is None:
+            environment.proxies = for_nix()
             yield nix.Source()
             return
-        peer = self.options.peer
         configured = self.nix_config.get("trusted-public-keys", "").split()
         keys = tuple(dict.fromkeys([*configured, peer.public_key(cache)]))
         url = peer.substituter(cache)
+        environment.proxies = for_nix(url)
         if cache.is_public:
             yield nix.Source(url, keys)
             return
@@ -601,7 +602,6 @@ def run(argv: list[str]) -> int:
     try:
         options = parse(argv)
         cachix_console.verbose = options["--verbose"]
-        complete_proxies()
         if options["agent"]:
             return agent_command(agent_options(options))
         return activate_command(options)

@@ -20,12 +20,10 @@ from activate.process import Error
 
 def load_reach(config: dict[str, Any]) -> pipe.Reach:
     """Load all that a look at the workspace needs: an activation may remove the files."""
-    import websocket
+    from cachix_connection import Peer, load, reach
 
-    from cachix_connection import Peer, ca_bundle, reach
-
-    websocket.WebSocket(sslopt={"ca_certs": ca_bundle()})
     peer = Peer(config["host"], config["token"], config["name"])
+    load(peer)
     return lambda timeout: reach(peer, timeout)
 
 

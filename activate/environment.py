@@ -15,6 +15,8 @@ KEPT = frozenset((*LOCALE, *PROXIES, *(name.upper() for name in PROXIES))) | fro
 )
 KEPT_PREFIXES = ("LC_", "LOCALE_ARCHIVE", "XDG_", "NIX_")
 
+proxies: dict[str, str] = {}  # set by the agent: variables that replace those of our environment
+
 
 class NoHome(Exception):
     """The user has no home directory. The message says what to set."""
@@ -88,4 +90,5 @@ def search_path() -> str:
 def for_commands() -> dict[str, str]:
     """The environment that every command gets. Raises NoHome."""
     ours = {k: v for k, v in os.environ.items() if k in KEPT or k.startswith(KEPT_PREFIXES)}
+    ours.update(proxies)
     return {**ours, "PATH": search_path(), "HOME": home(), "USER": user(), "LOGNAME": user()}

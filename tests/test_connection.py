@@ -1,36 +1,27 @@
 """The agent's connection: kept alive, broken, refused, redirected, proxied, encrypted, ended."""
 
-import base64
 import contextlib
-import ctypes
 import dataclasses
-import datetime
-import http.client
-import http.server
-import ipaddress
 import json
 import os
 import random
 import re
 import signal
 import socket
-import ssl
 import struct
-import threading
 import time
-import urllib.parse
 
-import certifi
 import pytest
 from closures import nixos, plain, wait_for
 from hosts import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peer import AGENT_ID, message, transcript
+from servers import answering, drip, listen
 
 import cachix_connection
 import cachix_protocol
-from cachix_connection import Answer, Peer, Waits, backoff, ca_bundle, connect, within
+from cachix_connection import Answer, Peer, Waits, backoff, connect
 from cachix_protocol import Undecodable, Unreachable, decode_from_agent, decode_to_agent
 
 TOKEN = "peer-agent-token"
@@ -194,13 +185,6 @@ def test_a_redirect_is_reported_and_not_followed(host, peer, status):
     assert not peer.heads("/elsewhere") and TOKEN not in agent.text()
 
 
-@pytest.mark.parametrize("status", ["200", "400", "404", "426", "500", "502", "503"])
-def test_a_refused_handshake_is_reported_with_its_status(peer, status):
-    peer.misbehave("/ws$", status)
-    with pytest.raises(Unreachable, match=f"answered HTTP {status} instead of a websocket$"):
-        connect(Peer(peer.url, TOKEN, "web"), "/ws")
-
-
 @pytest.mark.parametrize("status", ["401", "403"])
 def test_a_token_that_is_refused_later_is_retried_slowly(host, peer, status):
     agent = start(host, peer, waits={"slowest": 0.6})
@@ -229,36 +213,6 @@ def test_a_workspace_that_is_down_at_first(host, peer):
     peer.restart()
     agent.wait_for("web is connected to")
     assert agent.stop() == 0
-
-
-def listen(serve):
-    """A TCP server that calls `serve` for each connection: the listener and its URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def accept():
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                threading.Thread(target=quiet, args=(connection,), daemon=True).start()
-
-    def quiet(connection):
-        with contextlib.suppress(OSError), connection:
-            serve(connection)
-
-    threading.Thread(target=accept, daemon=True).start()
-    return listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-
-def drip(data, pause=0.05):
-    """A function that answers byte by byte, so that no packet is ever late."""
-
-    def serve(connection):
-        connection.recv(1 << 16)
-        for byte in data:
-            connection.sendall(bytes([byte]))
-            time.sleep(pause)
-
-    return serve
 
 
 @pytest.mark.promise(10)
@@ -438,252 +392,6 @@ def test_masked_frames_are_accepted(host, cache, peer, size):
     assert peer.finished(AGENT_ID)
 
 
-# --- proxies and TLS ------------------------------------------------------------------------------
-
-
-class Proxy:
-    """An HTTP proxy: CONNECT, and requests with absolute URLs. `asked` lists all requests."""
-
-    def __init__(self, password=""):
-        self.asked, self.password = [], password
-        proxy = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def allowed(self):
-                proxy.asked.append(f"{self.command} {self.path}")
-                expected = "Basic " + base64.b64encode(proxy.password.encode()).decode()
-                if proxy.password and self.headers["Proxy-Authorization"] != expected:
-                    self.send_error(407)
-                    return False
-                return True
-
-            def do_CONNECT(self):
-                if self.allowed():
-                    name, _, port = self.path.rpartition(":")
-                    with socket.create_connection((name, int(port)), 10) as upstream:
-                        self.send_response(200)
-                        self.end_headers()
-                        pump(self.connection, upstream)
-                self.close_connection = True
-
-            def do_PUT(self):
-                if self.allowed():
-                    parts = urllib.parse.urlsplit(self.path)
-                    upstream = http.client.HTTPConnection(parts.netloc, timeout=10)
-                    body = self.rfile.read(int(self.headers["Content-Length"]))
-                    names = [name for name in self.headers if not name.lower().startswith("proxy-")]
-                    headers = {name: self.headers[name] for name in names}
-                    path = f"{parts.path}?{parts.query}".rstrip("?")
-                    upstream.request("PUT", path, body, headers)
-                    answer = upstream.getresponse()
-                    data = answer.read()
-                    self.send_response(answer.status)
-                    self.send_header("Content-Type", answer.headers["Content-Type"])
-                    self.send_header("Content-Length", str(len(data)))
-                    self.end_headers()
-                    self.wfile.write(data)
-                    upstream.close()
-
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def pump(one, other):
-    """Carry bytes both ways until either side ends."""
-
-    def carry(source, target):
-        with contextlib.suppress(OSError, ValueError):
-            while True:
-                data = source.recv(1 << 16)
-                if not data:
-                    break
-                target.sendall(data)
-        for sock in (source, target):
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-
-    thread = threading.Thread(target=carry, args=(other, one), daemon=True)
-    thread.start()
-    carry(one, other)
-    thread.join(10)
-
-
-@pytest.fixture
-def make_proxy():
-    proxies = []
-
-    def make(password=""):
-        proxies.append(Proxy(password))
-        return proxies[-1]
-
-    yield make
-    for proxy in proxies:
-        proxy.close()
-
-
-@pytest.mark.parametrize("form", ["http_proxy", "scheme-less", "credentials"])
-def test_the_proxy_of_the_environment_is_used_for_everything(host, cache, peer, make_proxy, form):
-    proxy = make_proxy("joe:pass word" if form == "credentials" else "")
-    peer.reports = "http"
-    urls = {"scheme-less": "127.0.0.1", "credentials": "http://joe:pass%20word@127.0.0.1"}
-    path = present(host, cache, plain(cache, 1))
-    start(host, peer, http_proxy=f"{urls.get(form, 'http://127.0.0.1')}:{proxy.port}")
-    assert peer.finished(peer.deploy(path))
-    methods = {request.split(" ")[0] for request in proxy.asked}
-    assert methods == {"CONNECT", "PUT"} and f"CONNECT {peer.url[7:]}" in proxy.asked
-    connects = [request for request in proxy.asked if request.startswith("CONNECT")]
-    assert len(connects) == len(peer.heads("/ws")) + len(peer.heads("/ws-deployment"))
-
-
-@pytest.mark.parametrize("name", ["no_proxy", "NO_PROXY"])
-@pytest.mark.parametrize("value", ["127.0.0.1", "localhost,127.0.0.1", "*"])
-def test_no_proxy(host, cache, peer, make_proxy, name, value):
-    proxy = make_proxy()
-    peer.reports = "http"
-    path = present(host, cache, plain(cache, 1))
-    start(host, peer, http_proxy=f"http://127.0.0.1:{proxy.port}", **{name: value})
-    assert peer.finished(peer.deploy(path))
-    assert proxy.asked == []
-
-
-def test_a_proxy_that_refuses_is_reported(host, peer, make_proxy):
-    proxy = make_proxy("joe:secret")
-    agent = start(host, peer, http_proxy=f"http://joe:wrong-one@127.0.0.1:{proxy.port}")
-    agent.wait_for("no connection to .*proxy.*407")
-    assert "wrong-one" not in agent.text() and not peer.heads("/ws")
-    assert agent.stop() == 0
-
-
-@pytest.fixture
-def certificate(tmp_path):
-    """A self-signed certificate for 127.0.0.1: a file with it, and one with its key too."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
-    today = datetime.datetime(2026, 1, 1)
-    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
-    signed = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(today - datetime.timedelta(days=3650))
-        .not_valid_after(today + datetime.timedelta(days=36500))
-        .add_extension(x509.SubjectAlternativeName([address]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        .sign(key, hashes.SHA256())
-    )
-    public = signed.public_bytes(serialization.Encoding.PEM)
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    (tmp_path / "ca.pem").write_bytes(public)
-    (tmp_path / "both.pem").write_bytes(public + private)
-    return tmp_path / "ca.pem", tmp_path / "both.pem"
-
-
-@pytest.fixture
-def secured(peer, certificate):
-    """The peer behind TLS: its URL."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate[1])
-
-    def serve(connection):
-        connection.settimeout(60)
-        upstream = socket.create_connection(("127.0.0.1", peer.port), 60)
-        with upstream, context.wrap_socket(connection, server_side=True) as inside:
-            pump(inside, upstream)
-
-    listener, url = listen(serve)
-    yield url.replace("http:", "https:")
-    listener.close()
-
-
-@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "NIX_SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
-def test_tls_with_the_bundle_of_the_environment(host, cache, peer, secured, certificate, variable):
-    """For the agent's websocket, its reports, and the reachability check of the switch process."""
-    peer.reports = "http"
-    path = present(host, cache, plain(cache, 1))
-    agent = start(host, peer, url=secured, **{variable: str(certificate[0])})
-    assert peer.finished(peer.deploy(path)), agent.text()
-    assert peer.heads("/ws-deployment") and len(peer.heads("/ws")) == 1
-
-
-def test_tls_through_a_proxy(host, cache, peer, secured, certificate, make_proxy):
-    proxy = make_proxy()
-    peer.reports = "http"
-    path = present(host, cache, plain(cache, 1))
-    env = {"https_proxy": f"http://127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(certificate[0])}
-    start(host, peer, url=secured, **env)
-    assert peer.finished(peer.deploy(path))
-    assert set(proxy.asked) == {f"CONNECT {secured[8:]}"} and len(proxy.asked) >= 3
-
-
-def test_a_certificate_that_is_not_trusted_is_refused(host, peer, secured, monkeypatch):
-    agent = start(host, peer, url=secured)
-    agent.wait_for(rf"no connection to {secured}/ws: .*certificate verify failed")
-    assert not peer.heads() and agent.process.poll() is None
-    for name in ("SSL_CERT_FILE", "NIX_SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(Unreachable, match="certificate verify failed"):
-        cachix_connection.http(Peer(secured, TOKEN, "web"), "PUT", "/x")
-    assert not peer.heads()
-
-
-def test_a_certificate_for_another_name_is_refused(peer, secured, certificate, monkeypatch):
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
-    other = Peer(secured.replace("127.0.0.1", "localhost"), TOKEN, "web")
-    with pytest.raises(Unreachable, match="[Hh]ostname mismatch|doesn't match"):
-        connect(other, "/ws", 5)
-    with pytest.raises(Unreachable, match="[Hh]ostname mismatch|doesn't match"):
-        cachix_connection.http(other, "PUT", "/x")
-    assert not peer.heads()
-
-
-@pytest.mark.parametrize(
-    ("given", "system", "expected"),
-    [
-        ("SNR", "1", "S"),
-        ("NR", "1", "N"),
-        ("R", "1", "R"),
-        ("", "12", "1"),
-        ("", "2", "2"),
-        ("", "", None),
-        ("sN", "1", "N"),
-        ("snr", "1", "1"),
-        ("snr", "", None),
-    ],
-)
-def test_which_bundle_counts(tmp_path, monkeypatch, given, system, expected):
-    """Capital letters name variables with a file, small ones variables whose file is missing."""
-    names = {"S": "SSL_CERT_FILE", "N": "NIX_SSL_CERT_FILE", "R": "REQUESTS_CA_BUNDLE"}
-    for letter, variable in names.items():
-        (tmp_path / letter).write_text("")
-        monkeypatch.delenv(variable, raising=False)
-        if letter in given.upper():
-            monkeypatch.setenv(variable, str(tmp_path / (letter if letter in given else "missing")))
-    for letter in system:
-        (tmp_path / letter).write_text("")
-    bundles = (str(tmp_path / "1"), str(tmp_path / "2"))
-    monkeypatch.setattr(cachix_connection, "SYSTEM_BUNDLES", bundles)
-    assert ca_bundle() == (certifi.where() if expected is None else str(tmp_path / expected))
-
-
 # --- ended ----------------------------------------------------------------------------------------
 
 
@@ -768,112 +476,7 @@ def test_waits_of_the_environment(monkeypatch):
     assert Waits.from_environment() == Waits(ping=1.0)
 
 
-# --- deadlines for a whole call, not for each packet ----------------------------------------------
-
-
-@pytest.fixture
-def trickle():
-    """A server that answers a byte every 50 ms, and never ends; its URL."""
-    ended = threading.Event()
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve():
-        with contextlib.suppress(OSError):
-            while True:
-                accepted = listener.accept()[0]
-                threading.Thread(target=answer, args=(accepted,), daemon=True).start()
-
-    def answer(accepted):
-        with contextlib.suppress(OSError), accepted:
-            while not ended.wait(0.05):
-                accepted.sendall(b"H")
-
-    threading.Thread(target=serve, daemon=True).start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    ended.set()
-    listener.close()
-
-
-@pytest.mark.promise(10)
-@pytest.mark.parametrize("proxied", [False, True])
-@pytest.mark.parametrize(
-    "call",
-    [connect, lambda peer, path, timeout: cachix_connection.http(peer, "GET", path, timeout)],
-)
-def test_an_answer_that_trickles_has_a_deadline(trickle, monkeypatch, call, proxied):
-    if proxied:
-        monkeypatch.setenv("http_proxy", trickle)
-        monkeypatch.setenv("no_proxy", "")
-    peer = Peer("http://example.invalid" if proxied else trickle, "token", "web")
-    began = time.monotonic()
-    with pytest.raises(cachix_protocol.Unreachable, match="no answer within 1 s"):
-        call(peer, "/ws", 1.0)
-    assert time.monotonic() - began < 5
-
-
-def test_a_call_returns_or_raises_what_its_function_does():
-    assert within(5, lambda: None) is None and within(5, lambda: 7) == 7
-    with pytest.raises(KeyError, match="mistake"):
-        within(5, lambda: {}["mistake"])
-
-
-def call_thread():
-    """The thread of the call that is late; None once it has ended."""
-    return next((thread for thread in threading.enumerate() if thread.name == "call"), None)
-
-
-@pytest.mark.promise(10)
-def test_a_late_call_ends_when_it_runs_python_again():
-    events = []
-
-    def call():
-        try:
-            while True:
-                time.sleep(0.02)
-        finally:
-            events.append("cleaned up")
-
-    with pytest.raises(Unreachable, match="no answer within 0 s"):
-        within(0.1, call)
-    wait_until(lambda: events and call_thread() is None, 5, "the end of the call's thread")
-    assert events == ["cleaned up"]
-
-
-def test_giving_up_a_call_that_has_ended_hits_no_other_thread():
-    """The system hands the ident of a thread that has ended to the next thread."""
-    call = cachix_connection._Call(lambda: 1)
-    call.start()
-    call.join()
-    ticks, stop = [], threading.Event()
-    other = threading.Thread(target=lambda: ticks.append(1) or stop.wait(5) and ticks.append(2))
-    other.start()
-    call._ident = other.ident  # most often it is that already
-    call.give_up()
-    stop.set()
-    other.join()
-    assert ticks == [1, 2]
-
-
-def test_a_failure_to_end_a_late_call_is_no_silence(monkeypatch):
-    release = threading.Event()
-    monkeypatch.setattr(ctypes.pythonapi, "PyThreadState_SetAsyncExc", lambda ident, error: 0)
-    with pytest.raises(RuntimeError, match="0 threads instead of one"):
-        within(0.05, lambda: release.wait(5))
-    release.set()
-
-
 # --- answers --------------------------------------------------------------------------------------
-
-
-def answering(status, headers, body):
-    """A function that answers each connection with this."""
-    lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body)}", *headers]
-
-    def serve(connection):
-        connection.recv(1 << 16)
-        connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
-
-    return serve
 
 
 def test_an_answer_is_a_frozen_value():

@@ -16,6 +16,7 @@ SHARED = "activate activate.kinds"
 FLOOR = "cachix_connection cachix_console cachix_protocol"
 MAY_IMPORT = {
     "cachix_deploy": f"cachix_ci cachix_options cachix_reports cachix_channels {FLOOR}"
+    " cachix_proxy"
     f" {SHARED} activate.agent",
     "cachix_ci": f"cachix_follow {FLOOR} activate.text",
     "cachix_switch": f"{FLOOR} {SHARED} activate.switch",
@@ -24,7 +25,11 @@ MAY_IMPORT = {
     "cachix_reports": f"cachix_channels {FLOOR}"
     " activate.history activate.journal activate.lock activate.logfile activate.text",
     "cachix_channels": FLOOR,
-    "cachix_connection": "cachix_protocol",
+    "cachix_connection": "cachix_session cachix_diagnosis cachix_dial cachix_proxy cachix_protocol",
+    "cachix_session": "cachix_diagnosis cachix_dial cachix_proxy",
+    "cachix_diagnosis": "cachix_dial cachix_proxy cachix_protocol cachix_errors activate.text",
+    "cachix_dial": "cachix_proxy cachix_errors",
+    "cachix_proxy": "cachix_protocol cachix_errors",
     "cachix_console": "cachix_protocol activate.startup",
     "cachix_protocol": "activate.text cachix_errors",
     "cachix_errors": "activate.process",

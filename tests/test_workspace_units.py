@@ -215,6 +215,7 @@ def test_the_name_of_a_key_has_no_colon(database: Database) -> None:
         wire = cache.find_for_agent(c, None, settings, "[fd00::1]:8080")
     assert secret.startswith("mycache.fd00--1-1:") and secret.count(":") == 1
     assert wire is not None
+    assert Peer.create("http://[fd00::1]:8080", "t", "web").public_key(wire) == row.key
 
 
 def test_both_kinds_of_agent_find_the_same_key(database: Database) -> None:
