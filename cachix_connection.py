@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import websocket
 
     import cachix_session
+    import cachix_websocket
 
 CONNECT_TIMEOUT = 20.0  # seconds for name look-up, TCP, TLS and handshake together
 CALL_TIMEOUT = 10.0  # seconds for one report, or for sending a ping
@@ -140,9 +141,8 @@ def _ascii_url(url: str) -> str:
 
 def load(peer: Peer) -> None:
     """Load all that `reach` needs: an activation may remove the files."""
-    import websocket  # noqa: F401
-
     import cachix_diagnosis  # noqa: F401
+    import cachix_websocket  # noqa: F401
 
     cachix_dial.load(peer.host)
 
@@ -150,13 +150,14 @@ def load(peer: Peer) -> None:
 # --- websockets -----------------------------------------------------------------------------------
 
 
-def connect(peer: Peer, path: str, timeout: float = CONNECT_TIMEOUT) -> websocket.WebSocket:
+def connect(peer: Peer, path: str, timeout: float = CONNECT_TIMEOUT) -> cachix_websocket.WebSocket:
     """Open a websocket to `path`. Raises Refused (the token), or Unreachable with the reason."""
     with _importing:
         import websocket
 
-    dialer, url = Dialer(timeout), "ws" + peer.host[4:] + path
-    sock = websocket.WebSocket(enable_multithread=True, skip_utf8_validation=True)
+        from cachix_websocket import WebSocket
+
+    dialer, sock, url = Dialer(timeout), WebSocket(), "ws" + peer.host[4:] + path
     options: dict[str, Any] = {
         "header": [f"{name}: {value}" for name, value in peer.headers().items()],
         "timeout": timeout,
@@ -179,7 +180,7 @@ def connect(peer: Peer, path: str, timeout: float = CONNECT_TIMEOUT) -> websocke
 
 
 def _connect_problem(
-    peer: Peer, path: str, sock: websocket.WebSocket, error: Exception, dialer: Dialer
+    peer: Peer, path: str, sock: cachix_websocket.WebSocket, error: Exception, dialer: Dialer
 ) -> Exception:
     """The error for a handshake that failed."""
     with _importing:

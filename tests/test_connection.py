@@ -96,7 +96,10 @@ def test_pings_are_answered_with_their_payload(host, peer):
 
 
 def test_it_survives_every_close_that_cachix_survives(host, peer):
-    """As recorded in agent-close-codes. It answers a close, and drops the connection at once."""
+    """As recorded in agent-close-codes. It answers a close, and drops the connection at once.
+
+    The answer has the code that it was closed with.
+    """
     labels = [e["label"] for e in transcript("agent-close-codes") if e.get("event") == "scenario"]
     assert labels[-1] == "close without code"
     agent = start(host, peer)
@@ -110,10 +113,12 @@ def test_it_survives_every_close_that_cachix_survives(host, peer):
         connection.send("close", struct.pack(">H", code) + b"some reason")
         assert connection.ended.wait(5), code
         answers = [f for f in peer.frames("/ws", "close") if f["conn"] == connection.number]
-        assert len(answers) == 1 and agent.process.poll() is None
+        assert [answer["close_code"] for answer in answers] == [code]
+        assert agent.process.poll() is None
         agent.wait_for(rf"closed the connection \({code}\): some reason")
     peer.agent().close(None)
     assert agent.wait(12) == 0
+    assert peer.frames("/ws", "close")[-1]["payload"] == ""
 
 
 @pytest.mark.parametrize(

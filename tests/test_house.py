@@ -25,11 +25,13 @@ MAY_IMPORT = {
     "cachix_reports": f"cachix_channels {FLOOR}"
     " activate.history activate.journal activate.lock activate.logfile activate.text",
     "cachix_channels": FLOOR,
-    "cachix_connection": "cachix_session cachix_diagnosis cachix_dial cachix_proxy cachix_protocol",
+    "cachix_connection": "cachix_session cachix_websocket cachix_diagnosis cachix_dial cachix_proxy"
+    " cachix_protocol",
     "cachix_session": "cachix_diagnosis cachix_dial cachix_proxy",
     "cachix_diagnosis": "cachix_dial cachix_proxy cachix_protocol cachix_errors activate.text",
     "cachix_dial": "cachix_proxy cachix_errors",
     "cachix_proxy": "cachix_protocol cachix_errors",
+    "cachix_websocket": "",
     "cachix_console": "cachix_protocol activate.startup",
     "cachix_protocol": "activate.text cachix_errors",
     "cachix_errors": "activate.process",
