@@ -43,6 +43,7 @@ from cachix_protocol import (
     decode_to_agent,
 )
 from cachix_proxy import for_nix
+from cachix_repeats import Repeats
 from cachix_reports import Reported, Reporter
 
 if TYPE_CHECKING:
@@ -311,6 +312,7 @@ class Agent:
         self.socket: Optional[websocket.WebSocket] = None
         self.pending: list[Deployment] = []
         self.replaced = False
+        self.repeats = Repeats(tell)
         self.exit_by = float("inf")
 
     def run(self) -> int:
@@ -330,13 +332,16 @@ class Agent:
                 if first:
                     raise
                 slowest = True
-                tell(f"{error}; still trying")
+                self.repeats.tell(f"{error}; still trying")
             except Error as error:
                 if not self.stop.is_set():
-                    tell(str(error))
+                    self.repeats.tell(str(error))
             if self.stop.is_set():
                 break
-            failures = 0 if time.monotonic() - start > self.waits.healthy else failures + 1
+            failures += 1
+            if time.monotonic() - start > self.waits.healthy:
+                failures = 0
+                self.repeats.forget()
             if slowest or self.replaced:
                 self.pause(self.waits.slowest)
             else:

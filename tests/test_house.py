@@ -16,7 +16,7 @@ SHARED = "activate activate.kinds"
 FLOOR = "cachix_connection cachix_console cachix_protocol"
 MAY_IMPORT = {
     "cachix_deploy": f"cachix_ci cachix_options cachix_reports cachix_channels {FLOOR}"
-    " cachix_proxy"
+    " cachix_proxy cachix_repeats"
     f" {SHARED} activate.agent",
     "cachix_ci": f"cachix_follow {FLOOR} activate.text",
     "cachix_switch": f"{FLOOR} {SHARED} activate.switch",
@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "cachix_dial": "cachix_proxy cachix_errors",
     "cachix_proxy": "cachix_protocol cachix_errors",
     "cachix_websocket": "",
+    "cachix_repeats": "",
     "cachix_console": "cachix_protocol activate.startup",
     "cachix_protocol": "activate.text cachix_errors",
     "cachix_errors": "activate.process",
