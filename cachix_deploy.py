@@ -85,6 +85,13 @@ class Inbox:
     def __init__(self) -> None:
         self.arrival = threading.Condition()
         self.waiting: list[Deployment] = []
+        self.is_awaited = False  # the worker has nothing else to do
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the worker waits for a deployment, and there is none."""
+        with self.arrival:
+            return self.is_awaited and not self.waiting
 
     def put(self, deployment: Deployment) -> None:
         """Add a deployment."""
@@ -98,7 +105,9 @@ class Inbox:
         They may arrive out of order, as the workspace may send one again.
         """
         with self.arrival:
+            self.is_awaited = True
             self.arrival.wait_for(lambda: self.waiting)
+            self.is_awaited = False
             taken, self.waiting = self.waiting, []
         return sorted(taken, key=lambda deployment: deployment.index)
 
@@ -420,10 +429,12 @@ class Agent:
 
     def handle_close(self, data: bytes) -> None:
         """Raise what a close frame means: only 1000, or no code, asks the agent to exit."""
+        if self.stop.is_set():  # the answer to our own close
+            raise Stopped
         code = int.from_bytes(data[:2], "big") if len(data) >= 2 else 1000
         reason = data[2:].decode("utf-8", "replace")
         if code == 1000:
-            tell("the workspace asked this agent to stop")
+            self.finish()
             raise Stopped
         self.replaced = code == 4001
         if self.replaced and self.options.bootstrap:
@@ -466,6 +477,19 @@ class Agent:
             files.write_durably(path, json.dumps(mark).encode())
         except OSError as error:
             complain(Error(f"{self.state} can't be written: {error}"))
+
+    def finish(self) -> None:
+        """Finish and report the deployments that were accepted: the workspace asks us to exit."""
+        if self.socket is not None:
+            hang_up(self.socket)
+        worker, message = self.worker, "the workspace asked this agent to stop"
+        is_busy = worker.accepted or worker.conductor.attempt is not None
+        tell(f"{message}, after the deployment in progress" if is_busy else message)
+        if worker.registered is None:  # a download would wait for the registration
+            return
+        while not (worker.inbox.is_idle or self.stop.wait(0.1)):
+            pass
+        self.drain()
 
     def drain(self) -> None:
         """Let the deployment in progress end and its report arrive; take no new ones.

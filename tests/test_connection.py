@@ -9,7 +9,9 @@ import re
 import signal
 import socket
 import struct
+import threading
 import time
+import types
 
 import pytest
 from closures import nixos, plain, wait_for
@@ -20,6 +22,7 @@ from peer import AGENT_ID, message, transcript
 from servers import answering, drip, listen
 
 import cachix_connection
+import cachix_deploy
 import cachix_protocol
 from cachix_connection import Answer, Peer, Waits, backoff, connect
 from cachix_protocol import Undecodable, Unreachable, decode_from_agent, decode_to_agent
@@ -175,6 +178,95 @@ def test_replaced_while_it_bootstraps_it_finishes_and_ends(host, cache, peer):
     assert peer.finished(deployment)
     assert agent.wait(12) == 0 and len(peer.heads("/ws")) == 1
     assert peer.log(deployment)[-1] == "Successfully activated the deployment."
+
+
+# --- asked to stop --------------------------------------------------------------------------------
+
+
+@pytest.mark.promise(6)
+@pytest.mark.parametrize("reports", ["http", None])
+@pytest.mark.parametrize("code", [1000, None])
+def test_asked_to_stop_it_finishes_and_reports_first(host, cache, peer, reports, code):
+    peer.reports = reports
+    paths = [
+        present(host, cache, nixos(cache, number, after=wait_for(f"/run/go-{number}")))
+        for number in (1, 2)
+    ]
+    agent = start(host, peer)
+    first = peer.deploy(paths[0])
+    wait_until(lambda: host.running() == paths[0], what="the activation")
+    second = peer.deploy(paths[1])
+    connection = peer.agent()
+    connection.send("ping", b"second")
+    wait_until(lambda: peer.frames("/ws", "pong"), what="the second deployment's arrival")
+    connection.close(code)
+    agent.wait_for("asked this agent to stop, after the deployment in progress")
+    assert connection.ended.wait(5) and len(peer.frames("/ws", "close")) == 1
+    time.sleep(0.5)
+    assert agent.process.poll() is None
+    host.path("/run/go-1").touch()
+    assert peer.finished(first)
+    wait_until(lambda: host.running() == paths[1], what="the second activation")
+    host.path("/run/go-2").touch()
+    assert agent.wait(20) == 0
+    for deployment in (first, second):
+        assert peer.finished(deployment)
+        assert peer.log(deployment)[-1] == "Successfully activated the deployment."
+    assert len(peer.heads("/ws")) == 1 and host.profile() == paths[1]
+
+
+@pytest.mark.promise(6)
+def test_asked_to_stop_it_delivers_what_is_not_reported_yet(host, cache, peer):
+    peer.reports = "http"
+    path = present(host, cache, plain(cache, 1))
+    agent = start(host, peer)
+    connection = peer.agent()
+    fault = peer.misbehave("^/api/", "503")
+    deployment = peer.deploy(path)
+    wait_until(lambda: host.step(deployment) == "succeeded", what="the end")
+    connection.close(1000)
+    time.sleep(0.5)
+    assert agent.process.poll() is None and not peer.statuses.get(deployment)
+    fault.times = 0
+    assert agent.wait(20) == 0
+    assert peer.finished(deployment)
+    assert peer.log(deployment)[-1] == "Successfully activated the deployment."
+
+
+@pytest.mark.promise(10)
+def test_asked_to_stop_twice(host, cache, peer):
+    """The operator's SIGTERM ends an agent that is still finishing for the workspace."""
+    system = present(host, cache, nixos(cache, 1, after=wait_for("/run/go-on")))
+    agent = start(host, peer)
+    peer.deploy(system)
+    wait_until(lambda: host.running() == system, what="the activation")
+    peer.agent().close(1000)
+    agent.wait_for("after the deployment in progress")
+    stop_in_time(agent)
+    host.path("/run/go-on").touch()
+
+
+@pytest.mark.parametrize("code", [1000, 1001, 4001])
+def test_the_answer_to_its_own_close_asks_for_nothing(capsys, code):
+    """Whatever ends the agent has said so itself, such as a hand-over."""
+    agent = types.SimpleNamespace(stop=threading.Event())
+    agent.stop.set()
+    with pytest.raises(cachix_deploy.Stopped):
+        cachix_deploy.Agent.handle_close(agent, struct.pack(">H", code))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("registers", [True, False])
+def test_asked_to_stop_with_nothing_to_do_it_exits_at_once(host, peer, registers):
+    peer.registers = registers
+    agent = start(host, peer)
+    connection = peer.agent()
+    if registers:
+        agent.wait_for("is connected")
+    began = time.monotonic()
+    connection.close(1000)
+    assert agent.wait(12) == 0 and time.monotonic() - began < 3
+    assert agent.text().endswith("the workspace asked this agent to stop\n")
 
 
 # --- refused --------------------------------------------------------------------------------------

@@ -464,6 +464,7 @@ def test_bootstrap_hands_over(make_host, live, name):
     assert bootstrap.wait(25) == 0
     takeover = rf"pid ({successor.pid}|\?) has taken over|another agent of this name"
     assert re.search(takeover, bootstrap.text())
+    assert "the workspace asked" not in bootstrap.text()
     successor.wait_for("is connected")
     again = closures.nixos(live.files, "after-bootstrap")
     live.push(again)

@@ -67,6 +67,26 @@ def test_the_power_goes_right_after_the_end_was_reported(make_world, finish, kin
     finish(world)
 
 
+@pytest.mark.parametrize("point", list(POINTS["nixos"]))
+def test_the_workspace_asks_the_agent_to_stop(make_world, scripted, finish, point):
+    """The agent finishes the deployment and reports its end before it exits."""
+    world = make_world(workspace=scripted)
+    pattern, how = POINTS["nixos"][point]
+
+    def close(world, visit: Visit) -> str:
+        scripted.peer.agent().close(1000)
+        return "go"
+
+    order = world.order(pattern, close)
+    deployment = scenes.deploy(world, "second", how)
+    assert world.agent.wait(30) == 0 and order.times == 0
+    assert scripted.ends(deployment) == ["Succeeded" if how == scenes.GOOD else "Failed"]
+    world.start()
+    world.connected()
+    assert world.ended(deployment) == ("succeeded" if how == scenes.GOOD else "rolled-back")
+    finish(world)
+
+
 @pytest.mark.parametrize("point", ["activating", "committing", "rolling-back"])
 def test_nobody_enters_a_step_while_the_system_stops(make_world, finish, point):
     """The agent and its switch process still run for a while during a shutdown."""
