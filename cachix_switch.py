@@ -70,6 +70,7 @@ def main() -> int:
     import ctypes  # noqa: F401  # for `files.sync`; loaded while the agent downloads
 
     from activate.switch import steps
+    from activate.switch.output import Output
     from activate.switch.progress import Progress, Stopping
 
     network = Network(config, agent)
@@ -79,8 +80,8 @@ def main() -> int:
         return 0
     action, record = order  # not from disk: the journal there may be lost, or older
     entry = journal.Journal(config["directory"], record)
-    log = logfile.open_log(entry)
-    os.dup2(log, 2)
+    log = Output(logfile.open_log(entry))
+    os.dup2(log.fileno(), 2)
     os.set_blocking(1, False)
     progress = Progress(entry, log, policy, agent)
     signal.signal(signal.SIGTERM, lambda *_: progress.stop.set())
@@ -91,4 +92,6 @@ def main() -> int:
     except Stopping:
         with contextlib.suppress(OSError):  # a shutdown does not count as an attempt
             entry.enter(entry.record.step, attempts=max(0, entry.record.attempts - 1))
+    finally:
+        log.close()
     return 0

@@ -59,7 +59,7 @@ def marker(fd: int) -> Callable[[], None]:
     return mark
 
 
-def end_marked(fd: int, log: int, timeout: float) -> None:
+def end_marked(fd: int, log: process.Log, timeout: float) -> None:
     """End the process group of the command that the last holder of a lock left running.
 
     Without /proc it might be a new process of that number, so it is waited for instead, for

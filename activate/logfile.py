@@ -24,13 +24,6 @@ def open_log(entry: journal.Journal) -> int:
         return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
 
 
-def read_since(log: int, start: int, most: int = 1 << 18) -> str:
-    """The log from byte `start` on, or its last `most` bytes if that is more."""
-    size = os.fstat(log).st_size
-    start = max(start, size - most)
-    return os.pread(log, size - start, start).decode("utf-8", "replace") if size > start else ""
-
-
 def cut(data: bytes, most: int, final: bool) -> tuple[list[bytes], int]:
     """Cut a log into at most `most` wire lines; the lines, and how many bytes they take.
 

@@ -7,11 +7,13 @@ import os
 import select
 import signal
 import subprocess
-from typing import Callable, Optional
+import time
+from typing import Callable, Optional, Protocol, Union
 
 from activate import environment, startup
 
 KILL_AFTER = 5.0  # seconds between SIGTERM and SIGKILL for a process group
+WAIT = 5.0  # seconds after which a handler of a signal runs that came just before a wait
 
 Run = Callable[[list[str]], int]  # runs a command, its output in the log; returns its exit status
 Before = Callable[[], None]  # called by the process that becomes the command
@@ -40,22 +42,39 @@ class DeadlinePassed(CommandFailed):
         super().__init__(argv, f"was ended because it ran longer than {timeout:.0f} s")
 
 
-def say(log: int, line: str) -> None:
-    """Append `line` to the log file, as a line of its own. Never raises: the disk may be full."""
+class Output(Protocol):
+    """What writes into a log on behalf of commands, see activate/switch/output.py."""
+
+    def fileno(self) -> int:
+        """The descriptor that commands write to."""
+
+    def say(self, line: str) -> None:
+        """Write `line` as a line of its own. Never raises."""
+
+
+Log = Union[int, Output]  # a log file, or what writes into one
+
+
+def say(log: Log, line: str) -> None:
+    """Append `line` to a log, as a line of its own. Never raises: the disk may be full."""
+    if not isinstance(log, int):
+        log.say(line)
+        return
     with contextlib.suppress(OSError):
         size = os.fstat(log).st_size
         start = "\n" if size and os.pread(log, 1, size - 1) != b"\n" else ""
         os.write(log, f"{start}{line}\n".encode("utf-8", "replace"))
 
 
-def run(argv: list[str], log: int, timeout: float, before: Optional[Before] = None) -> int:
-    """Run `argv`, its output in the log file. Returns its exit status, or minus its signal.
+def run(argv: list[str], log: Log, timeout: float, before: Optional[Before] = None) -> int:
+    """Run `argv`, its output in the log. Returns its exit status, or minus its signal.
 
     Raises CommandFailed if it can't be started, and DeadlinePassed after `timeout` seconds, when
     its whole process group has been ended.
     """
     say(log, "$ " + " ".join(argv))
-    process = start(argv, log, log, before)
+    descriptor = log if isinstance(log, int) else log.fileno()
+    process = start(argv, descriptor, descriptor, before)
     try:
         if not wait(process, timeout):
             end(process)
@@ -119,13 +138,16 @@ def checked(run: Run, argv: list[str]) -> None:
 
 
 def wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
-    """Whether `process` ends within `timeout` seconds. Does not poll if the kernel has pidfds."""
+    """Whether `process` ends within `timeout` seconds. It hardly polls if there are pidfds."""
     with contextlib.suppress(AttributeError, OSError):
-        fd = os.pidfd_open(process.pid)
+        fd, deadline = os.pidfd_open(process.pid), time.monotonic() + timeout
         try:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
-            poll.poll(timeout * 1000)
+            while (left := deadline - time.monotonic()) > 0 and not poll.poll(
+                min(left, WAIT) * 1000
+            ):
+                pass
         finally:
             os.close(fd)
         timeout = 0.0

@@ -13,7 +13,7 @@ from typing import Optional
 from activate import lock, machine
 from activate.kinds import verdict
 from activate.pipe import Reach
-from activate.process import CommandFailed, Error, Run, ask, say
+from activate.process import CommandFailed, Error, Log, Run, ask, say
 from activate.switch.progress import Progress
 
 ATTEMPT = 20.0  # seconds for one look at the workspace
@@ -26,7 +26,7 @@ def run_script(script: Optional[str], run: Run) -> None:
         raise Error(f"the rollback script {script} ended with status {status}")
 
 
-def units_recovered(names: list[str], pause: float, stop: threading.Event, log: int) -> bool:
+def units_recovered(names: list[str], pause: float, stop: threading.Event, log: Log) -> bool:
     """Whether failed units have recovered after a pause, in which systemd may restart them."""
     say(log, f"some units failed, looking again in {pause:.0f} s: {' '.join(names)}")
     stop.wait(pause)

@@ -8,7 +8,7 @@ from typing import Any, Optional
 
 from activate import byhand, history, journal, kinds, lock, nix
 from activate.kinds.change import Change, Lasting
-from activate.process import CommandFailed, Error, Run, ask, say
+from activate.process import CommandFailed, Error, Log, Run, ask, say
 
 ROOT_TIMEOUT = 600.0  # seconds
 State = tuple[Optional[str], Optional[str]]  # the path that runs, the target of the profile
@@ -28,7 +28,7 @@ def change(record: journal.Record) -> Change:
 
 
 def facts(
-    entry: journal.Journal, kind: kinds.Kind, profile: str, log: int, timeout: float
+    entry: journal.Journal, kind: kinds.Kind, profile: str, log: Log, timeout: float
 ) -> dict[str, Any]:
     """The facts for the journal: kind, profile, and the previous paths, which get GC roots.
 
@@ -101,7 +101,7 @@ def confirmed(
     }
 
 
-def add_roots(paths: list[str], entry: journal.Journal, log: int, timeout: float) -> None:
+def add_roots(paths: list[str], entry: journal.Journal, log: Log, timeout: float) -> None:
     """Add GC roots for the previous paths that the download did not already root."""
     missing = [path for path in dict.fromkeys(paths) if path not in entry.record.rooted]
     if not missing:

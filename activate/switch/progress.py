@@ -11,6 +11,7 @@ from activate import files, journal, leftovers, lock, machine, nix
 from activate.kinds.verdict import Policy
 from activate.pipe import SwitchEnd
 from activate.process import Error, run, say
+from activate.switch.output import Output
 
 
 class Stopping(BaseException):
@@ -26,7 +27,9 @@ class Progress:
 
     machine_lock: lock.Lock
 
-    def __init__(self, entry: journal.Journal, log: int, policy: Policy, agent: SwitchEnd) -> None:
+    def __init__(
+        self, entry: journal.Journal, log: Output, policy: Policy, agent: SwitchEnd
+    ) -> None:
         self.journal, self.log, self.policy, self.agent = entry, log, policy, agent
         self.stop = threading.Event()
 
@@ -78,10 +81,12 @@ class Progress:
 
     def finish(self, step: str, reason: Optional[str] = None) -> None:
         """Record the end. The log ends here too, even if a service goes on writing into it."""
+        size = self.log.size()
+        facts = {"detail": self.log.missing()} if self.log.missing() else {}
         try:
             with contextlib.suppress(*([] if step == journal.SUCCEEDED else [Error])):
                 self.sync()
-            self.journal.enter(step, reason=reason, log_size=os.fstat(self.log).st_size)
+            self.journal.enter(step, reason=reason, log_size=size, **facts)
         except (Error, OSError) as error:
             if step == journal.SUCCEEDED:
                 raise

@@ -6,10 +6,9 @@ nothing failed to roll back.
 
 from __future__ import annotations
 
-import os
 import time
 
-from activate import journal, kinds, logfile, recovery
+from activate import journal, kinds, recovery
 from activate.kinds import verdict
 from activate.kinds.change import Change
 from activate.process import Error, say
@@ -71,10 +70,10 @@ def restore(progress: Progress, kind: kinds.Kind, change: Change, give_up: float
 
 def attempt(progress: Progress, kind: kinds.Kind, change: Change) -> list[str]:
     """Roll back once; a message for each problem, with the words of a refusal."""
-    start = os.fstat(progress.log).st_size
+    start = progress.log.position()
     problems = previous.restore(change, kind, progress.run)
     if problems:
-        output = logfile.read_since(progress.log, start)
+        output = progress.log.since(start)
         words = verdict.refusal(output, kind.REFUSAL, kind.BEGUN)
         problems += [f"it was refused ({words})"] if words else []
     return problems

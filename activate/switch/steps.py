@@ -6,12 +6,11 @@ recovery then goes on from the step on disk.
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import replace
 from typing import Callable
 
-from activate import history, journal, kinds, logfile, machine, recovery
+from activate import history, journal, kinds, machine, recovery
 from activate.kinds import verdict
 from activate.kinds.change import Change
 from activate.pipe import BEGIN, Reach
@@ -134,9 +133,9 @@ class Switch:
         if self.kind.MAY_REMOVE_FILES:
             self.load()
         self.began = time.time()
-        start = os.fstat(self.log).st_size
+        start = self.log.position()
         status = self.kind.activate(self.change, self.run)
-        output = logfile.read_since(self.log, start)
+        output = self.log.since(start)
         new_runs = self.kind.running_path(self.change.profile) == self.change.new
         decision = self.kind.judge(status, new_runs, output, self.policy)
         if decision.move == verdict.RECHECK:
