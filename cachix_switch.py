@@ -81,7 +81,7 @@ def main() -> int:
     action, record = order  # not from disk: the journal there may be lost, or older
     entry = journal.Journal(config["directory"], record)
     log = Output(logfile.open_log(entry))
-    os.dup2(log.fileno(), 2)
+    os.dup2(log.sink, 2)
     os.set_blocking(1, False)
     progress = Progress(entry, log, policy, agent)
     signal.signal(signal.SIGTERM, lambda *_: progress.stop.set())

@@ -146,7 +146,7 @@ def has_room(log: int, size: int) -> bool:
 
 def describe(lost: int) -> str:
     """A message about output that is lost."""
-    return f"{lost} bytes of the output are missing here: the disk of the log did not take them"
+    return f"{lost} bytes of the output are missing: the disk of the log did not take them"
 
 
 def fork(source: int, log: int, tally: Tally) -> tuple[int, socket.socket]:

@@ -30,6 +30,7 @@ class Output:
     def __init__(self, log: int) -> None:
         """Start to drain into the file `log`. Raises OSError. To be called by the main thread."""
         self.log, self.pid, self.questions = log, 0, 0
+        self.shared = self.said = False  # whether a command has had the pipe since our last line
         self.tally = drainer.Tally()
         self.source, self.sink = os.pipe()
         os.set_blocking(self.source, False)
@@ -40,6 +41,7 @@ class Output:
 
     def fileno(self) -> int:
         """The end that commands write to."""
+        self.shared = True
         return self.sink
 
     def start(self) -> None:
@@ -85,10 +87,12 @@ class Output:
 
     def say(self, line: str) -> None:
         """Write a line of our own, after all that was written before. Never raises."""
-        self.settle()
+        if self.shared:  # else there is nothing to wait for
+            self.settle()
         with contextlib.suppress(OSError):
             os.set_blocking(self.sink, True)  # a command may have changed that for all
         start = "" if self.last() in (b"", b"\n") else "\n"
+        self.shared, self.said = False, True
         data = f"{start}{line}\n".encode("utf-8", "replace")
         poll = select.poll()
         poll.register(self.sink, select.POLLOUT)
@@ -100,6 +104,8 @@ class Output:
 
     def last(self) -> bytes:
         """The last byte of the log, or of what it should have; empty at its beginning."""
+        if self.said and not self.shared:
+            return b"\n"
         if total := self.tally.total:
             return self.tally.since(total - 1)
         with contextlib.suppress(OSError):
