@@ -91,6 +91,7 @@ class Progress:
             if step == journal.SUCCEEDED:
                 raise
             say(self.log, f"the end of the deployment could not be written: {error}")
+            self.log.settle()  # the agent takes the log's end for itself
         self.agent.report(step, reason or "")
 
     def check_stopping(self, step: str = "") -> None:
