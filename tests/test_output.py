@@ -185,7 +185,7 @@ from activate.switch.output import Output
 log = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_APPEND)
 output = Output(log)
 output.say("begin")
-code = "sleep 0.2; i=0; while [ $i -lt 20000 ]; do echo line; i=$((i+1)); done; echo $? > " + sys.argv[2]
+code = "sleep 0.2; for i in $(seq 20000); do echo line; done; echo $? >" + sys.argv[2]
 subprocess.Popen(["sh", "-c", code], stdout=output, stderr=output, start_new_session=True)
 output.settle()
 os.kill(os.getpid(), signal.SIGKILL)

@@ -124,9 +124,10 @@ class Drainer:
     def tell_lost(self) -> None:
         """Say in the log how much of it is missing, as soon as the disk takes that and more."""
         lost = self.tally.lost
-        if lost and self.writes and has_room(self.log, 2 * READ_BYTES):
-            if not self.write(f"\n[{describe(lost)}]\n".encode()):
-                self.tally.note_lost(0)
+        if not (lost and self.writes and has_room(self.log, 2 * READ_BYTES)):
+            return
+        if not self.write(f"\n[{describe(lost)}]\n".encode()):
+            self.tally.note_lost(0)
 
     def write(self, data: bytes) -> int:
         """Append to the log; how many bytes the disk did not take."""
