@@ -57,9 +57,21 @@ class HttpChannel:
             raise Unreachable(f"{host} answered HTTP {answer.status}", answer.retry_after)
         return answer
 
-    def status(self, status: str, size: Optional[int], reason: Optional[str] = None) -> bool:
-        """Put a status. False if the deployment was cancelled, so that the status is ignored."""
+    def status(
+        self,
+        status: str,
+        size: Optional[int],
+        reason: Optional[str] = None,
+        step: Optional[str] = None,
+        outcome: Optional[str] = None,
+    ) -> bool:
+        """Put a status. False if the deployment was cancelled, so that the status is ignored.
+
+        `step` is the journal's; `outcome` says what an end means for the machine.
+        """
         body = {"status": status, "time": utc_now(), "closureSize": size, "reason": reason}
+        more = {"step": step, "outcome": outcome}
+        body.update({name: value for name, value in more.items() if value is not None})
         path = f"/api/v1/deploy/deployment/{self.id}/status"
         return self.call("PUT", path, json=body).status != 409
 
@@ -106,8 +118,15 @@ class SocketChannel:
                 self.sockets.pop(path).shutdown()  # type: ignore[no-untyped-call]
             raise
 
-    def status(self, status: str, size: Optional[int], reason: Optional[str] = None) -> bool:
-        """Send the start, the size or the end. The protocol has no field for the reason."""
+    def status(
+        self,
+        status: str,
+        size: Optional[int],
+        reason: Optional[str] = None,
+        step: Optional[str] = None,
+        outcome: Optional[str] = None,
+    ) -> bool:
+        """Send the start, the size or the end. The protocol has no field for anything else."""
         command: FromAgent = DeploymentStarted(self.id, utc_now(), size)
         if status != IN_PROGRESS:
             command = DeploymentFinished(self.id, utc_now(), status == SUCCEEDED)

@@ -221,7 +221,8 @@ class Worker(threading.Thread):
             return
         if deployment.resumed or history.was_set_aside(entry.directory):
             reason = "state lost: without its journal nothing is executed"
-            self.conductor.end(entry, Ended(journal.FAILED, reason))
+            end = Ended(journal.FAILED, reason, outcome=journal.STATE_LOST)
+            self.conductor.end(entry, end)
             return
         tell(f"deployment {deployment.index}: {deployment.store_path}")
         self.conductor.settle(entry)
@@ -293,7 +294,7 @@ class Worker(threading.Thread):
             timeout = self.options.waits.call / 2
             channel = HttpChannel(self.options.peer, entry.record.id, timeout)
             with contextlib.suppress(Refused, Unreachable, Gone):
-                if not channel.status(IN_PROGRESS, None):
+                if not channel.status(IN_PROGRESS, None, step=entry.record.step):
                     reason = "it was cancelled before it was activated"
                     raise Ended(journal.CANCELLED, reason)
         if self.inbox.has_newer(entry.record.index):

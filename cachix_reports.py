@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from activate import history, journal, lock, logfile
 from activate.text import printable
@@ -31,9 +31,11 @@ from cachix_protocol import (
     Unreachable,
     utc_now,
 )
+from cachix_repeats import Repeats
 
 BATCH_LINES = 2000  # lines of a log in one report
 LOG_SECONDS = 5.0  # for which a log is sent before other reports have their turn
+STALL_SECONDS = 0.5  # for which the other reports wait for the answer to lines of a log
 LOCK_SECONDS = 5.0  # between two attempts to take over a report from another agent
 KEPT_JOURNALS = 20
 
@@ -81,11 +83,46 @@ class Reported:
         return self.logged and self.ended
 
 
+class Lines:
+    """A call that sends lines of a log, made by a thread of its own, so that nobody has to wait."""
+
+    def __init__(
+        self, channel: Channel, index: int, lines: list[str], offset: int, closing: bool
+    ) -> None:
+        """The first line has this index, and the log's byte `offset` comes after the last."""
+        self.channel, self.index, self.lines = channel, index, lines
+        self.offset, self.closing = offset, closing
+        self.begun = time.monotonic()
+        self.done = threading.Event()
+        self.expected = 0
+        self.problem: Optional[Exception] = None
+
+    def run(self) -> None:
+        """Make the call."""
+        try:
+            self.expected = self.channel.lines(self.index, self.lines)
+        except Exception as error:
+            self.problem = error
+        self.done.set()
+
+    def wait(self) -> bool:
+        """Whether the call has an answer, or gets it in the time that the others can wait."""
+        return self.done.wait(max(0.0, self.begun + STALL_SECONDS - time.monotonic()))
+
+
 class Delivery:
     """One deployment on its way to the workspace: its start, its log, its size, its end."""
 
-    def __init__(self, entry: journal.Journal, lock_: lock.Lock, sizes: dict[str, int]) -> None:
-        self.entry, self.lock, self.sizes = entry, lock_, sizes
+    def __init__(
+        self,
+        entry: journal.Journal,
+        lock_: lock.Lock,
+        sizes: dict[str, int],
+        send: Callable[[Lines], None] = Lines.run,
+    ) -> None:
+        """`send` makes a call, or lets another thread make it."""
+        self.entry, self.lock, self.sizes, self.send = entry, lock_, sizes, send
+        self.sending: Optional[Lines] = None  # the call that is being made
         self.reported = Reported.load(entry.path("reported.json"))
         self.channel: Optional[Channel] = None
         self.failures, self.not_before = 0, 0.0
@@ -111,7 +148,7 @@ class Delivery:
         """Send whatever is new. Raises the first Error; a failing log does not delay the rest."""
         self.channel, self.final = channel, self.has_ended
         steps = [self.ship_start, self.ship_log, self.ship_size, self.ship_end]
-        if self.log_failed:
+        if self.log_failed or self.sending is not None:
             steps = [self.ship_start, self.ship_size, self.ship_end, self.ship_log]
         problems = []
         for step in steps:
@@ -127,8 +164,13 @@ class Delivery:
     def ship_start(self, channel: Channel) -> None:
         """Report once that the deployment is in progress. Raises Error."""
         if not (self.reported.started or self.reported.ended):
-            channel.status(IN_PROGRESS, None)
+            channel.status(IN_PROGRESS, None, step=self.step())
             self.note(started=True)
+
+    def step(self) -> Optional[str]:
+        """The step of a deployment that goes on."""
+        step = self.entry.record.step
+        return None if step in journal.FINAL else step
 
     def ship_size(self, channel: Channel) -> None:
         """Report the closure's size once it is known. Raises Error."""
@@ -137,7 +179,7 @@ class Delivery:
         if self.final and isinstance(channel, HttpChannel):
             return  # the final status has it
         if self.reported.size is not None and not (self.reported.sized or self.reported.ended):
-            channel.status(IN_PROGRESS, self.reported.size)
+            channel.status(IN_PROGRESS, self.reported.size, step=self.step())
             self.note(sized=True)
 
     def ship_end(self, channel: Channel) -> None:
@@ -149,27 +191,54 @@ class Delivery:
                 SUCCEEDED if record.step == journal.SUCCEEDED else FAILED,
                 self.reported.size,
                 reason,
+                record.step,
+                record.result(),
             )
             self.note(ended=True)
 
     def ship_log(self, channel: Channel) -> None:
-        """Send the new lines, for at most LOG_SECONDS, as the other reports wait. Raises Error."""
+        """Send the new lines, for at most LOG_SECONDS. Raises Error.
+
+        An answer that does not come soon is looked for again later: the end never waits for it.
+        """
+        deadline = time.monotonic() + LOG_SECONDS
+        while not self.reported.logged and time.monotonic() < deadline:
+            if self.sending is None:
+                self.sending = self.next_lines(channel)
+                if self.sending is None:
+                    break
+                self.send(self.sending)
+            if not self.sending.wait():
+                break
+            sent, self.sending = self.sending, None
+            self.take_answer(sent)
+
+    def next_lines(self, channel: Channel) -> Optional[Lines]:
+        """The next call; None if there is nothing to send. No lines: to ask what arrived."""
         if self.log_failed:  # the link may be too slow for so many lines
             self.batch = max(1, self.batch // 8)
-        deadline, self.log_failed = time.monotonic() + LOG_SECONDS, True
-        while not self.reported.logged and time.monotonic() < deadline:
-            lines, offset = logfile.lines_from(self.entry, self.reported.offset, self.batch)
-            closing = self.final and offset >= logfile.end(self.entry) and len(lines) < self.batch
-            if closing and not self.counted and logfile.is_lost(self.entry, self.reported.offset):
-                # the closing line goes after all lines that the workspace has
-                self.note(line=channel.lines(self.reported.line, []))
-                self.counted = True
-            if closing:
-                lines.append(closing_line(self.entry.record))
-            if not lines:
-                break
-            self.acknowledge(channel.lines(self.reported.line, lines), len(lines), offset, closing)
+        lines, offset = logfile.lines_from(self.entry, self.reported.offset, self.batch)
+        closing = self.final and offset >= logfile.end(self.entry) and len(lines) < self.batch
+        if closing and not self.counted and logfile.is_lost(self.entry, self.reported.offset):
+            # the closing line goes after all lines that the workspace has
+            return Lines(channel, self.reported.line, [], self.reported.offset, False)
+        if closing:
+            lines.append(closing_line(self.entry.record))
+        if not lines:
+            return None
+        return Lines(channel, self.reported.line, lines, offset, closing)
+
+    def take_answer(self, sent: Lines) -> None:
+        """Go on by the answer to a call. Raises Error."""
+        self.log_failed = True
+        if sent.problem is not None:
+            raise sent.problem
+        if sent.lines:
+            self.acknowledge(sent.expected, len(sent.lines), sent.offset, sent.closing)
             self.batch = min(BATCH_LINES, 2 * self.batch)
+        else:
+            self.note(line=sent.expected)
+            self.counted = True
         self.log_failed = False
 
     def acknowledge(self, expected: int, sent: int, offset: int, closing: bool) -> None:
@@ -212,6 +281,8 @@ class Reporter(threading.Thread):
         self.added: queue.SimpleQueue[journal.Journal] = queue.SimpleQueue()
         self.deliveries: list[Delivery] = []
         self.sizes: dict[str, int] = {}
+        self.calls: queue.SimpleQueue[Lines] = queue.SimpleQueue()
+        self.repeats = Repeats(tell)
         self.idle.set()
 
     def add(self, entry: journal.Journal) -> None:
@@ -242,6 +313,7 @@ class Reporter(threading.Thread):
 
     def run(self) -> None:
         """Deliver until the process exits."""
+        threading.Thread(target=self.send_lines, name="log", daemon=True).start()
         waiting: list[journal.Journal] = []  # another agent is reporting them
         while True:
             self.wake.wait(self.pause(bool(waiting)))
@@ -254,6 +326,12 @@ class Reporter(threading.Thread):
                     self.attend(delivery, self.registered)
             if not (self.deliveries or waiting) and self.added.empty():
                 self.idle.set()
+
+    def send_lines(self) -> None:
+        """Make the calls that send logs, one after another (a thread)."""
+        while True:
+            self.calls.get().run()
+            self.wake.set()
 
     def pause(self, waiting: bool) -> Optional[float]:
         """Seconds until something may be due; None if only an event can change that."""
@@ -268,7 +346,7 @@ class Reporter(threading.Thread):
         except OSError:  # the state can't be written: report without a lock
             taken = lock.Lock("", os.open(os.devnull, os.O_RDONLY))
         if taken is not None:
-            self.deliveries.append(Delivery(entry, taken, self.sizes))
+            self.deliveries.append(Delivery(entry, taken, self.sizes, self.calls.put))
         return taken is not None
 
     def attend(self, delivery: Delivery, registered: AgentRegistered) -> None:
@@ -280,6 +358,8 @@ class Reporter(threading.Thread):
             return
         try:
             delivery.ship(self.channel(delivery, registered))
+            if delivery.failures:
+                self.repeats.forget()
             delivery.failures = 0
         except Gone as error:
             tell(f"{error}: its report was dropped")
@@ -296,8 +376,8 @@ class Reporter(threading.Thread):
         delivery.not_before = time.monotonic() + pause
         if not isinstance(error, Error):
             complain(error)
-        retry = f"not reported yet, next attempt in {pause:.0f} s"
-        tell(f"deployment {delivery.entry.record.id}: {retry}: {error}")
+        name = f"deployment {delivery.entry.record.id}"
+        self.repeats.tell(f"{name}: not reported yet, trying again: {error}")
 
     def conclude(self, delivery: Delivery) -> None:
         """Finish a delivery whose report is whole, and make room for later ones."""

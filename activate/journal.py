@@ -18,7 +18,9 @@ from activate.files import write_durably
 from activate.process import Error
 
 VERSION = 2  # increase it with every new key
-ADDED = {"sequence": 2}  # the version that brought a key; all others are as old as VERSION 1
+NEVER = 1 << 30  # for a key that may be missing
+# the version that brought a key; all others are as old as VERSION 1
+ADDED = {"sequence": 2, "outcome": NEVER}
 RECEIVED, DOWNLOADING, READY = "received", "downloading", "ready"
 ACTIVATING, CHECKING, COMMITTING = "activating", "checking", "committing"
 ROLLING_BACK, ROLLED_BACK, ROLLBACK_FAILED = "rolling-back", "rolled-back", "rollback-failed"
@@ -28,6 +30,16 @@ EFFECTS = frozenset({ACTIVATING, COMMITTING, ROLLING_BACK})  # they change the m
 FINAL = frozenset({SUCCEEDED, ROLLED_BACK, ROLLBACK_FAILED, FAILED, CANCELLED, SUPERSEDED})
 STEPS = HARMLESS | EFFECTS | FINAL | {CHECKING}
 SET_ASIDE = ".unreadable-"
+# What a deployment that has ended means for its machine.
+NOTHING_CHANGED, REBOOT_NEEDED = "nothing-changed", "reboot-needed"
+CHANGED_BY_OTHERS, STATE_LOST = "changed-by-others", "state-lost"
+OUTCOMES = {
+    SUCCEEDED: SUCCEEDED,
+    ROLLED_BACK: ROLLED_BACK,
+    ROLLBACK_FAILED: ROLLBACK_FAILED,
+    CANCELLED: NOTHING_CHANGED,
+    SUPERSEDED: NOTHING_CHANGED,
+}
 
 
 class Unreadable(Error):
@@ -41,7 +53,7 @@ class Record:
     Paths are absolute, `times` has the seconds since 1970 at which each step was entered,
     `log_size` is the end of the log in bytes. `attempts` counts the attempts at the present step,
     `revision` all entries ever made. `sequence` orders the deployments, see `history`; it is 0 in
-    a journal of VERSION 1.
+    a journal of VERSION 1. `outcome` is set where the step alone does not tell it.
     """
 
     id: str
@@ -64,6 +76,7 @@ class Record:
     sequence: int = 0
     reason: Optional[str] = None
     detail: Optional[str] = None
+    outcome: Optional[str] = None
     times: dict[str, float] = field(default_factory=dict)
     log_size: Optional[int] = None
     version: int = VERSION
@@ -95,12 +108,18 @@ class Record:
         numbers = (self.index, self.attempts, self.revision, self.sequence, self.version)
         return (
             all(isinstance(text, str) for text in texts)
-            and all(path is None or isinstance(path, str) for path in paths)
+            and all(path is None or isinstance(path, str) for path in (*paths, self.outcome))
             and all(type(number) is int for number in numbers)
             and self.step in STEPS
             and isinstance(self.times, dict)
             and all(isinstance(moment, (int, float)) for moment in self.times.values())
         )
+
+    def result(self) -> Optional[str]:
+        """What the end means for the machine; None before it, or if that is not known."""
+        if self.step == FAILED and self.outcome is None and ACTIVATING not in self.times:
+            return NOTHING_CHANGED
+        return (self.outcome or OUTCOMES.get(self.step)) if self.step in FINAL else None
 
     def to_json(self) -> bytes:
         """The content of the file."""

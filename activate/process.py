@@ -22,13 +22,19 @@ _running: set[subprocess.Popen[bytes]] = set()
 
 
 class Error(Exception):
-    """A message for the user: what failed, and what to do. `status` is the exit status."""
+    """A message for the user: what failed, and what to do. `status` is the exit status.
+
+    `is_clear`: it has a cause of its own, so that no signal to this machine's processes is it.
+    """
 
     status = 1
+    is_clear = True
 
 
 class CommandFailed(Error):
     """A command could not be started, timed out, or ended with a status other than 0."""
+
+    is_clear = False
 
     def __init__(self, argv: list[str], why: str, output: str = "") -> None:
         detail = f": {output.strip()[-500:]}" if output.strip() else ""

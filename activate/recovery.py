@@ -30,11 +30,12 @@ class Facts:
 
 @dataclass(frozen=True)
 class Action:
-    """An action. For END, `step` and `reason` are the end; else `reason` is for the operator."""
+    """An action. For END all else is the end; otherwise `reason` is for the operator."""
 
     do: str
     step: str = ""
     reason: str = ""
+    outcome: Optional[str] = None
 
 
 def next_action(record: journal.Record, facts: Facts) -> Action:
@@ -50,7 +51,7 @@ def next_action(record: journal.Record, facts: Facts) -> Action:
     if runs not in (record.store_path, record.previous_running, record.previous_profile):
         now = f"{runs} runs now"
         reason = f"it was interrupted, and {now}: somebody else has deployed, it is left alone"
-        return Action(END, journal.FAILED, reason)
+        return Action(END, journal.FAILED, reason, journal.CHANGED_BY_OTHERS)
     event = "it was interrupted" if facts.boot_id == record.boot_id else "the machine restarted"
     if record.step == journal.COMMITTING and not spent:
         if facts.running == record.store_path:

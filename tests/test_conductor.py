@@ -1,6 +1,7 @@
 """The agent's side of a deployment without an agent: the end of an attempt, and the pipe."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import threading
@@ -10,8 +11,9 @@ import pytest
 from activate import journal, pipe
 from activate.agent import conductor
 from activate.agent.attempt import Attempt
+from activate.agent.failure import DownloadFailed
 from activate.agent.hooks import AgentHooks
-from activate.process import Error
+from activate.process import CommandFailed, Error
 
 NEW = "/nix/store/" + "a" * 32 + "-new"
 
@@ -66,6 +68,37 @@ def test_an_attempt_is_kept_until_its_end_is_written(entry, hooks, monkeypatch, 
     assert steps == [counted, (last, 1, True)]
     assert entry.record.attempts == (0 if exits else 1)
     assert leader.attempt is None and not conductor.is_busy("a")
+
+
+@pytest.mark.parametrize(
+    ("error", "pauses"),
+    [
+        (Error("not a store path"), []),
+        (DownloadFailed("/nix/store/x is not in http://c", "error: path is not valid"), []),
+        (DownloadFailed("the download failed", "error: interrupted by the user"), [0.5]),
+        (CommandFailed(["nix-store"], "ended with status -15"), [0.5]),
+        (OSError("what"), [0.5]),
+    ],
+)
+def test_only_what_a_signal_may_have_done_is_looked_at_twice(
+    entry, hooks, monkeypatch, error, pauses
+):
+    """systemd stops a command of ours a little before it stops us."""
+
+    class Stop(threading.Event):
+        def wait(self, timeout=None):
+            waits.extend([timeout] if timeout else [])
+            return False
+
+    def run(attempt, action, taken):
+        raise error
+
+    waits: list = []
+    monkeypatch.setattr(Attempt, "run", run)
+    hooks = dataclasses.replace(hooks, stop=Stop())
+    conductor.Conductor(hooks).settle(entry)
+    assert waits == pauses and entry.record.step == journal.FAILED
+    assert entry.record.result() == journal.NOTHING_CHANGED
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ class Channel:
     """A workspace in memory. The calls of a name raise its `problems` one after the other."""
 
     def __init__(self):
-        self.statuses, self.log, self.calls = [], [], []
+        self.statuses, self.steps, self.log, self.calls = [], [], [], []
         self.problems = {"status": [], "lines": []}
 
     def fail(self, name):
@@ -165,10 +165,11 @@ class Channel:
             if problem is not None:
                 raise problem
 
-    def status(self, status, size, reason=None):
+    def status(self, status, size, reason=None, step=None, outcome=None):
         self.calls.append(status)
         self.fail("status")
         self.statuses.append((status, size, reason))
+        self.steps.append((step, outcome))
         return True
 
     def lines(self, index, lines):
@@ -218,11 +219,11 @@ def test_a_whole_report_in_its_order(make):
 
 def test_an_end_after_the_log_waits_for_the_closing_line(make):
     class Ending(Channel):
-        def status(self, status, size, reason=None):
+        def status(self, status, size, *more, **facts):
             if size is not None and delivery.entry.record.step not in journal.FINAL:
                 delivery.entry.enter(journal.SUCCEEDED)
             events.append((status, list(self.log)))
-            return super().status(status, size, reason)
+            return super().status(status, size, *more, **facts)
 
     events: list = []
     delivery, channel = make(b"one\n", sizes={ID: 42}), Ending()
@@ -486,7 +487,72 @@ def test_the_pause_that_a_workspace_asks_for_is_kept(make, reporter, capsys):
     send(reporter, make(b"a\n", journal.SUCCEEDED))
     assert reporter.idle.wait(10) and 0.5 <= time.monotonic() - begin < 5
     assert channel.calls.count(IN_PROGRESS) == 2
-    assert "not reported yet, next attempt in 0 s: http://a ans" in capsys.readouterr().err
+    assert "not reported yet, trying again: http://a ans" in capsys.readouterr().err
+
+
+def test_a_report_that_fails_again_and_again_is_counted(make, reporter, capsys):
+    reporter, channel = reporter
+    channel.problems["status"] = [Unreachable("http://a answered HTTP 502")] * 20
+    send(reporter, make(b"a\n", journal.SUCCEEDED))
+    assert reporter.idle.wait(10)
+    assert capsys.readouterr().err.count("not reported yet") == 1
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_log_that_stalls_delays_no_end(make, reporter, early):
+    """The call for the log hangs, from before the end or with it; another deployment ends too."""
+    reporter, channel = reporter
+    go_on, asked, take = threading.Event(), threading.Event(), channel.lines
+
+    def lines(index, lines):
+        asked.set()
+        go_on.wait(20)
+        return take(index, lines)
+
+    channel.lines = lines
+    delivery = make(b"a\n", journal.ACTIVATING if early else journal.SUCCEEDED)
+    send(reporter, delivery)
+    assert asked.wait(5)
+    begin = time.monotonic()
+    if early:
+        delivery.entry.enter(journal.SUCCEEDED)
+        reporter.wake.set()
+    wait_until(lambda: SUCCEEDED in channel.calls, 5, "the end")
+    assert time.monotonic() - begin < 3 and channel.log == []
+    go_on.set()
+    assert reporter.idle.wait(10)
+    assert channel.log == ["a", SUCCESS_LINE]
+
+
+@pytest.mark.parametrize(
+    ("step", "facts", "outcome"),
+    [
+        (journal.SUCCEEDED, {}, "succeeded"),
+        (journal.SUCCEEDED, {"outcome": journal.REBOOT_NEEDED}, "reboot-needed"),
+        (journal.ROLLED_BACK, {}, "rolled-back"),
+        (journal.ROLLBACK_FAILED, {}, "rollback-failed"),
+        (journal.CANCELLED, {}, "nothing-changed"),
+        (journal.SUPERSEDED, {}, "nothing-changed"),
+        (journal.FAILED, {}, "nothing-changed"),
+        (journal.FAILED, {"outcome": journal.STATE_LOST}, "state-lost"),
+        (journal.FAILED, {"times": {journal.ACTIVATING: 1.0}}, None),
+        (
+            journal.FAILED,
+            {"times": {journal.ACTIVATING: 1.0}, "outcome": journal.CHANGED_BY_OTHERS},
+            "changed-by-others",
+        ),
+    ],
+)
+def test_an_end_is_reported_with_its_outcome(make, step, facts, outcome):
+    delivery, channel = make(b"", step, **facts), Channel()
+    delivery.ship(channel)
+    assert channel.steps == [(None, None), (step, outcome)]
+
+
+def test_a_report_names_the_step(make):
+    delivery, channel = make(b"", journal.DOWNLOADING), Channel()
+    delivery.ship(channel)
+    assert channel.steps == [(journal.DOWNLOADING, None)]
 
 
 # --- answers over HTTP ----------------------------------------------------------------------------

@@ -101,7 +101,7 @@ class Conductor:
         if action.reason:
             self.hooks.tell(f"deployment {entry.record.index}: {action.reason}")
         if action.do == recovery.END:
-            raise Ended(action.step, action.reason)
+            raise Ended(action.step, action.reason, outcome=action.outcome)
         self.count_attempt(entry, action)
         self.attempt = Attempt(self.hooks, entry, self.sizes)
         self.attempt.run(action, taken)
@@ -153,10 +153,11 @@ class Conductor:
 
         An attempt that failed because the agent exits does not count.
         """
+        delay = 0.0 if getattr(error, "is_clear", False) else SIGNAL_DELAY
         if entry.record.step not in journal.HARMLESS:
             self.hooks.tell(f"error: {error}")
             self.hooks.stop.wait(PAUSE)
-        elif self.hooks.stop.wait(SIGNAL_DELAY) or machine.is_stopping():
+        elif self.hooks.stop.wait(delay) or machine.is_stopping():
             with contextlib.suppress(OSError):
                 entry.enter(entry.record.step, attempts=max(0, entry.record.attempts - 1))
         else:

@@ -55,6 +55,7 @@ class DownloadFailed(Error):
     def __init__(self, reason: str, output: str = "") -> None:
         super().__init__(reason)
         self.detail = last_lines(output)
+        self.is_clear = not output or bool(classify(output))
 
 
 def classify(text: str) -> str:

@@ -13,11 +13,16 @@ from activate.process import Error
 
 
 class Ended(Error):
-    """A deployment ends before it has changed anything. `detail` goes only into the report."""
+    """A deployment ends before it has changed anything. `detail` goes only into the report.
 
-    def __init__(self, step: str, reason: str, detail: Optional[str] = None) -> None:
+    `outcome` is given where the step alone does not tell it.
+    """
+
+    def __init__(
+        self, step: str, reason: str, detail: Optional[str] = None, outcome: Optional[str] = None
+    ) -> None:
         super().__init__(reason)
-        self.step, self.detail = step, detail
+        self.step, self.detail, self.outcome = step, detail, outcome
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class Ends:
             with contextlib.suppress(OSError):
                 os.fsync(log)
             size = logfile.end(entry)
-            entry.enter(end.step, reason=reason, detail=end.detail, log_size=size)
+            facts = {"detail": end.detail, "outcome": end.outcome, "log_size": size}
+            entry.enter(end.step, reason=reason, **facts)
         except OSError as error:
             self.hooks.tell(f"the end of deployment {entry.record.index} can't be written: {error}")
         finally:

@@ -79,10 +79,12 @@ class Progress:
         self.journal.enter(step, **facts)
         self.agent.report(step)
 
-    def finish(self, step: str, reason: Optional[str] = None) -> None:
+    def finish(
+        self, step: str, reason: Optional[str] = None, outcome: Optional[str] = None
+    ) -> None:
         """Record the end. The log ends here too, even if a service goes on writing into it."""
         size = self.log.size()
-        facts = {"detail": self.log.missing()} if self.log.missing() else {}
+        facts = {"outcome": outcome, "detail": self.log.missing() or None}
         try:
             with contextlib.suppress(*([] if step == journal.SUCCEEDED else [Error])):
                 self.sync()

@@ -25,7 +25,9 @@ def roll_back(progress: Progress, kind: kinds.Kind, reason: str) -> None:
     wait_for_others(progress, kind, give_up)
     change = previous.change(progress.journal.record)
     if obstacle := previous.nothing_to_undo(change, kind):
-        progress.finish(journal.FAILED, f"{reason}; {obstacle}")
+        foreign = obstacle == previous.foreign_deployment(change, kind)
+        outcome = journal.CHANGED_BY_OTHERS if foreign else None
+        progress.finish(journal.FAILED, f"{reason}; {obstacle}", outcome)
         return
     if progress.journal.record.step != journal.ROLLING_BACK:
         progress.enter_rollback(attempts=1, reason=reason)
@@ -84,7 +86,7 @@ def finish(
 ) -> None:
     """Record the end of a rollback, by what runs now."""
     if foreign := previous.foreign_deployment(change, kind):
-        progress.finish(journal.FAILED, f"{reason}; {foreign}")
+        progress.finish(journal.FAILED, f"{reason}; {foreign}", journal.CHANGED_BY_OTHERS)
         return
     restored = change.previous_running or "no profile, as before"
     words = "; ".join(problems)

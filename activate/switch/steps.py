@@ -24,6 +24,10 @@ BEGIN_TIMEOUT = 30.0  # seconds for the agent's answer, which takes much less
 class Untouched(Error):
     """The deployment ends as failed, and there is nothing to undo."""
 
+    def __init__(self, reason: str, outcome: str = journal.NOTHING_CHANGED) -> None:
+        super().__init__(reason)
+        self.outcome = outcome
+
 
 class Switch:
     """One deployment on its way through the steps."""
@@ -59,14 +63,14 @@ class Switch:
         except (Error, OSError) as error:
             say(self.log, str(error))
             if action == recovery.START:  # else the machine has been changed, and the agent retries
-                self.progress.finish(journal.FAILED, str(error))
+                self.progress.finish(journal.FAILED, str(error), journal.NOTHING_CHANGED)
             return
         try:
             if action == recovery.ROLL_BACK:
                 raise Error(str(self.record.reason))
             self.forward(activate_first=action != recovery.COMMIT)
         except Untouched as error:
-            self.progress.finish(journal.FAILED, str(error))
+            self.progress.finish(journal.FAILED, str(error), error.outcome)
         except Exception as error:  # a bug of ours must not leave the machine unconfirmed
             if not isinstance(error, (Error, OSError)):
                 import traceback
@@ -114,19 +118,21 @@ class Switch:
 
     def forward(self, activate_first: bool) -> None:
         """Activate, check, commit. Raises an exception for whatever fails."""
-        note = ""
+        note, outcome = "", None
         if activate_first:
             others.wait(self.progress, self.kind)
             decision = self.activate()
             note = decision.reason
-            if decision.move != verdict.BOOT:
+            if decision.move == verdict.BOOT:
+                outcome = journal.REBOOT_NEEDED
+            else:
                 self.check()
         others.wait(self.progress, self.kind)
         if foreign := previous.foreign_deployment(self.change, self.kind):
-            raise Untouched(foreign)
+            raise Untouched(foreign, journal.CHANGED_BY_OTHERS)
         self.progress.enter(journal.COMMITTING)
         self.kind.commit(self.change, self.run)
-        self.progress.finish(journal.SUCCEEDED, note or None)
+        self.progress.finish(journal.SUCCEEDED, note or None, outcome)
 
     def activate(self) -> verdict.Verdict:
         """Activate, and judge the result. Raises Error unless the deployment may go on."""
@@ -146,7 +152,7 @@ class Switch:
             self.accept_refusal(status, output)
             raise Error(decision.reason)
         if decision.move == verdict.UNTOUCHED:
-            raise Untouched(decision.reason)
+            raise Untouched(decision.reason, journal.REBOOT_NEEDED)
         return decision
 
     def accept_refusal(self, status: int, output: str) -> None:
