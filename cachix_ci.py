@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Optional
 
@@ -102,6 +105,7 @@ def post_order(peer: Peer, path: str, spec: Spec, deadline: float) -> Answer:
 
     To repeat it does no harm, as it names the state that the agents are to reach.
     """
+    sent = False
     body = dumps(spec.to_json()).encode()
     headers = {"Content-Type": "application/json;charset=utf-8"}
     start, pause = time.monotonic(), 1.0
@@ -114,13 +118,20 @@ def post_order(peer: Peer, path: str, spec: Spec, deadline: float) -> Answer:
             problem = refusal
         except Unreachable as error:
             problem = error
-        pause = max(pause, problem.retry_after)
+        pause, sent = max(pause, problem.retry_after), sent or problem.sent
         patience = PATIENCE if problem.overloaded else ORDER_PATIENCE
         if time.monotonic() + pause > min(start + patience, deadline):
-            raise problem
+            hint = f"; {maybe_started(peer)}" if sent else ""
+            raise Unreachable(f"{problem}{hint}")
         tell(f"{problem}; trying again in {pause:.0f} s")
         time.sleep(pause)
         pause = min(2 * pause, 10.0)
+
+
+def maybe_started(peer: Peer) -> str:
+    """What is to be said where the answer to the order did not come."""
+    place = "https://app.cachix.org" if peer.host == "https://cachix.org" else peer.host
+    return f"the deployments may have been started: look at {place}"
 
 
 def order(peer: Peer, spec: Spec, deadline: float) -> dict[str, tuple[str, str]]:
@@ -158,17 +169,42 @@ def format_seconds(seconds: float) -> str:
 
 
 def summarize(screen: Screen, followers: list[Follower]) -> None:
-    """Print a line for each agent: status, duration, the closure's size, URL."""
+    """Print a line for each agent: result, duration, the closure's size, URL. Then the reasons."""
     rows = []
     for follower in followers:
         size = follower.state.closure_size
         size_text = "-" if size is None else format_size(size)
-        status, duration = clean(follower.state.status), format_seconds(follower.duration)
-        rows.append([follower.agent, status, duration, size_text, follower.url])
+        result, duration = follower.state.result(follower.agent), format_seconds(follower.duration)
+        rows.append([follower.agent, result, duration, size_text, follower.url])
     screen.print("")
     for row, follower in zip(align(rows), followers):
         row[1] = screen.paint(row[1], STATUS_COLOURS.get(follower.state.status))
         screen.print("  ".join(row).rstrip())
+    for follower in followers:
+        for line in follower.state.reasons():
+            screen.print(f"{follower.agent}: {line}")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends this command as an interrupt does."""
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM raise Terminated, if this is the main thread."""
+
+    def end(*_: Any) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, end)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def announce(screen: Screen, peer: Peer, spec: Spec, followers: list[Follower]) -> None:
@@ -192,23 +228,37 @@ def activate_command(options: ActivateOptions) -> int:
     timeout = float("inf") if options.timeout is None else options.timeout
     deadline = time.monotonic() + timeout
     peer, spec = Peer.create(options.host, options.token), read_spec(options)
-    screen, wake = Screen(), threading.Event()
+    orders: dict[str, tuple[str, str]] = {}
     try:
-        orders = order(peer, spec, deadline).items()
-        followers = [
-            Follower(peer, agent, id, clean(url), screen, wake) for agent, (id, url) in orders
-        ]
-        announce(screen, peer, spec, followers)
-        if options.asynchronous:
-            return 0
-        if not all(follower.id for follower in followers):
-            hint = "but can't be asked how they end (v1 of its API): look at the URLs"
-            raise Error(f"{peer.host} has started them, {hint}")
-        try:
-            follow(followers, screen, wake, deadline)
-        finally:
-            summarize(screen, followers)
-        return 0 if all(one.state.status == SUCCEEDED for one in followers) else 1
-    except KeyboardInterrupt:
-        tell("interrupted: the deployments that were started go on")
-        return 130
+        with interruptible():
+            orders = order(peer, spec, deadline)
+            return show(peer, spec, orders, options.asynchronous, deadline)
+    except KeyboardInterrupt as error:
+        go_on = "the deployments go on" if orders else maybe_started(peer)
+        tell(f"interrupted: {go_on}")
+        return 143 if isinstance(error, Terminated) else 130
+
+
+def show(
+    peer: Peer,
+    spec: Spec,
+    orders: dict[str, tuple[str, str]],
+    asynchronous: bool,
+    deadline: float,
+) -> int:
+    """Follow deployments that were ordered; the exit status. Raises Error."""
+    screen, wake = Screen(), threading.Event()
+    followers = [
+        Follower(peer, agent, id, clean(url), screen, wake) for agent, (id, url) in orders.items()
+    ]
+    announce(screen, peer, spec, followers)
+    if asynchronous:
+        return 0
+    if not all(follower.id for follower in followers):
+        hint = "but can't be asked how they end (v1 of its API): look at the URLs"
+        raise Error(f"{peer.host} has started them, {hint}")
+    try:
+        follow(followers, screen, wake, deadline)
+    finally:
+        summarize(screen, followers)
+    return 0 if all(one.state.status == SUCCEEDED for one in followers) else 1

@@ -286,7 +286,8 @@ def http(peer: Peer, method: str, path: str, timeout: float = 20.0, **kwargs: An
     except (Unreachable, OSError, ValueError) as error:  # also those of requests
         _sessions.session = None
         problem = cachix_diagnosis.reason(peer.host, error, dialer)
-        raise Unreachable(f"{method} {url} failed: {problem}") from None
+        sent = dialer.is_connected or proxy is not None
+        raise Unreachable(f"{method} {url} failed: {problem}", sent=sent) from None
     is_page = answer.status == 400 and not answer.is_json
     if is_page and (problem := cachix_diagnosis.speaks_https(peer.host, dialer)):
         raise Unreachable(f"{method} {url} failed: {problem}")

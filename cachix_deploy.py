@@ -15,7 +15,18 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import cachix_console
-from activate import environment, files, history, journal, lock, machine, nix, process, startup
+from activate import (
+    environment,
+    files,
+    history,
+    journal,
+    lock,
+    machine,
+    nix,
+    outcomes,
+    process,
+    startup,
+)
 from activate.agent import conductor, netrc
 from activate.agent.hooks import AgentHooks, Ended
 from cachix_channels import HttpChannel
@@ -28,7 +39,7 @@ from cachix_connection import (
     reach,
 )
 from cachix_console import complain, debug, exit_now, positive, read_token, tell
-from cachix_options import AgentOptions, agent_options, parse
+from cachix_options import AgentOptions, agent_options, host_of, parse
 from cachix_protocol import (
     IN_PROGRESS,
     AgentRegistered,
@@ -221,7 +232,7 @@ class Worker(threading.Thread):
             return
         if deployment.resumed or history.was_set_aside(entry.directory):
             reason = "state lost: without its journal nothing is executed"
-            end = Ended(journal.FAILED, reason, outcome=journal.STATE_LOST)
+            end = Ended(journal.FAILED, reason, outcome=outcomes.STATE_LOST)
             self.conductor.end(entry, end)
             return
         tell(f"deployment {deployment.index}: {deployment.store_path}")
@@ -608,7 +619,7 @@ def activate_command(options: dict[str, Any]) -> int:
 
     timeout = options["--timeout"]
     command_line = cachix_ci.ActivateOptions(
-        host=options["--host"],
+        host=host_of(options),
         token=read_token("CACHIX_ACTIVATE_TOKEN", options["--token-file"]),
         spec_path=options["SPEC"],
         agents=tuple(options["--agent"]),

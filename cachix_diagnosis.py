@@ -120,7 +120,7 @@ def sentence(body: bytes) -> str:
         record = loads(body)
         is_object = isinstance(record, dict)
         values = [record.get("error"), record.get("message")] if is_object else [record]
-        text = next((value for value in values if isinstance(value, str)), "")
+        text = next((value for value in values if isinstance(value, str)), text)
     return "" if text.lstrip().startswith("<") else _printable(text)[:MAX_SENTENCE]
 
 

@@ -15,14 +15,17 @@ class Unreachable(Error):
     """The workspace gives no usable answer.
 
     `retry_after` is how many seconds it asks to be left alone. `overloaded` is set if it did
-    answer, but with a status that means: try again later.
+    answer, but with a status that means: try again later. `sent`: the request may have had its
+    effect.
     """
 
     status = 69
 
-    def __init__(self, message: str, retry_after: float = 0.0, overloaded: bool = False) -> None:
+    def __init__(
+        self, message: str, retry_after: float = 0.0, overloaded: bool = False, sent: bool = False
+    ) -> None:
         super().__init__(message)
-        self.retry_after, self.overloaded = retry_after, overloaded
+        self.retry_after, self.overloaded, self.sent = retry_after, overloaded, sent
 
 
 class Refused(Error):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import random
 import re
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any, Optional
 
 import websocket
@@ -16,10 +13,12 @@ import websocket
 from activate.text import clean
 from cachix_connection import Answer, Peer, connect, hang_up, http
 from cachix_console import Screen, debug, tell
+from cachix_diagnosis import sentence
 from cachix_protocol import (
     CANCELLED,
+    FAILURE_LINE,
     IN_PROGRESS,
-    TERMINAL,
+    SUCCESS_LINE,
     Error,
     Refused,
     Undecodable,
@@ -28,8 +27,10 @@ from cachix_protocol import (
     checked_field,
     loads,
 )
+from cachix_state import DeploymentState
 
 POLL_SECONDS = 2.0  # between two polls of a deployment, as in Cachix's client
+SOON_SECONDS = 0.1  # between two polls after the log has ended, twice as long each time
 PATIENCE = 60.0  # seconds without a usable answer until the workspace is out of reach
 QUIET_SECONDS = 3.0  # without a new line after the end until a log counts as complete
 DRAIN_SECONDS = 120.0  # for which logs are shown at most after all deployments have ended
@@ -39,21 +40,16 @@ VIEWER_SILENCE = 30.0  # until a ping, and once more until the connection counts
 
 
 def rejection(peer: Peer, answer: Answer) -> Error:
-    """The error for an answer without success, with its text: our JSON, Cachix's, or plain text."""
-    status, text = answer.status, answer.body.decode("utf-8", "replace")
-    with contextlib.suppress(Undecodable):
-        record = loads(answer.body)
-        is_object = isinstance(record, dict)
-        values = [record.get("error"), record.get("message")] if is_object else [record]
-        text = next((value for value in values if isinstance(value, str)), text)
-    text = "" if text.lstrip().startswith("<") else clean(" ".join(text.split()))[:500]
+    """The error for an answer without success, with the server's own words."""
+    status, text = answer.status, sentence(answer.body)
     text = f": {text}" if text else ""
     if status in (401, 403):
         hint = text or ": check it, or create a new one"
         return Refused(f"{peer.host} refused the token (HTTP {status}){hint}")
     if status in (408, 425, 429) or status >= 500:
         pause = min(answer.retry_after, PATIENCE / 2)
-        return Unreachable(f"{peer.host} answered HTTP {status}{text}", pause, overloaded=True)
+        problem = f"{peer.host} answered HTTP {status}{text}"
+        return Unreachable(problem, pause, overloaded=True, sent=status >= 500)
     if 300 <= status < 400:
         target = clean(answer.headers.get("Location", "another address"))
         hint = f"points to {target}, which is not followed: give it as --host (HTTP {status})"
@@ -77,42 +73,6 @@ def no_workspace(peer: Peer, problem: Undecodable) -> Unreachable:
 # --- deployments ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class DeploymentState:
-    """A deployment as the workspace sees it. Times are RFC 3339, the size is in bytes."""
-
-    status: str = "Unknown"
-    started: Optional[str] = None
-    finished: Optional[str] = None
-    closure_size: Optional[int] = None
-
-    @classmethod
-    def from_json(cls, record: Any) -> DeploymentState:
-        return cls(
-            status=checked_field(record, "status", str),
-            started=checked_field(record, "startedOn", str, optional=True),
-            finished=checked_field(record, "finishedOn", str, optional=True),
-            closure_size=checked_field(record, "closureSize", int, optional=True),
-        )
-
-    def seconds(self) -> Optional[float]:
-        """How long it ran, by the workspace's clock; None if a time is missing."""
-        start, finish = _timestamp(self.started), _timestamp(self.finished)
-        return None if start is None or finish is None else max(0.0, finish - start)
-
-
-def _timestamp(text: Optional[str]) -> Optional[float]:
-    """Seconds since 1970 of an RFC 3339 time; its fraction may have any number of digits."""
-    match = re.match(r"(\S{19})(\.\d+)?", text or "")
-    if match is None:
-        return None
-    try:
-        moment = datetime.datetime.fromisoformat(match[1]).replace(tzinfo=datetime.timezone.utc)
-    except ValueError:
-        return None
-    return moment.timestamp() + float(match[2] or 0)
-
-
 class Follower:
     """A deployment in progress: its last known state, and the thread that shows its log."""
 
@@ -129,20 +89,24 @@ class Follower:
         self.due = self.duration = 0.0
         self.shown = 0
         self.stopped = False
+        self.closed = 0  # polls since the closing line of the log was shown, which counts as one
+        self.told: set[str] = set()
         self.socket: Optional[websocket.WebSocket] = None
         self.thread: Optional[threading.Thread] = None
 
     @property
     def ended(self) -> bool:
         """Whether the deployment has ended."""
-        return self.state.status in TERMINAL
+        return self.state.ended
 
     def poll(self, timeout: float) -> None:
         """Ask for the status once, and start to show the log. Raises Error.
 
         A deployment that was cancelled before it was started has no log.
         """
-        self.due = time.monotonic() + POLL_SECONDS
+        soon = SOON_SECONDS * 2.0**self.closed if self.closed else POLL_SECONDS
+        self.due = time.monotonic() + min(soon, POLL_SECONDS)
+        self.closed += bool(self.closed)
         answer = http(self.peer, "GET", f"/api/v1/deploy/deployment/{self.id}", timeout)
         before = self.state.status
         try:
@@ -162,6 +126,15 @@ class Follower:
             if self.thread is not None:
                 self.duration = seconds
             self.nudge.set()
+            if self.closed:  # a workspace may keep the log's connection open
+                self.stop()
+
+    def tell_news(self, hint: str) -> None:
+        """Say once why nothing happens."""
+        news = self.state.news(self.agent, time.monotonic() - self.started_at)
+        if news and news not in self.told:
+            self.told.add(news)
+            tell(news + hint)
 
     def view(self) -> None:
         """Show the log until it is complete, over as many connections as that takes (a thread)."""
@@ -227,11 +200,17 @@ class Follower:
         except Undecodable as error:
             tell(f"warning: skipped a line of the log of {self.agent}: {error}")
             return
+        if text == SUCCESS_LINE or text.startswith(FAILURE_LINE):  # unless more lines follow
+            self.closed, self.due = 1, 0.0
+        else:
+            self.closed = 0
         for part in [part for part in re.split(r"[\r\n]+", text) if part] or [""]:
             if not self.stopped:
                 line = f"{self.label} | {clean(part, self.screen.colour)}"
                 self.screen.print(line.rstrip(" "))
-        if self.screen.broken:
+        if self.closed:
+            if self.ended:
+                self.stop()
             self.wake.set()
 
     def stop(self) -> None:
@@ -245,21 +224,22 @@ class Follower:
 # --- all of them ----------------------------------------------------------------------------------
 
 
-def wait_for(
-    followers: list[Follower], screen: Screen, wake: threading.Event, deadline: float
-) -> None:
+def wait_for(followers: list[Follower], wake: threading.Event, deadline: float) -> None:
     """Poll the deployments until they end, or until the deadline.
 
     Raises Unreachable after PATIENCE seconds without a usable answer, any other Error at once.
+    Where nobody reads stdout any more that changes nothing: the result counts.
     """
+    hint = "; --timeout=SECONDS limits that" if deadline == float("inf") else ""
     failures, pending = 0, followers
     last_answer = now = time.monotonic()
-    while pending and not screen.broken and now < deadline:
+    while pending and now < deadline:
         try:
             for follower in sorted(pending, key=lambda follower: follower.due):
                 if follower.due <= (now := time.monotonic()) < deadline:
                     follower.poll(min(20.0, max(1.0, deadline - now)))
                     last_answer, failures = time.monotonic(), 0
+                    follower.tell_news(hint)
         except Unreachable as problem:
             if time.monotonic() - last_answer >= PATIENCE:
                 silence = f"no answer for {PATIENCE:.0f} s, the deployments go on unseen"
@@ -292,7 +272,7 @@ def follow(
 ) -> None:
     """Show the logs until all deployments have ended. Raises Error if one has not in time."""
     try:
-        wait_for(followers, screen, wake, deadline)
+        wait_for(followers, wake, deadline)
         show_rest([follower for follower in followers if follower.ended], screen, deadline)
     finally:
         for follower in followers:
@@ -302,6 +282,6 @@ def follow(
             if follower.thread is not None:  # none may be writing when Python exits
                 follower.thread.join(max(0.0, limit - time.monotonic()))
     missing = [f"{one.agent} is {one.state.status}" for one in followers if not one.ended]
-    if missing and not screen.broken:
+    if missing:
         listed = ", ".join(missing)
         raise Error(f"gave up waiting at the --timeout: {listed}; the deployments go on")

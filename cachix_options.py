@@ -9,7 +9,7 @@ from typing import Any, Optional
 import cachix_console
 from activate.kinds.verdict import Policy
 from cachix_connection import Peer, Waits
-from cachix_console import choice, positive, read_token
+from cachix_console import choice, positive, read_token, tell
 from cachix_protocol import UsageError, __version__, is_agent_name
 
 USAGE = """\
@@ -29,6 +29,8 @@ Commands:
 
 Options:
   --host=URL                    The workspace [default: https://cachix.org].
+  --hostname=URL                The same, as older releases of Cachix's client call it.
+  -c --config=FILE              Cachix's own configuration: accepted, and not read.
   --token-file=FILE             Read the token from FILE instead of the environment
                                 (CACHIX_AGENT_TOKEN; CACHIX_ACTIVATE_TOKEN for activate).
   --confirm-timeout=SECONDS     Time for a new system to reach the workspace [default: 120].
@@ -37,7 +39,7 @@ Options:
   --on-reboot-needed=POLICY     fail or boot: if only a reboot can help [default: fail].
   --bootstrap                   Deploy once to a machine whose own agent takes over, then exit.
   --if-stopped                  Exit with 0 if an agent of this name is running (for cron).
-  --agent=NAME                  Deploy to this agent of SPEC only; may be repeated.
+  -a --agent=NAME               Deploy to this agent of SPEC only; may be repeated.
   --async                       Start the deployments, and do not wait for them.
   --timeout=SECONDS             Give up waiting after this time; the deployments go on.
   -v --verbose                  Print debugging messages, and tracebacks of errors.
@@ -81,6 +83,13 @@ def parse(argv: list[str]) -> dict[str, Any]:
     return cachix_console.parse(argv, USAGE, f"cachix-deploy {__version__}", explain)
 
 
+def host_of(options: dict[str, Any]) -> str:
+    """The workspace, by either name of the option."""
+    if options["--config"]:
+        tell(f"{options['--config']} is not read: tokens come from the environment or --token-file")
+    return str(options["--hostname"] or options["--host"])
+
+
 def agent_options(options: dict[str, Any]) -> AgentOptions:
     """An agent's command line. Raises UsageError."""
     name = options["NAME"] or socket.gethostname().partition(".")[0]
@@ -99,7 +108,7 @@ def agent_options(options: dict[str, Any]) -> AgentOptions:
         retry=waits.retry,
     )
     return AgentOptions(
-        peer=Peer.create(options["--host"], token, name),
+        peer=Peer.create(host_of(options), token, name),
         profile=options["PROFILE"],
         bootstrap=options["--bootstrap"],
         if_stopped=options["--if-stopped"],

@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Callable, Optional
 
-from activate import history, journal, lock, logfile
+from activate import history, journal, lock, logfile, outcomes
 from activate.text import printable
 from cachix_channels import Channel, HttpChannel, SocketChannel
 from cachix_connection import Peer, Waits, backoff
@@ -192,7 +192,7 @@ class Delivery:
                 self.reported.size,
                 reason,
                 record.step,
-                record.result(),
+                outcomes.of(record),
             )
             self.note(ended=True)
 

@@ -30,16 +30,6 @@ EFFECTS = frozenset({ACTIVATING, COMMITTING, ROLLING_BACK})  # they change the m
 FINAL = frozenset({SUCCEEDED, ROLLED_BACK, ROLLBACK_FAILED, FAILED, CANCELLED, SUPERSEDED})
 STEPS = HARMLESS | EFFECTS | FINAL | {CHECKING}
 SET_ASIDE = ".unreadable-"
-# What a deployment that has ended means for its machine.
-NOTHING_CHANGED, REBOOT_NEEDED = "nothing-changed", "reboot-needed"
-CHANGED_BY_OTHERS, STATE_LOST = "changed-by-others", "state-lost"
-OUTCOMES = {
-    SUCCEEDED: SUCCEEDED,
-    ROLLED_BACK: ROLLED_BACK,
-    ROLLBACK_FAILED: ROLLBACK_FAILED,
-    CANCELLED: NOTHING_CHANGED,
-    SUPERSEDED: NOTHING_CHANGED,
-}
 
 
 class Unreadable(Error):
@@ -114,12 +104,6 @@ class Record:
             and isinstance(self.times, dict)
             and all(isinstance(moment, (int, float)) for moment in self.times.values())
         )
-
-    def result(self) -> Optional[str]:
-        """What the end means for the machine; None before it, or if that is not known."""
-        if self.step == FAILED and self.outcome is None and ACTIVATING not in self.times:
-            return NOTHING_CHANGED
-        return (self.outcome or OUTCOMES.get(self.step)) if self.step in FINAL else None
 
     def to_json(self) -> bytes:
         """The content of the file."""

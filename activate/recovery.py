@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from activate import journal
+from activate import journal, outcomes
 
 # actions of a switch process
 START, ACTIVATE, COMMIT, ROLL_BACK = "deploy", "activate", "commit", "roll-back"
@@ -51,7 +51,7 @@ def next_action(record: journal.Record, facts: Facts) -> Action:
     if runs not in (record.store_path, record.previous_running, record.previous_profile):
         now = f"{runs} runs now"
         reason = f"it was interrupted, and {now}: somebody else has deployed, it is left alone"
-        return Action(END, journal.FAILED, reason, journal.CHANGED_BY_OTHERS)
+        return Action(END, journal.FAILED, reason, outcomes.CHANGED_BY_OTHERS)
     event = "it was interrupted" if facts.boot_id == record.boot_id else "the machine restarted"
     if record.step == journal.COMMITTING and not spent:
         if facts.running == record.store_path:

@@ -32,6 +32,7 @@ import cachix_ci
 import cachix_connection
 import cachix_follow
 import cachix_protocol
+import cachix_state
 from activate.text import STORE_PATH
 from cachix_ci import ActivateOptions, activate_command, clean, decode_spec
 from cachix_connection import Peer
@@ -400,6 +401,116 @@ def test_a_log_that_is_never_closed_ends_by_its_silence(workspaces: Any, activat
     assert result.log == ["web | one"] and 0.4 <= result.seconds < 2
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_the_closing_line_and_an_end_are_enough(
+    workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    """Cachix's backend keeps the connection of a log open; the status may come a little later."""
+    monkeypatch.setattr(cachix_follow, "QUIET_SECONDS", 20.0)
+    monkeypatch.setattr(cachix_follow, "POLL_SECONDS", 5.0)
+    workspace = workspaces()
+    workspace.logs["web"] = [["one", "Failed to activate the deployment. It says."]]
+    ends = [state("InProgress")] * 3 + [state("Failed")]
+    workspace.states["web"] = ends[3:] if early else ends
+    result = activate(workspace)
+    assert result.seconds < 2 and len(result.log) == 2
+
+
+def test_a_line_that_looks_like_the_closing_one_hides_nothing(
+    workspaces: Any, activate: Any
+) -> None:
+    workspace = workspaces()
+    ended = threading.Event()
+    workspace.on_state = lambda body: ended.set() if "Succeeded" in body else None
+    line = "Successfully activated the deployment."
+    workspace.logs["web"] = [[line, "more", ended, "and more", line]]
+    workspace.states["web"] = [state("InProgress"), state("Succeeded")]
+    assert activate(workspace).log == [f"web | {word}" for word in (line, "more", "and more", line)]
+
+
+@pytest.mark.parametrize(
+    ("status", "facts", "words"),
+    [
+        (
+            "Failed",
+            {"outcome": "rolled-back", "reason": f"status 1; rolled back to {SYSTEM}, but a: b"},
+            f"Failed, rolled back to {SYSTEM}",
+        ),
+        ("Failed", {"outcome": "rolled-back"}, "Failed, rolled back"),
+        ("Failed", {"outcome": "nothing-changed"}, "Failed, nothing was changed"),
+        ("Failed", {"outcome": "rollback-failed"}, "ROLLBACK FAILED: web needs you"),
+        (
+            "Failed",
+            {"outcome": "changed-by-others"},
+            "Failed, somebody else has changed the machine",
+        ),
+        ("Failed", {"outcome": "state-lost"}, "Failed, the agent has lost its state"),
+        ("Succeeded", {"outcome": "reboot-needed"}, "Succeeded, a reboot is needed"),
+        ("Succeeded", {"outcome": "succeeded"}, "Succeeded"),
+        ("Failed", {"outcome": "of a later version"}, "Failed"),
+        ("Failed", {"outcome": 7, "reason": ["no text"]}, "Failed"),
+        ("Cancelled", {"outcome": "nothing-changed", "reason": "replaced"}, "Cancelled"),
+    ],
+)
+def test_the_summary_says_what_the_end_means(
+    workspaces: Any, activate: Any, status: str, facts: dict[str, Any], words: str
+) -> None:
+    workspace = workspaces()
+    workspace.states["web"] = [state(status, **facts)]
+    result = activate(workspace)
+    row = [line for line in result.lines if line.startswith("web  ")][-1]
+    assert row.split("  ")[1] == words, row
+    if isinstance(facts.get("reason"), str):
+        assert result.lines[-1] == f"web: {facts['reason']}"
+    assert result.status == (0 if status == "Succeeded" else 1)
+
+
+def test_a_reason_of_several_lines_does_nothing_to_the_terminal(
+    workspaces: Any, activate: Any
+) -> None:
+    workspace = workspaces()
+    workspace.states["web"] = [state("Failed", reason="one\x1b[2J\n\ntwo\r")]
+    assert activate(workspace).lines[-2:] == ["web: one", "web: two"]
+
+
+@pytest.mark.parametrize(
+    ("status", "facts", "words"),
+    [
+        (
+            "Pending",
+            {"agentOnline": False, "agentOfflineSince": "2026-11-26T18:00:12.5Z"},
+            "web: offline since 2026-11-26 18:00 UTC, waiting for it",
+        ),
+        ("Pending", {"agentOnline": False}, "web: never connected so far, waiting for it"),
+        ("Pending", {}, "web: not started yet, its agent may be offline or busy"),
+        (
+            "InProgress",
+            {"lostSince": "2026-11-26T18:00:00Z"},
+            "web: no sign of life since 2026-11-26 18:00 UTC",
+        ),
+        ("InProgress", {"cancelRequested": "2026-11-26T18:00:00Z"}, "web: it is to be cancelled"),
+        ("Pending", {"agentOnline": True}, ""),
+    ],
+)
+@pytest.mark.parametrize("timeout", [None, 30.0])
+def test_it_says_once_why_nothing_happens(
+    workspaces: Any,
+    activate: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    status: str,
+    facts: dict[str, Any],
+    words: str,
+    timeout: Optional[float],
+) -> None:
+    monkeypatch.setattr(cachix_state, "PATIENCE", 0.2)
+    workspace = workspaces()
+    workspace.states["web"] = [state(status, **facts)] * 6 + [state("Succeeded")]
+    result = activate(workspace, timeout=timeout)
+    assert result.status == 0 and result.err.count("\n") == bool(words)
+    assert result.err.startswith(words)
+    assert not words or ("--timeout=SECONDS" in result.err) == (timeout is None)
+
+
 @pytest.mark.parametrize("end", [None, 1012, 1011], ids=["eof", "1012", "1011"])
 def test_a_log_that_breaks_is_resumed_without_repetition(
     end: Step, workspaces: Any, activate: Any
@@ -610,6 +721,34 @@ def test_an_order_is_repeated_while_the_workspace_restarts(
     assert result.status == 0
     assert "HTTP 503; trying again in 1 s" in result.err
     assert "HTTP 429; trying again in 7 s" in result.err
+
+
+def test_an_order_whose_answer_is_lost_may_have_been_started(
+    workspaces: Any, activate: Any
+) -> None:
+    workspace = workspaces()
+    workspace.orders = [Answer("<html>", 502)]
+    error = activate(workspace).err.splitlines()[-1]
+    hint = f"the deployments may have been started: look at {workspace.host}"
+    assert error.endswith(hint)
+    workspace.orders = [Answer({"error": "too many requests"}, 429)]
+    assert "may have been started" not in activate(workspace).err
+
+
+def test_an_order_that_hangs_up_may_have_been_started(activate: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connection.recv(1 << 16)
+                    connection.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        host = f"http://127.0.0.1:{server.getsockname()[1]}"
+        result = activate(host, {"agents": {"web": SYSTEM}})
+        assert result.status == 69 and "may have been started: look at http" in result.err
 
 
 def test_nobody_listens(activate: Any) -> None:
@@ -827,16 +966,25 @@ def start(spec_file: str, host: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_a_broken_pipe_ends_quietly(workspaces: Any, spec_file: str) -> None:
+@pytest.mark.parametrize(("end", "status"), [("Succeeded", 0), ("Failed", 1)])
+def test_the_result_counts_although_nobody_reads_stdout(
+    workspaces: Any, spec_file: str, end: str, status: int
+) -> None:
+    """Its reader has left (`| head`), or it was closed from the start (`>&-`)."""
     workspace = workspaces()
-    workspace.states["web"] = [state("InProgress")]
+    workspace.states["web"] = [state("InProgress"), state("InProgress"), state(end)]
     closed = threading.Event()
-    workspace.logs["web"] = [["one", closed, *map(str, range(100))]]
+    workspace.logs["web"] = [["one", closed, *map(str, range(100)), 1000]]
     with start(spec_file, workspace.host) as process:
         assert process.stdout and process.stderr
         process.stdout.close()
         closed.set()
-        assert process.wait(10) == 1 and process.stderr.read() == b""
+        assert process.wait(20) == status and process.stderr.read() == b""
+    workspace.states["web"] = [state("InProgress"), state(end)]
+    arguments = command(spec_file, host=workspace.host)
+    arguments["args"] = ["sh", "-c", 'exec "$@" >&-', "sh", *arguments["args"]]
+    done = subprocess.run(**arguments, stderr=subprocess.PIPE, timeout=20, check=False)
+    assert (done.returncode, done.stderr) == (status, b"")
 
 
 def test_a_slow_reader_of_a_pipe_that_does_not_block(workspaces: Any, spec_file: str) -> None:
@@ -860,15 +1008,16 @@ def test_a_slow_reader_of_a_pipe_that_does_not_block(workspaces: Any, spec_file:
     assert numbers == list(range(5000)) and "Succeeded" in lines[-1]
 
 
-def test_interrupted(workspaces: Any, spec_file: str) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(workspaces: Any, spec_file: str, number: int, status: int) -> None:
     workspace = workspaces()
     workspace.states["web"] = [state("InProgress")]
     workspace.logs["web"] = [["one"]]
     with start(spec_file, workspace.host) as process:
         assert process.stdout and process.stderr
-        process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 130
-        assert process.stderr.read() == b"interrupted: the deployments that were started go on\n"
+        process.send_signal(number)
+        assert process.wait(10) == status
+        assert process.stderr.read() == b"interrupted: the deployments go on\n"
         assert b"web  InProgress" in process.stdout.read()
 
 

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from activate import journal, pipe
+from activate import journal, outcomes, pipe
 from activate.agent import conductor
 from activate.agent.attempt import Attempt
 from activate.agent.failure import DownloadFailed
@@ -98,7 +98,7 @@ def test_only_what_a_signal_may_have_done_is_looked_at_twice(
     hooks = dataclasses.replace(hooks, stop=Stop())
     conductor.Conductor(hooks).settle(entry)
     assert waits == pauses and entry.record.step == journal.FAILED
-    assert entry.record.result() == journal.NOTHING_CHANGED
+    assert outcomes.of(entry.record) == outcomes.NOTHING_CHANGED
 
 
 @pytest.fixture

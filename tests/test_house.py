@@ -19,11 +19,13 @@ MAY_IMPORT = {
     " cachix_proxy cachix_repeats"
     f" {SHARED} activate.agent",
     "cachix_ci": f"cachix_follow {FLOOR} activate.text",
+    "cachix_state": "cachix_protocol activate.text",
     "cachix_switch": f"{FLOOR} {SHARED} activate.switch",
     "cachix_options": f"{FLOOR} {SHARED}",
-    "cachix_follow": f"{FLOOR} activate.text",
-    "cachix_reports": f"cachix_channels {FLOOR}"
-    " activate.history activate.journal activate.lock activate.logfile activate.text",
+    "cachix_follow": f"cachix_state cachix_diagnosis {FLOOR} activate.text",
+    "cachix_reports": f"cachix_channels cachix_repeats {FLOOR}"
+    " activate.history activate.journal activate.lock activate.logfile activate.outcomes"
+    " activate.text",
     "cachix_channels": FLOOR,
     "cachix_connection": "cachix_session cachix_websocket cachix_diagnosis cachix_dial cachix_proxy"
     " cachix_protocol",

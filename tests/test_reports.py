@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import cachix_protocol
 import cachix_reports
-from activate import journal, lock
+from activate import journal, lock, outcomes
 from activate.logfile import LINE_BYTES, cut
 from activate.text import printable
 from cachix_channels import HttpChannel, SocketChannel
@@ -528,17 +528,17 @@ def test_a_log_that_stalls_delays_no_end(make, reporter, early):
     ("step", "facts", "outcome"),
     [
         (journal.SUCCEEDED, {}, "succeeded"),
-        (journal.SUCCEEDED, {"outcome": journal.REBOOT_NEEDED}, "reboot-needed"),
+        (journal.SUCCEEDED, {"outcome": outcomes.REBOOT_NEEDED}, "reboot-needed"),
         (journal.ROLLED_BACK, {}, "rolled-back"),
         (journal.ROLLBACK_FAILED, {}, "rollback-failed"),
         (journal.CANCELLED, {}, "nothing-changed"),
         (journal.SUPERSEDED, {}, "nothing-changed"),
         (journal.FAILED, {}, "nothing-changed"),
-        (journal.FAILED, {"outcome": journal.STATE_LOST}, "state-lost"),
+        (journal.FAILED, {"outcome": outcomes.STATE_LOST}, "state-lost"),
         (journal.FAILED, {"times": {journal.ACTIVATING: 1.0}}, None),
         (
             journal.FAILED,
-            {"times": {journal.ACTIVATING: 1.0}, "outcome": journal.CHANGED_BY_OTHERS},
+            {"times": {journal.ACTIVATING: 1.0}, "outcome": outcomes.CHANGED_BY_OTHERS},
             "changed-by-others",
         ),
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from activate import journal, kinds, recovery
+from activate import journal, kinds, outcomes, recovery
 from activate.kinds import verdict
 from activate.kinds.change import Change
 from activate.process import Error, say
@@ -26,7 +26,7 @@ def roll_back(progress: Progress, kind: kinds.Kind, reason: str) -> None:
     change = previous.change(progress.journal.record)
     if obstacle := previous.nothing_to_undo(change, kind):
         foreign = obstacle == previous.foreign_deployment(change, kind)
-        outcome = journal.CHANGED_BY_OTHERS if foreign else None
+        outcome = outcomes.CHANGED_BY_OTHERS if foreign else None
         progress.finish(journal.FAILED, f"{reason}; {obstacle}", outcome)
         return
     if progress.journal.record.step != journal.ROLLING_BACK:
@@ -86,7 +86,7 @@ def finish(
 ) -> None:
     """Record the end of a rollback, by what runs now."""
     if foreign := previous.foreign_deployment(change, kind):
-        progress.finish(journal.FAILED, f"{reason}; {foreign}", journal.CHANGED_BY_OTHERS)
+        progress.finish(journal.FAILED, f"{reason}; {foreign}", outcomes.CHANGED_BY_OTHERS)
         return
     restored = change.previous_running or "no profile, as before"
     words = "; ".join(problems)

@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from typing import Callable
 
-from activate import history, journal, kinds, machine, recovery
+from activate import history, journal, kinds, machine, outcomes, recovery
 from activate.kinds import verdict
 from activate.kinds.change import Change
 from activate.pipe import BEGIN, Reach
@@ -24,7 +24,7 @@ BEGIN_TIMEOUT = 30.0  # seconds for the agent's answer, which takes much less
 class Untouched(Error):
     """The deployment ends as failed, and there is nothing to undo."""
 
-    def __init__(self, reason: str, outcome: str = journal.NOTHING_CHANGED) -> None:
+    def __init__(self, reason: str, outcome: str = outcomes.NOTHING_CHANGED) -> None:
         super().__init__(reason)
         self.outcome = outcome
 
@@ -63,7 +63,7 @@ class Switch:
         except (Error, OSError) as error:
             say(self.log, str(error))
             if action == recovery.START:  # else the machine has been changed, and the agent retries
-                self.progress.finish(journal.FAILED, str(error), journal.NOTHING_CHANGED)
+                self.progress.finish(journal.FAILED, str(error), outcomes.NOTHING_CHANGED)
             return
         try:
             if action == recovery.ROLL_BACK:
@@ -124,12 +124,12 @@ class Switch:
             decision = self.activate()
             note = decision.reason
             if decision.move == verdict.BOOT:
-                outcome = journal.REBOOT_NEEDED
+                outcome = outcomes.REBOOT_NEEDED
             else:
                 self.check()
         others.wait(self.progress, self.kind)
         if foreign := previous.foreign_deployment(self.change, self.kind):
-            raise Untouched(foreign, journal.CHANGED_BY_OTHERS)
+            raise Untouched(foreign, outcomes.CHANGED_BY_OTHERS)
         self.progress.enter(journal.COMMITTING)
         self.kind.commit(self.change, self.run)
         self.progress.finish(journal.SUCCEEDED, note or None, outcome)
@@ -152,7 +152,7 @@ class Switch:
             self.accept_refusal(status, output)
             raise Error(decision.reason)
         if decision.move == verdict.UNTOUCHED:
-            raise Untouched(decision.reason, journal.REBOOT_NEEDED)
+            raise Untouched(decision.reason, outcomes.REBOOT_NEEDED)
         return decision
 
     def accept_refusal(self, status: int, output: str) -> None:
