@@ -290,8 +290,16 @@ class _Race:
 # --- TLS ------------------------------------------------------------------------------------------
 
 
+_kept = ("", "")  # a bundle, and a name for it that works when its file is gone
+
+
 def ca_bundle() -> Optional[str]:
-    """The file of trusted authorities for every connection: the system's, else certifi's."""
+    """The file of trusted authorities for every connection: the system's, else certifi's.
+
+    If a kept file is gone it counts all the same, unless the environment names another.
+    """
+    if _kept[0] and not os.path.isfile(_kept[0]) and _named_bundle() is None:
+        return _kept[1]
     for candidate in (_named_bundle(), *SYSTEM_BUNDLES):
         if candidate and os.path.isfile(candidate):
             return candidate
@@ -349,6 +357,14 @@ def unverified_context() -> ssl.SSLContext:
     return context
 
 
+def keep_bundle() -> None:
+    """Keep the file of authorities open, as requests reads it for each connection."""
+    global _kept
+    bundle = ca_bundle()
+    if bundle is not None and not _kept[0] and os.path.isdir("/proc/self/fd"):
+        _kept = (bundle, f"/proc/self/fd/{os.open(bundle, os.O_RDONLY | os.O_CLOEXEC)}")
+
+
 def load(url: str) -> None:
     """Load all that `Dialer.open` needs for a URL: files may be gone when it is called."""
     proxy = proxy_for(url)
@@ -356,5 +372,6 @@ def load(url: str) -> None:
     if "https" in schemes:
         with contextlib.suppress(OSError):
             tls_context()
+            keep_bundle()
     if schemes == ("https", "https"):
         import urllib3.util.ssltransport  # noqa: F401
