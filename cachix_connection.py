@@ -61,6 +61,8 @@ class Waits:
     download: float = 6 * 3600.0
     unit_recheck: float = 10.0
     retry: float = 2.0
+    orphan: float = 30.0  # for another agent to report an end, see cachix_orphan.py
+    orphan_reports: float = 3600.0
 
     @classmethod
     def from_environment(cls) -> Waits:

@@ -392,6 +392,8 @@ class Agent:
             process.end_all()
         if switch.step not in (journal.ACTIVATING, journal.CHECKING):
             switch.pipe.say_goodbye()
+        else:
+            switch.pipe.say_leaving()
 
     def request_stop(self) -> None:
         """End the agent from another thread than the main one."""
@@ -483,7 +485,10 @@ class Agent:
         self.replaced = False
         self.worker.registered = message
         self.reporter.register(message)
+        known = AgentRegistered(message.id, None, message.reports).to_json()
+        self.worker.hooks.config["registered"] = known
         mark = {"pid": os.getpid(), "boot_id": machine.boot_id(), "time": time.time()}
+        mark.update(host=self.options.peer.host, registered=known)
         try:
             path = os.path.join(self.state, f"registered-{self.options.name}.json")
             files.write_durably(path, json.dumps(mark).encode())

@@ -8,23 +8,49 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import io
 import os
 import signal
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from activate import journal, logfile, pipe
 from activate.kinds.verdict import Policy
 from activate.process import Error
 
+if TYPE_CHECKING:
+    from activate.switch.progress import Progress
+
+
+# What `load_reach` loads, in small pieces and in this order; the latter for plain requests only.
+PIECES = ("cachix_connection", "ssl", "http.client", "cachix_websocket", "cachix_orphan")
+FOR_REQUESTS = ("urllib3.util", "urllib3.connection", "requests", "cachix_session")
+GRACE = 0.25  # seconds in which "go" comes if there is nothing to download
+
 
 def load_reach(config: dict[str, Any]) -> pipe.Reach:
-    """Load all that a look at the workspace needs: an activation may remove the files."""
-    from cachix_connection import Peer, load, reach
+    """Load all that looks at the workspace and reports need: an activation may remove the files."""
+    import cachix_orphan
+    from cachix_connection import Peer, reach
 
     peer = Peer(config["host"], config["token"], config["name"])
-    load(peer)
+    cachix_orphan.load(peer, needs_requests(config))
     return lambda timeout: reach(peer, timeout)
+
+
+def needs_requests(config: dict[str, Any]) -> bool:
+    """Whether the reports are plain requests, as far as the agent knows already."""
+    registered = config.get("registered")
+    return registered is None or registered.get("reports") == "http"
+
+
+def load_while_silent(agent: pipe.SwitchEnd, config: dict[str, Any]) -> None:
+    """Load in advance, until the agent says something: it takes time that a download has."""
+    for name in PIECES + (FOR_REQUESTS if needs_requests(config) else ()):
+        if not agent.has_no_word(GRACE if name == PIECES[0] else 0):
+            return
+        with contextlib.suppress(ImportError):  # not everything needs it
+            importlib.import_module(name)
 
 
 class Network:
@@ -55,6 +81,22 @@ class Network:
             self.own(timeout)
 
 
+def leave(progress: Progress, config: dict[str, Any]) -> None:
+    """Let go of everything, and see to it that the end is reported if the agent is gone."""
+    entry = progress.journal
+    if entry.record.step not in journal.FINAL or progress.agent.stays():
+        return
+    os.close(config["lock"])
+    progress.machine_lock.close()
+    progress.log.close()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (1, 2):  # nothing more belongs into the log
+        os.dup2(null, fd, inheritable=False)
+    from cachix_orphan import Orphan
+
+    Orphan(entry, config, progress.stop).attend(progress.agent.is_alive)
+
+
 def main() -> int:
     """Lead one deployment, as the agent at the other end of stdin and stdout asks.
 
@@ -74,6 +116,7 @@ def main() -> int:
     from activate.switch.progress import Progress, Stopping
 
     network = Network(config, agent)
+    load_while_silent(agent, config)
     gc.enable()  # disabled by the command line of this process, because imports leave no garbage
     order = agent.wait_for_go()
     if order is None:
@@ -89,6 +132,7 @@ def main() -> int:
         signal.signal(number, lambda *_: None)  # unlike SIG_IGN it is not inherited by commands
     try:
         steps.Switch(progress, network.reach, network.load).perform(action)
+        leave(progress, config)
     except Stopping:
         with contextlib.suppress(OSError):  # a shutdown does not count as an attempt
             entry.enter(entry.record.step, attempts=max(0, entry.record.attempts - 1))

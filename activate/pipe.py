@@ -1,6 +1,7 @@
 """The pipe between an agent and its switch process: both ends, and every word on it.
 
-to the switch process   CONFIG (JSON), "go ACTION JOURNAL" (JSON), "NUMBER PROBLEM", "bye"
+to the switch process   CONFIG (JSON), "go ACTION JOURNAL" (JSON), "NUMBER PROBLEM", "bye",
+                        "leaving"
 to the agent            "ready", "ask NUMBER look SECONDS", "ask NUMBER begin", "STEP REASON"
 """
 
@@ -21,7 +22,7 @@ from activate.text import one_line
 
 START_TIMEOUT = 12 * 3600.0  # seconds until "go": more than the longest download
 LINE_BYTES = 4000  # a pipe takes this much in one piece
-READY, GO, BYE, ASK = "ready", "go", "bye", "ask"
+READY, GO, BYE, LEAVING, ASK = "ready", "go", "bye", "leaving", "ask"
 LOOK, BEGIN = "look", "begin"  # questions: can the workspace be reached; is it still wanted
 
 File = Union[IO[bytes], io.FileIO]
@@ -102,6 +103,11 @@ class AgentEnd(Pipe):
         with contextlib.suppress(OSError):
             self.send(BYE)
 
+    def say_leaving(self) -> None:
+        """Announce that the agent exits, maybe because of the deployment: it reports no end."""
+        with contextlib.suppress(OSError):
+            self.send(LEAVING)
+
     def listen(self, timeout: float) -> Union[Question, Entered, None]:
         """The next message; None if the process has ended, or is silent for `timeout` seconds."""
         line = self.receive(timeout)
@@ -121,6 +127,7 @@ class SwitchEnd(Pipe):
         super().__init__(source, sink)
         self.pid = os.getppid()
         self.has_left = False  # the agent has said goodbye
+        self.is_leaving = False  # the agent exits, for whatever reason
         self.questions = 0
         self.answers: dict[str, str] = {}
 
@@ -158,8 +165,9 @@ class SwitchEnd(Pipe):
     def _hear(self, timeout: float) -> bool:
         """Take in an answer or a goodbye. False if neither comes within `timeout` seconds."""
         line = self.receive(timeout)
-        if line == BYE:
-            self.has_left = True
+        if line in (BYE, LEAVING):
+            self.is_leaving = True
+            self.has_left = self.has_left or line == BYE
         elif line is not None:
             number, _, problem = line.partition(" ")
             self.answers[number] = problem
@@ -170,6 +178,14 @@ class SwitchEnd(Pipe):
         while self._hear(0):
             pass
         return not self.at_end
+
+    def stays(self) -> bool:
+        """Whether the agent is alive and not about to exit, so that it reports the end."""
+        return self.is_alive() and not self.is_leaving
+
+    def has_no_word(self, timeout: float) -> bool:
+        """Whether the agent is silent for `timeout` seconds."""
+        return not self.buffer and not select.select([self.source], [], [], timeout)[0]
 
     def was_lost(self) -> bool:
         """Whether the agent has ended without a goodbye."""

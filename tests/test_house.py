@@ -20,7 +20,8 @@ MAY_IMPORT = {
     f" {SHARED} activate.agent",
     "cachix_ci": f"cachix_follow {FLOOR} activate.text",
     "cachix_state": "cachix_protocol activate.text",
-    "cachix_switch": f"{FLOOR} {SHARED} activate.switch",
+    "cachix_switch": f"cachix_orphan {FLOOR} {SHARED} activate.switch",
+    "cachix_orphan": f"cachix_reports cachix_session {FLOOR} {SHARED}",
     "cachix_options": f"{FLOOR} {SHARED}",
     "cachix_follow": f"cachix_state cachix_diagnosis {FLOOR} activate.text",
     "cachix_reports": f"cachix_channels cachix_repeats {FLOOR}"

@@ -31,8 +31,6 @@ def output(log):
     output = Output(log)
     yield output
     output.close()
-    for fd in (output.sink, output.source):
-        os.close(fd)
     if output.pid:
         os.waitpid(output.pid, 0)
 
@@ -172,9 +170,10 @@ def test_the_drainer_keeps_nothing_else_and_ends_with_the_last_writer(tmp_path, 
         os.kill(output.pid, number)
     assert os.getsid(output.pid) == output.pid
     output.settle()
+    writer = os.dup(output.sink)
     output.close()
     assert os.waitpid(output.pid, os.WNOHANG) == (0, 0)
-    os.close(output.sink)
+    os.close(writer)
     wait_until(lambda: os.waitpid(output.pid, os.WNOHANG)[0], 5, "the end of the drainer")
     os.close(secret)
 

@@ -134,6 +134,10 @@ class Output:
         return drainer.describe(lost) if lost else ""
 
     def close(self) -> None:
-        """End the log: what is written from now on goes nowhere."""
+        """End the log: what is written from now on goes nowhere. May be repeated."""
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self.control.close()
+        for fd in (self.sink, self.source):
+            if fd >= 0:
+                os.close(fd)
+        self.sink = self.source = -1

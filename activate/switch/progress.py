@@ -25,7 +25,7 @@ class Withdrawn(Exception):
 class Progress:
     """One deployment's way from step to step, under the machine lock."""
 
-    machine_lock: lock.Lock
+    machine_lock = lock.Lock("", -1)  # none yet
 
     def __init__(
         self, entry: journal.Journal, log: Output, policy: Policy, agent: SwitchEnd
@@ -36,7 +36,7 @@ class Progress:
     def lock_machine(self, profile: str, wanted: Callable[[], bool] = lambda: True) -> None:
         """Lock the profile, and end a command that the last holder of the lock left running.
 
-        The lock is held as long as this process lives. Raises Error or OSError; Withdrawn on
+        The lock is held until everything has ended. Raises Error or OSError; Withdrawn on
         SIGTERM, or when the deployment is not `wanted` any more.
         """
         files.make_public(os.path.dirname(profile))
