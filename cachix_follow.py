@@ -33,6 +33,7 @@ POLL_SECONDS = 2.0  # between two polls of a deployment, as in Cachix's client
 SOON_SECONDS = 0.1  # between two polls after the log has ended, twice as long each time
 PATIENCE = 60.0  # seconds without a usable answer until the workspace is out of reach
 QUIET_SECONDS = 3.0  # without a new line after the end until a log counts as complete
+CLOSED_SECONDS = 0.3  # the same after the closing line
 DRAIN_SECONDS = 120.0  # for which logs are shown at most after all deployments have ended
 VIEWER_SILENCE = 30.0  # until a ping, and once more until the connection counts as dead
 
@@ -126,8 +127,6 @@ class Follower:
             if self.thread is not None:
                 self.duration = seconds
             self.nudge.set()
-            if self.closed:  # a workspace may keep the log's connection open
-                self.stop()
 
     def tell_news(self, hint: str) -> None:
         """Say once why nothing happens."""
@@ -209,8 +208,6 @@ class Follower:
                 line = f"{self.label} | {clean(part, self.screen.colour)}"
                 self.screen.print(line.rstrip(" "))
         if self.closed:
-            if self.ended:
-                self.stop()
             self.wake.set()
 
     def stop(self) -> None:
@@ -261,10 +258,12 @@ def show_rest(followers: list[Follower], screen: Screen, deadline: float) -> Non
     limit = min(deadline, time.monotonic() + DRAIN_SECONDS)
     for follower in followers:
         while follower.thread is not None and follower.thread.is_alive() and not screen.broken:
-            left = min(limit, follower.quiet_since + QUIET_SECONDS) - time.monotonic()
+            # a workspace may keep the connection open; a command may print a closing line too
+            quiet = CLOSED_SECONDS if follower.closed else QUIET_SECONDS
+            left = min(limit, follower.quiet_since + quiet) - time.monotonic()
             if left <= 0:
                 break
-            follower.thread.join(left)
+            follower.thread.join(min(left, CLOSED_SECONDS))
 
 
 def follow(

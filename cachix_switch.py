@@ -97,6 +97,13 @@ def leave(progress: Progress, config: dict[str, Any]) -> None:
     Orphan(entry, config, progress.stop).attend(progress.agent.is_alive)
 
 
+def handle_signals(progress: Progress) -> None:
+    """Stop on SIGTERM only. A handler is not inherited by commands, unlike SIG_IGN."""
+    signal.signal(signal.SIGTERM, lambda *_: progress.stop.set())
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+
+
 def main() -> int:
     """Lead one deployment, as the agent at the other end of stdin and stdout asks.
 
@@ -127,9 +134,7 @@ def main() -> int:
     os.dup2(log.sink, 2)
     os.set_blocking(1, False)
     progress = Progress(entry, log, policy, agent)
-    signal.signal(signal.SIGTERM, lambda *_: progress.stop.set())
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)  # unlike SIG_IGN it is not inherited by commands
+    handle_signals(progress)
     try:
         steps.Switch(progress, network.reach, network.load).perform(action)
         leave(progress, config)

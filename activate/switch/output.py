@@ -52,7 +52,7 @@ class Output:
             self.pid, self.control = drainer.fork(self.source, self.log, self.tally)
         except OSError:
             self.control, theirs = socket.socketpair()
-            drain = drainer.Drainer(self.source, theirs, self.log, self.tally)
+            drain = drainer.Drainer(os.dup(self.source), theirs, self.log, self.tally)
             self.pid = 0
             threading.Thread(target=drain.run, name="drainer", daemon=True).start()
         finally:
