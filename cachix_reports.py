@@ -18,7 +18,7 @@ from activate import history, journal, lock, logfile, outcomes
 from activate.text import printable
 from cachix_channels import Channel, HttpChannel, SocketChannel
 from cachix_connection import Peer, Waits, backoff
-from cachix_console import complain, tell
+from cachix_console import complain, debug, tell
 from cachix_protocol import (
     FAILED,
     FAILURE_LINE,
@@ -378,6 +378,7 @@ class Reporter(threading.Thread):
             complain(error)
         name = f"deployment {delivery.entry.record.id}"
         self.repeats.tell(f"{name}: not reported yet, trying again: {error}")
+        debug(f"{name}: next attempt in {pause:.0f} s")
 
     def conclude(self, delivery: Delivery) -> None:
         """Finish a delivery whose report is whole, and make room for later ones."""

@@ -107,7 +107,9 @@ def test_a_workspace_that_asks_to_be_left_alone_is_left_alone(make_world, proxy,
 def test_a_workspace_that_is_down_from_the_activation_on(make_world, proxy, finish):
     """A system that can't reach it is rolled back, and this is reported once it is up again."""
     world = make_world(
-        url=proxy.url, waits=BRIEF, args=("--activation-timeout=5", "--confirm-timeout=2")
+        url=proxy.url,
+        waits=BRIEF,
+        args=("--activation-timeout=5", "--confirm-timeout=2", "--verbose"),
     )
 
     def down(*_):
@@ -117,7 +119,8 @@ def test_a_workspace_that_is_down_from_the_activation_on(make_world, proxy, fini
     world.order(r"^test \S+-second", down)
     deployment = deploy(world, "second", closures.lines(3000))
     assert ends(world, deployment) == "rolled-back"
-    assert_no_growth(world, lambda: world.agent.text().count("not reported yet"), 11)
+    assert_no_growth(world, lambda: world.agent.text().count("next attempt in"), 11)
+    assert world.agent.text().count("not reported yet") < 5
     proxy.listen()
     assert world.ended(deployment) == "rolled-back"
     assert "could not be reached" in world.workspace.deployment(deployment)["reason"]
