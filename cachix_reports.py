@@ -224,9 +224,8 @@ class Delivery:
             return Lines(channel, self.reported.line, [], self.reported.offset, False)
         if closing:
             lines.append(closing_line(self.entry.record))
-        if not lines:
-            return None
-        return Lines(channel, self.reported.line, lines, offset, closing)
+        call = Lines(channel, self.reported.line, lines, offset, closing)
+        return call if lines else None
 
     def take_answer(self, sent: Lines) -> None:
         """Go on by the answer to a call. Raises Error."""
@@ -376,9 +375,9 @@ class Reporter(threading.Thread):
         delivery.not_before = time.monotonic() + pause
         if not isinstance(error, Error):
             complain(error)
-        name = f"deployment {delivery.entry.record.id}"
-        self.repeats.tell(f"{name}: not reported yet, trying again: {error}")
-        debug(f"{name}: next attempt in {pause:.0f} s")
+        name = f"deployment {delivery.entry.record.id}: "
+        self.repeats.tell(f"{name}not reported yet, trying again: {error}")
+        debug(f"{name}next attempt in {pause:.0f} s")
 
     def conclude(self, delivery: Delivery) -> None:
         """Finish a delivery whose report is whole, and make room for later ones."""
