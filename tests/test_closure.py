@@ -4,7 +4,6 @@ import os
 import shutil
 import sqlite3
 import subprocess
-import time
 
 import closures
 import pytest
@@ -125,16 +124,11 @@ def test_the_database_says_what_nix_says(store):
     assert sorted(database.requisites([part, path])) == sorted(expected)
 
 
-def test_two_thousand_paths_take_less_than_ten_milliseconds(store):
+def test_the_whole_closure_is_named_once(store):
     host, path = store
-    paths = [str(host.path(one)) for one in database.requisites([path])]
-    times = []
-    for _ in range(5):
-        began = time.process_time()
-        assert len(database.requisites([path])) == 2001
-        assert all(map(os.path.lexists, paths))
-        times.append(time.process_time() - began)
-    assert min(times) < 0.010, times
+    paths = database.requisites([path])
+    assert len(paths) == len(set(paths)) == 2001
+    assert all(os.path.lexists(host.path(one)) for one in paths)
 
 
 def forbid(monkeypatch, directory):

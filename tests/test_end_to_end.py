@@ -523,7 +523,7 @@ def test_no_command_sees_the_token_or_the_services_variables(make_machine):
     secrets = {
         "NOTIFY_SOCKET": "/run/notify",
         "CREDENTIALS_DIRECTORY": "/run/credentials",
-        "INVOCATION_ID": "abc",
+        "INVOCATION_ID": "0b6c4f1e5a9d4c7fb3b1",
     }
     machine = make_machine(env={**FAST["env"], **secrets})
     script = "env; readlink /proc/self/fd/*; :"

@@ -130,6 +130,7 @@ class Output:
 
     def missing(self) -> str:
         """A message if the end of the output is lost, and the log can't say so."""
+        self.settle()
         lost = self.tally.lost
         return drainer.describe(lost) if lost else ""
 
