@@ -9,18 +9,21 @@ AGENT := $(wildcard cachix_*.py) activate
 AGENT_SOURCES := $(shell find $(AGENT) -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test quick faults soak lint bench pyz clean
+.PHONY: help setup run test test-slow quick faults soak lint bench pyz clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1	\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' Makefile | expand -t 18
 
 setup: .make/venv .make/nix .make/systemd .make/disks ## make .venv, and install Nix and test tools
 
 run: setup ## watch the whole thing: three hosts, a cache, a deployment, a rollback (build/run)
 	@$(BIN)/python tests/demo.py
 
-test: setup ## run all tests, with real Nix, and a fifth of the fault cases; ARGS="-k name" selects
+test: setup ## run the tests, with real Nix, and some of the fault cases; ARGS="-k name" selects
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-slow: setup ## run those that take long: containers with systemd, old Pythons, random faults
+	$(BIN)/python -m pytest $(PARALLEL) --long $(ARGS)
 
 quick: lint ## run lint and the tests that need neither Nix nor root, in under a minute
 	$(BIN)/python -m pytest $(PARALLEL) -q -m "not slow" $(ARGS)
@@ -29,7 +32,7 @@ faults: setup ## try every fault in every step of a deployment, and count the ca
 	$(BIN)/python -m pytest $(PARALLEL) --faults -m promise $(ARGS)
 
 soak: setup ## try random faults in random deployments for SECONDS=60; SEED=n sets the first seed
-	$(BIN)/python -m pytest $(PARALLEL) tests/faults/test_soak.py --seconds $(SECONDS) \
+	$(BIN)/python -m pytest $(PARALLEL) tests/faults/test_soak.py --long --seconds $(SECONDS) \
 	  $(if $(SEED),--seed $(SEED))
 
 # The agent's side runs on Python 3.9: mypy checks it for the oldest version that it still knows.

@@ -28,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--faults", action="store_true", help="all cases of tests/faults, and a summary by promise"
     )
     parser.addoption(
+        "--long", action="store_true", help="what `make test` leaves out: `make test-slow`"
+    )
+    parser.addoption(
         "--seconds", type=float, default=60.0, help="for how long to draw random schedules"
     )
     parser.addoption("--seed", type=int, help="seed of the first schedule (default: a random one)")

@@ -27,6 +27,8 @@ from hosts import PROJECT, Host
 from live import Workspace
 from packaging.specifiers import SpecifierSet
 
+pytestmark = pytest.mark.long
+
 DIRECTORY = PROJECT / "build" / "python3.9"
 DEBS = "python3.9-minimal libpython3.9-minimal libpython3.9-stdlib libssl1.1 libffi7 libmpdec3"
 # What the pure tests need besides the agent's dependencies. The last two are named because pip

@@ -24,7 +24,8 @@ from containers import (
 )
 from hosts import PROJECT, wait_until
 
-pytestmark = pytest.mark.timeout(300)  # the first test may have to make the root tree
+# the first test may have to make the root tree
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
 GO_ON = "/nix/var/go"  # a test makes this file to let a command go on
 STOPPED = {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}

@@ -23,9 +23,10 @@ from scripted import Scripted
 from world import World
 
 HERE = Path(__file__).parent
-# `make test` runs a test with up to MOST cases whole, else each EACHth case: coprime to the numbers
-# of faults and of times, so that each of them has its turn.
-MOST, EACH = 12, 5
+# `make test` runs a test with up to MOST cases whole, else each EACHth case, and `make test-slow`
+# those after them. EACH is coprime to the numbers of faults and of times, so that each of them has
+# its turn.
+MOST, EACH = 12, 7
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -42,11 +43,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.get_closest_marker("soak") is None)  # the longest first
     if config.getoption("--faults"):
         return
-    many = [items for items in cases.values() if len(items) > MOST]
-    left_out = {item for items in many for number, item in enumerate(items) if number % EACH}
+    long = config.getoption("--long")
+    sampled = {
+        item: number % EACH == int(long)
+        for items in cases.values()
+        if len(items) > MOST
+        for number, item in enumerate(items)
+    }
+    stays = [long if is_long(item) else sampled.get(item, not long) for item in items]
+    left_out = [item for item, stay in zip(items, stays) if not stay]
     if left_out:
-        items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item, stay in zip(items, stays) if stay]
+        config.hook.pytest_deselected(items=left_out)
+
+
+def is_long(item: pytest.Item) -> bool:
+    """Whether a test is left to `make test-slow`."""
+    return bool(item.get_closest_marker("long") or item.get_closest_marker("soak"))
 
 
 @pytest.fixture(scope="session")
