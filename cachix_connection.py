@@ -61,6 +61,7 @@ class Waits:
     download: float = 6 * 3600.0
     unit_recheck: float = 10.0
     retry: float = 2.0
+    former: float = 15.0  # for another agent of the name to end
     orphan: float = 30.0  # for another agent to report an end, see cachix_orphan.py
     orphan_reports: float = 3600.0
 

@@ -19,15 +19,15 @@ from activate import (
     environment,
     files,
     history,
+    holder,
     journal,
-    lock,
     machine,
     nix,
     outcomes,
     process,
     startup,
 )
-from activate.agent import conductor, netrc
+from activate.agent import conductor, netrc, single
 from activate.agent.hooks import AgentHooks, Ended
 from cachix_channels import HttpChannel
 from cachix_connection import (
@@ -226,7 +226,8 @@ class Worker(threading.Thread):
     def deploy(self, deployment: Deployment) -> None:
         """Lead a deployment to its end."""
         if deployment.resumed:
-            conductor.wait_for_holder(self.hooks, self.options.name, deployment.id)
+            name, profile = self.options.name, self.options.profile
+            conductor.wait_for_leader(self.hooks, deployment.id, name, profile)
         entry = self.begin(deployment)
         if entry is None:
             return
@@ -266,7 +267,7 @@ class Worker(threading.Thread):
         elif ended:
             if record.step != journal.ROLLBACK_FAILED:
                 entry.drop_roots()
-        elif record.step not in journal.HARMLESS and not conductor.is_busy(record.agent):
+        elif record.step not in journal.HARMLESS and holder.is_free(entry):
             self.guarded(self.conductor.settle, entry)
 
     @contextlib.contextmanager
@@ -383,11 +384,12 @@ class Agent:
         """Stop downloads, and tell a running switch process, which goes on, that we are leaving."""
         self.stop.set()
         process.end_all()
-        switch, name = self.worker.conductor.switch, self.options.name
+        leader = self.worker.conductor
+        switch = leader.switch
         deadline = self.exit_by = min(self.exit_by, time.monotonic() + EXIT_TIMEOUT)
         if switch is None:
             return
-        while not switch.step and conductor.is_busy(name) and time.monotonic() < deadline:
+        while not switch.step and leader.attempt is not None and time.monotonic() < deadline:
             time.sleep(0.02)  # the worker has yet to note that this attempt does not count
             process.end_all()
         if switch.step not in (journal.ACTIVATING, journal.CHECKING):
@@ -548,10 +550,13 @@ def watch_signals(agent: Agent) -> None:
 
 def agent_command(options: AgentOptions) -> int:
     """Run an agent until it is asked to stop; the exit status. Raises Error."""
+    foreign = environment.leave_others()
     try:
-        environment.home()
+        home = environment.home()
     except environment.NoHome as error:
         raise UsageError(str(error)) from None
+    if foreign:
+        tell(f"{', '.join(foreign)}: not root's own, so the home directory is {home} instead")
     os.umask(startup.OWN_UMASK)
     state = journal.state_directory()
     for directory in (state, os.path.join(state, "deployments")):
@@ -565,49 +570,42 @@ def agent_command(options: AgentOptions) -> int:
         watch_signals(agent)
         threading.Thread(target=hand_over, args=(agent,), name="hand-over", daemon=True).start()
         return agent.run()
-    if not lock_name(options):
-        return 0
     watch_signals(agent)
+    if not be_single(options, state, agent.stop):
+        return 0
     return agent.run()
 
 
-def lock_name(options: AgentOptions) -> bool:
-    """Take the lock of the agent's name for as long as this process lives. Raises Error.
+def be_single(options: AgentOptions, state: str, stop: threading.Event) -> bool:
+    """Be the only agent of the name for as long as this process lives. Raises Error.
 
-    If another agent of that name is running: False with --if-stopped, else raises AlreadyRunning.
+    False if another one runs and --if-stopped is set, or if `stop` is set while we wait.
     """
-    path = lock.shared_path("agent", options.name)
-    pid_path = path.replace(".lock", ".pid")
+    name = options.name
+    if options.if_stopped:
+        is_only_one = single.take(state, name)
+        if not is_only_one:
+            debug(f"an agent named {name} is running already")
+        return is_only_one
+    patience = single.Patience(options.waits.former, options.policy.activation_timeout)
     try:
-        if lock.take(path) is None:
-            pid = lock.read(pid_path)
-            owner = f" (pid {pid})" if pid else ""
-            message = f"an agent named {options.name} is already running{owner}"
-            if options.if_stopped:
-                debug(message)
-                return False
-            raise AlreadyRunning(f"{message}; choose another NAME, or stop it first")
-        with open(pid_path, "w", encoding="ascii") as file:
-            file.write(str(os.getpid()))
-    except OSError as error:
-        hint = "set XDG_CACHE_HOME to a directory that can be written"
-        raise Error(f"{path} can't be locked: {error.strerror}; {hint}") from None
-    return True
+        return single.wait(state, name, patience, tell, lambda: stop.wait(0.1))
+    except single.Busy as error:
+        raise AlreadyRunning(f"{error}; choose another NAME, or stop it first") from None
 
 
 def hand_over(agent: Agent) -> None:
     """End a bootstrapping agent once the machine's own agent has taken over (a thread)."""
     worker, name, timeout = agent.worker, agent.options.name, agent.waits.handover
-    path = lock.shared_path("agent", name)
     while not agent.stop.is_set():
         worker.deployed.wait()
         worker.deployed.clear()
         tell(f"waiting up to {timeout:.0f} s for the machine's own agent named {name} to take over")
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline and not agent.stop.is_set():
-            if lock.held(path):
-                pid = lock.read(path.replace(".lock", ".pid")) or "?"
-                tell(f"the agent with pid {pid} has taken over")
+            successor = single.owner(agent.state, name)
+            if successor is not None and not successor.is_gone:
+                tell(f"the agent with pid {successor.pid or '?'} has taken over")
                 agent.drain()
                 agent.request_stop()
                 return

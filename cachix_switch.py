@@ -86,7 +86,8 @@ def leave(progress: Progress, config: dict[str, Any]) -> None:
     entry = progress.journal
     if entry.record.step not in journal.FINAL or progress.agent.stays():
         return
-    os.close(config["lock"])
+    for fd in config["locks"]:
+        os.close(fd)
     progress.machine_lock.close()
     progress.log.close()
     null = os.open(os.devnull, os.O_RDWR)
@@ -113,8 +114,8 @@ def main() -> int:
     config = agent.wait_for_config()
     if config is None:
         return 0
-    policy = Policy(**config["policy"])
-    os.set_inheritable(config["lock"], False)
+    for fd in config["locks"]:
+        os.set_inheritable(fd, False)
     agent.report(pipe.READY)
     import ctypes  # noqa: F401  # for `files.sync`; loaded while the agent downloads
 
@@ -133,7 +134,7 @@ def main() -> int:
     log = Output(logfile.open_log(entry))
     os.dup2(log.sink, 2)
     os.set_blocking(1, False)
-    progress = Progress(entry, log, policy, agent)
+    progress = Progress(entry, log, Policy(**config["policy"]), agent)
     handle_signals(progress)
     try:
         steps.Switch(progress, network.reach, network.load).perform(action)

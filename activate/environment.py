@@ -15,6 +15,12 @@ KEPT = frozenset((*LOCALE, *PROXIES, *(name.upper() for name in PROXIES))) | fro
 )
 KEPT_PREFIXES = ("LC_", "LOCALE_ARCHIVE", "XDG_", "NIX_")
 
+# Directories of the user: root uses none that belong to somebody else.
+PERSONAL = (
+    *("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"),
+    "XDG_RUNTIME_DIR",
+)
+
 proxies: dict[str, str] = {}  # set by the agent: variables that replace those of our environment
 
 
@@ -32,6 +38,29 @@ def home() -> str:
             return candidate
     user, hint = os.geteuid(), "set HOME, or STATE_DIRECTORY to a directory for its files"
     raise NoHome(f"user {user} has no passwd entry, thus no home directory: {hint}")
+
+
+def leave_others() -> list[str]:
+    """Forget the directories of other users, if this is root; the variables that named them.
+
+    `sudo` may keep HOME: whoever owns that could plant links where root writes.
+    """
+    if os.geteuid() != 0:
+        return []
+    foreign = [name for name in PERSONAL if _is_foreign(os.environ.get(name, ""))]
+    for name in foreign:
+        del os.environ[name]
+    return foreign
+
+
+def _is_foreign(directory: str) -> bool:
+    """Whether a directory, or the one that it would be made in, belongs to another user."""
+    while directory.startswith("/"):
+        try:
+            return os.stat(directory).st_uid != os.geteuid()
+        except OSError:  # it is not there yet
+            directory = os.path.dirname(directory.rstrip("/")) or "/"
+    return False
 
 
 def _passwd_home() -> str:

@@ -20,7 +20,7 @@ from activate.process import Error
 VERSION = 2  # increase it with every new key
 NEVER = 1 << 30  # for a key that may be missing
 # the version that brought a key; all others are as old as VERSION 1
-ADDED = {"sequence": 2, "outcome": NEVER}
+ADDED = {"sequence": 2, "outcome": NEVER, "confirmed": NEVER}
 RECEIVED, DOWNLOADING, READY = "received", "downloading", "ready"
 ACTIVATING, CHECKING, COMMITTING = "activating", "checking", "committing"
 ROLLING_BACK, ROLLED_BACK, ROLLBACK_FAILED = "rolling-back", "rolled-back", "rollback-failed"
@@ -43,7 +43,8 @@ class Record:
     Paths are absolute, `times` has the seconds since 1970 at which each step was entered,
     `log_size` is the end of the log in bytes. `attempts` counts the attempts at the present step,
     `revision` all entries ever made. `sequence` orders the deployments, see `history`; it is 0 in
-    a journal of VERSION 1. `outcome` is set where the step alone does not tell it.
+    a journal of VERSION 1. `outcome` is set where the step alone does not tell it. `confirmed` is
+    the deployment that was the last to be confirmed before this one, see `holder`.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Record:
     reason: Optional[str] = None
     detail: Optional[str] = None
     outcome: Optional[str] = None
+    confirmed: Optional[str] = None
     times: dict[str, float] = field(default_factory=dict)
     log_size: Optional[int] = None
     version: int = VERSION
@@ -96,9 +98,10 @@ class Record:
         texts = (self.id, self.agent, self.host, self.store_path, self.step, self.boot_id)
         paths = (self.rollback_script, self.profile, self.previous_running, self.previous_profile)
         numbers = (self.index, self.attempts, self.revision, self.sequence, self.version)
+        optional = (*paths, self.outcome, self.confirmed)
         return (
             all(isinstance(text, str) for text in texts)
-            and all(path is None or isinstance(path, str) for path in (*paths, self.outcome))
+            and all(text is None or isinstance(text, str) for text in optional)
             and all(type(number) is int for number in numbers)
             and self.step in STEPS
             and isinstance(self.times, dict)

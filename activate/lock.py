@@ -36,6 +36,13 @@ class Lock:
         os.ftruncate(self.fd, 0)
         os.pwrite(self.fd, text.encode(), 0)
 
+    def is_in_place(self) -> bool:
+        """Whether the file still has its name: who opens a new one of that name locks another."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.fd))
+        except OSError:
+            return False
+
     def close(self) -> None:
         """Release it, unless another process has inherited it."""
         with contextlib.suppress(OSError):
@@ -51,12 +58,16 @@ def take(
     """Lock file `path`, and write `text` into it.
 
     None if another process holds it for `timeout` seconds more, or until it is not `wanted` any
-    more. Raises OSError if the file can't be opened.
+    more. A file that was deleted while it was waited for is made anew. Raises OSError if the file
+    can't be opened.
     """
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    lock = Lock(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    lock = _open(path)
     deadline = time.monotonic() + timeout
-    while not _try(lock.fd):
+    while not (taken := _try(lock.fd)) or not lock.is_in_place():
+        if taken:
+            lock.close()
+            lock = _open(path)
+            continue
         if time.monotonic() >= deadline or not wanted():
             lock.close()
             return None
@@ -65,6 +76,12 @@ def take(
         with contextlib.suppress(OSError):
             lock.write(text)
     return lock
+
+
+def _open(path: str) -> Lock:
+    """The file of a lock, which is not taken yet. Raises OSError."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    return Lock(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 def _try(fd: int) -> bool:

@@ -18,14 +18,16 @@ ATTEMPTS = 3
 class Facts:
     """The present state of the machine.
 
-    `holder` is the deployment whose process holds the deployment lock, `target` the path that the
-    profile points at, `running` the path that runs: None soon after a boot, when it is not known.
+    `is_led` says that another process leads this deployment. `target` is the path that the profile
+    points at, `running` the path that runs: None soon after a boot, when it is not known.
+    `confirmed` is the deployment that was confirmed last, empty if that is not known.
     """
 
-    holder: Optional[str] = None
+    is_led: bool = False
     boot_id: str = ""
     running: Optional[str] = None
     target: Optional[str] = None
+    confirmed: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Action:
 
 def next_action(record: journal.Record, facts: Facts) -> Action:
     """The only way on from here: design.md, section 5."""
-    if facts.holder == record.id:
+    if facts.is_led:
         return Action(ADOPT)
     if record.step in journal.FINAL:
         return Action(REPORT)
@@ -51,6 +53,9 @@ def next_action(record: journal.Record, facts: Facts) -> Action:
     if runs not in (record.store_path, record.previous_running, record.previous_profile):
         now = f"{runs} runs now"
         reason = f"it was interrupted, and {now}: somebody else has deployed, it is left alone"
+        return Action(END, journal.FAILED, reason, outcomes.CHANGED_BY_OTHERS)
+    if is_settled_elsewhere(record, facts.confirmed):
+        reason = "it was interrupted, and another deployment was confirmed since: it is left alone"
         return Action(END, journal.FAILED, reason, outcomes.CHANGED_BY_OTHERS)
     event = "it was interrupted" if facts.boot_id == record.boot_id else "the machine restarted"
     if record.step == journal.COMMITTING and not spent:
@@ -71,3 +76,8 @@ def _start_again(record: journal.Record, spent: bool) -> Action:
         return Action(END, journal.FAILED, reason)
     interrupted = "it was interrupted before anything was changed"
     return Action(START, reason=interrupted if record.attempts else "")
+
+
+def is_settled_elsewhere(record: journal.Record, confirmed: str) -> bool:
+    """Whether a deployment that this state directory does not know was confirmed after this one."""
+    return record.confirmed is not None and confirmed not in ("", record.confirmed, record.id)

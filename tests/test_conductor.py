@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from activate import journal, outcomes, pipe
+from activate import holder, journal, outcomes, pipe
 from activate.agent import conductor
 from activate.agent.attempt import Attempt
 from activate.agent.failure import DownloadFailed
@@ -67,7 +67,7 @@ def test_an_attempt_is_kept_until_its_end_is_written(entry, hooks, monkeypatch, 
     last = journal.RECEIVED if exits else journal.FAILED
     assert steps == [counted, (last, 1, True)]
     assert entry.record.attempts == (0 if exits else 1)
-    assert leader.attempt is None and not conductor.is_busy("a")
+    assert leader.attempt is None and holder.is_free(entry)
 
 
 @pytest.mark.parametrize(

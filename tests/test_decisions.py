@@ -7,7 +7,7 @@ import resource
 
 import pytest
 
-from activate import history, journal, kinds, recovery
+from activate import history, journal, kinds, outcomes, recovery
 from activate.kinds import verdict
 from activate.process import Error
 from activate.switch import previous as previous_system
@@ -116,9 +116,9 @@ def record(step, attempts=0, previous=OLD, boot_id=""):
 PATHS = [NEW, OLD, OLDER, OTHER, None]
 
 
-def expected(step, attempts, holder, running, target):
+def expected(step, attempts, is_led, running, target):
     """The table of design.md, section 5, written once more: the action, and the step of an end."""
-    if holder == "id":
+    if is_led:
         return recovery.ADOPT, ""
     if step in journal.FINAL:
         return recovery.REPORT, ""
@@ -137,12 +137,12 @@ def expected(step, attempts, holder, running, target):
 @pytest.mark.promise(2, 7, 15)
 @pytest.mark.parametrize("step", sorted(journal.STEPS))
 def test_next_action_over_the_whole_product(step):
-    for attempts, holder, boot, running, target in itertools.product(
-        range(5), (None, "id", "another"), ("this", "before", ""), PATHS, PATHS
+    for attempts, is_led, boot, running, target in itertools.product(
+        range(5), (False, True), ("this", "before", ""), PATHS, PATHS
     ):
-        facts = recovery.Facts(holder, boot, running, target)
+        facts = recovery.Facts(is_led, boot, running, target)
         action = recovery.next_action(record(step, attempts, boot_id="this"), facts)
-        right = expected(step, attempts, holder, running, target)
+        right = expected(step, attempts, is_led, running, target)
         assert (action.do, action.step) == right, (facts, attempts)
         if action.do in (recovery.END, recovery.ROLL_BACK, recovery.COMMIT, recovery.ACTIVATE):
             assert action.reason
@@ -152,15 +152,40 @@ def test_next_action_over_the_whole_product(step):
 
 def test_the_reason_of_a_rollback_is_not_forgotten():
     interrupted = dataclasses.replace(record(journal.ROLLING_BACK, 1), reason="the script failed")
-    action = recovery.next_action(interrupted, recovery.Facts(None, "", NEW, NEW))
+    action = recovery.next_action(interrupted, recovery.Facts(False, "", NEW, NEW))
     assert action.reason == "the script failed"
 
 
 def test_a_first_profile_may_run_nothing():
     """Without a previous path, "nothing runs" is the previous state."""
     first = record(journal.ACTIVATING, previous=None)
-    action = recovery.next_action(first, recovery.Facts(None, None, None))
+    action = recovery.next_action(first, recovery.Facts())
     assert action.do == recovery.ROLL_BACK
+
+
+@pytest.mark.promise(4)
+@pytest.mark.parametrize("step", sorted(journal.STEPS - journal.HARMLESS - journal.FINAL))
+@pytest.mark.parametrize(
+    ("before", "now", "is_left"),
+    [
+        ("a", "b", True),
+        ("", "b", True),
+        ("a", "a", False),
+        ("a", "", False),  # the file of the machine lock was lost
+        ("a", "id", False),  # its own, by a process that was killed right after
+        (None, "b", False),  # a journal of an earlier release
+    ],
+)
+def test_a_deployment_that_was_confirmed_since_is_left_alone(step, before, now, is_left):
+    """It may be of the same path, and in another state directory."""
+    interrupted = dataclasses.replace(record(step), confirmed=before)
+    facts = recovery.Facts(running=NEW, target=NEW, confirmed=now)
+    action = recovery.next_action(interrupted, facts)
+    assert (action.do == recovery.END) == is_left
+    if is_left:
+        assert (
+            action.outcome == outcomes.CHANGED_BY_OTHERS and "was confirmed since" in action.reason
+        )
 
 
 def test_the_first_time_in_a_step_starts_a_new_count_of_attempts(tmp_path):

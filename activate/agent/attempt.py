@@ -8,7 +8,7 @@ import threading
 from dataclasses import replace
 from typing import Optional
 
-from activate import journal, kinds, lock, logfile, machine, nix, pipe, recovery
+from activate import holder, journal, kinds, logfile, machine, nix, pipe, recovery
 from activate.agent import closure, download, launch
 from activate.agent.hooks import AgentHooks
 from activate.process import Error
@@ -27,7 +27,7 @@ class Attempt:
         self.switch: Optional[launch.SwitchProcess] = None
         self.refusal: Optional[Exception] = None  # why the switch process must not begin
 
-    def run(self, action: recovery.Action, taken: lock.Lock) -> None:
+    def run(self, action: recovery.Action, taken: holder.Locks) -> None:
         """Download if need be, let the switch process go, follow it. Raises Error."""
         record = self.entry.record
         nix.check_paths(record.store_path, record.rollback_script)

@@ -7,7 +7,7 @@ import os
 import time
 from typing import Any, Optional
 
-from activate import journal, kinds, leftovers, lock, logfile, machine, nix, recovery
+from activate import holder, journal, kinds, leftovers, lock, logfile, machine, nix, recovery
 from activate.agent import launch, unwritten
 from activate.agent.attempt import Attempt
 from activate.agent.hooks import AgentHooks, Ended
@@ -48,7 +48,7 @@ class Conductor:
             first = False
             with contextlib.ExitStack() as stack:
                 try:
-                    taken = self.lock_deployment(entry)
+                    taken = holder.take(entry)
                     if taken is not None:
                         stack.enter_context(contextlib.closing(taken))
                     self.take_action(entry, taken, give_up)
@@ -70,16 +70,8 @@ class Conductor:
         self.ends.keep(entry)
         self.hooks.changed()
 
-    def lock_deployment(self, entry: journal.Journal) -> Optional[lock.Lock]:
-        """The deployment lock; None while another process holds it. Raises Error."""
-        path = lock.shared_path("deployment", entry.record.agent)
-        try:
-            return lock.take(path, text=entry.record.id)
-        except OSError as error:
-            raise Error(f"{path} can't be locked: {error.strerror}") from None
-
     def take_action(
-        self, entry: journal.Journal, taken: Optional[lock.Lock], give_up: float
+        self, entry: journal.Journal, taken: Optional[holder.Locks], give_up: float
     ) -> None:
         """Take one action under the deployment lock, or wait for its holder.
 
@@ -106,16 +98,16 @@ class Conductor:
         self.attempt = Attempt(self.hooks, entry, self.sizes)
         self.attempt.run(action, taken)
 
-    def facts(self, entry: journal.Journal, taken: Optional[lock.Lock]) -> recovery.Facts:
+    def facts(self, entry: journal.Journal, taken: Optional[holder.Locks]) -> recovery.Facts:
         """The facts that recovery needs besides the journal."""
         record = entry.record
         kind, profile = kinds.find(record.kind), str(record.profile)
-        path = lock.shared_path("deployment", record.agent)
         return recovery.Facts(
-            holder=None if taken else lock.read(path),
+            is_led=taken is None and holder.is_led(entry),
             boot_id=machine.boot_id(),
             running=None if kind is None else kind.running_path(profile),
             target=nix.target(profile),
+            confirmed=holder.last_confirmed(record.profile),
         )
 
     def count_attempt(self, entry: journal.Journal, action: recovery.Action) -> None:
@@ -167,11 +159,6 @@ class Conductor:
             self.ends.write(entry, end)
 
 
-def is_busy(agent: str) -> bool:
-    """Whether a deployment of this agent is in progress, whichever process leads it."""
-    return lock.held(lock.shared_path("deployment", agent))
-
-
 def has_ended(state: str, deployment_id: str) -> bool:
     """Whether a deployment has a journal in this state directory, and has ended."""
     with contextlib.suppress(Error):
@@ -180,10 +167,12 @@ def has_ended(state: str, deployment_id: str) -> bool:
     return False
 
 
-def wait_for_holder(hooks: AgentHooks, agent: str, deployment_id: str) -> None:
+def wait_for_leader(
+    hooks: AgentHooks, deployment_id: str, agent: str, profile_name: Optional[str]
+) -> None:
     """Wait while another process, maybe with another state directory, leads this deployment."""
-    path = lock.shared_path("deployment", agent)
     give_up = time.monotonic() + lock.DEPLOYMENT_TIMEOUT
-    while lock.held(path) and lock.read(path) == deployment_id and time.monotonic() < give_up:
-        if hooks.stop.wait(ADOPTED_PAUSE):
+    profiles = [kind.profile_path(profile_name) for kind in kinds.KINDS]
+    while holder.is_led_elsewhere(deployment_id, agent, profiles):
+        if hooks.stop.wait(ADOPTED_PAUSE) or time.monotonic() > give_up:
             return

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 
-from activate import environment, journal, lock, pipe, process, recovery
+from activate import environment, holder, journal, pipe, process, recovery
 from activate.agent.hooks import AgentHooks
 from activate.process import Error
 
@@ -50,13 +50,13 @@ class SwitchProcess:
 
     pipe: pipe.AgentEnd
 
-    def __init__(self, hooks: AgentHooks, entry: journal.Journal, taken: lock.Lock) -> None:
-        """Start it with the deployment lock. It loads while the agent goes on. Raises Error."""
+    def __init__(self, hooks: AgentHooks, entry: journal.Journal, taken: holder.Locks) -> None:
+        """Start it with the deployment's locks. It loads while the agent goes on. Raises Error."""
         self.step = ""
         self.may_run = False  # "go" was sent: it is not killed any more
         self.files = hooks.switch_files
         self.argv = [*hooks.switch_command, "switch", entry.record.id]
-        self.config = {**hooks.config, "directory": entry.directory, "lock": taken.fd}
+        self.config = {**hooks.config, "directory": entry.directory, "locks": taken.fds}
         self.scope_until = time.monotonic() + hooks.scope_timeout
         self.spawn(in_scope(self.argv))
 
@@ -71,7 +71,7 @@ class SwitchProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 cwd="/",
-                pass_fds=[self.config["lock"], *self.files],
+                pass_fds=[*self.config["locks"], *self.files],
                 start_new_session=True,
                 env=env,
                 bufsize=0,

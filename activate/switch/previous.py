@@ -6,7 +6,7 @@ import contextlib
 import os
 from typing import Any, Optional
 
-from activate import byhand, history, journal, kinds, lock, nix
+from activate import byhand, history, holder, journal, kinds, lock, nix
 from activate.kinds.change import Change, Lasting
 from activate.process import CommandFailed, Error, Log, Run, ask, say
 
@@ -48,7 +48,9 @@ def facts(
     paths = (previous["previous_running"], previous["previous_profile"])
     add_roots([path for path in paths if path], entry, log, timeout)
     sequence = history.next_sequence([*journals, entry])
-    return {"kind": kind.NAME, "profile": profile, "sequence": sequence, **previous}
+    last = holder.last_confirmed(profile)
+    own = {"kind": kind.NAME, "profile": profile, "sequence": sequence, "confirmed": last}
+    return {**own, **previous}
 
 
 def observe(kind: kinds.Kind, profile: str) -> State:

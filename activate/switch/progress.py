@@ -7,7 +7,7 @@ import os
 import threading
 from typing import Any, Callable, Optional
 
-from activate import files, journal, leftovers, lock, machine, nix
+from activate import files, holder, journal, leftovers, lock, machine, nix
 from activate.kinds.verdict import Policy
 from activate.pipe import SwitchEnd
 from activate.process import Error, run, say
@@ -51,6 +51,7 @@ class Progress:
             raise Error(f"another deployment of {profile} did not end within {hours}")
         leftovers.end_marked(taken.fd, self.log, self.policy.activation_timeout)
         leftovers.clear(taken.fd)
+        holder.note_holder(taken.fd, self.journal.record.id)
         self.machine_lock = taken
 
     def run(self, argv: list[str]) -> int:
@@ -88,6 +89,8 @@ class Progress:
         try:
             with contextlib.suppress(*([] if step == journal.SUCCEEDED else [Error])):
                 self.sync()
+            if step == journal.SUCCEEDED:
+                holder.note_confirmed(self.machine_lock.fd, self.journal.record.id)
             self.journal.enter(step, reason=reason, log_size=size, **facts)
         except (Error, OSError) as error:
             if step == journal.SUCCEEDED:

@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from typing import Callable
 
-from activate import history, journal, kinds, machine, outcomes, recovery
+from activate import history, holder, journal, kinds, machine, outcomes, recovery
 from activate.kinds import verdict
 from activate.kinds.change import Change
 from activate.pipe import BEGIN, Reach
@@ -87,6 +87,7 @@ class Switch:
         self.kind = kinds.detect(record.store_path)
         profile = self.kind.profile_path(record.profile_name)
         self.progress.lock_machine(profile, wanted=self.progress.agent.is_alive)
+        self.check_unchanged()
         others.wait_untouched(self.progress, self.kind, self.progress.agent.is_alive)
         before = self.record_previous(profile)
         if self.progress.agent.ask(BEGIN, BEGIN_TIMEOUT) != "":
@@ -112,9 +113,23 @@ class Switch:
             raise Error(f"this version does not know the kind {self.record.kind!r}")
         self.kind = kind
         self.progress.lock_machine(str(self.record.profile))
+        self.check_unchanged()
         entry = self.progress.journal
         sequence = history.next_sequence([*history.load_all(entry.state)[0], entry])
         entry.record = replace(self.record, sequence=sequence)
+
+    def check_unchanged(self) -> None:
+        """Raise Withdrawn if others have gone on with this deployment, or settled the machine.
+
+        They held the machine lock, and the agent must decide anew.
+        """
+        entry = self.progress.journal
+        revision, confirmed = self.record.revision, holder.last_confirmed(self.record.profile)
+        entry.reload()
+        if self.record.revision != revision:
+            raise Withdrawn
+        if recovery.is_settled_elsewhere(self.record, confirmed):
+            raise Withdrawn
 
     def forward(self, activate_first: bool) -> None:
         """Activate, check, commit. Raises an exception for whatever fails."""
