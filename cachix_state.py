@@ -38,6 +38,7 @@ class DeploymentState:
     offline_since: Optional[str] = None
     lost_since: Optional[str] = None
     cancel_requested: Optional[str] = None
+    cancel_refused: Optional[str] = None
 
     @classmethod
     def from_json(cls, record: Any) -> DeploymentState:
@@ -57,6 +58,7 @@ class DeploymentState:
             offline_since=text("agentOfflineSince"),
             lost_since=text("lostSince"),
             cancel_requested=text("cancelRequested"),
+            cancel_refused=text("cancelRefused"),
         )
 
     @property
@@ -99,6 +101,8 @@ class DeploymentState:
             return f"{agent}: no sign of life since {minute(self.lost_since)}, waiting for it"
         if self.status == IN_PROGRESS and self.cancel_requested:
             return f"{agent}: it is to be cancelled, if the agent has not begun to activate it"
+        if self.status == IN_PROGRESS and self.cancel_refused:
+            return f"{agent}: it was too late to cancel it"
         return ""
 
 

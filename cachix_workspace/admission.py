@@ -53,7 +53,12 @@ def read_body(limit: int) -> bytes:
 
 def log_offset() -> int:
     """The query's `offset`, 0 by default. Raises Refusal (400)."""
-    text = request.args.get("offset", "0")
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
-        raise Refusal(400, "`offset` is the index of a log line: a number from 0 on")
+    return query_number("offset", 0, 10**9 - 1)
+
+
+def query_number(name: str, default: int, most: int) -> int:
+    """A number in the query. Raises Refusal (400) if it is none, or above `most`."""
+    text = request.args.get(name, str(default))
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) > most:
+        raise Refusal(400, f"`{name}` must be a number from 0 to {most}, not {text[:40]!r}")
     return int(text)

@@ -29,9 +29,23 @@ class AgentRow:
     seen_on: str
     connected: bool
     last_index: int
+    client: str | None
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is an agent of cachix-deploy, of a release that says so."""
+        return self.client is not None
 
 
-def register(connection: Connection, name: str, system: str, version: str) -> AgentRow:
+def client_of(user_agent: str) -> str | None:
+    """The version of cachix-deploy that a User-Agent header names; None for any other client."""
+    program, _, version = user_agent.partition("/")
+    return version[:MAX_FACT] if program == "cachix-deploy" and version.isprintable() else None
+
+
+def register(
+    connection: Connection, name: str, system: str, version: str, client: str | None = None
+) -> AgentRow:
     """Note that the agent `name` has connected. Its first connection creates it."""
     now = utc_now()
     facts = {
@@ -39,6 +53,7 @@ def register(connection: Connection, name: str, system: str, version: str) -> Ag
         "version": version[:MAX_FACT],
         "seen_on": now,
         "connected": True,
+        "client": client,
     }
     query = select(agents.c.id).where(agents.c.name == name).with_for_update()
     row = connection.execute(query).one_or_none()
@@ -59,6 +74,18 @@ def find(connection: Connection, name: str | None) -> AgentRow:
             f"there is no agent {name!r}: "
             "the header `name` must be that of an agent that has connected to /ws",
         )
+    return AgentRow(**row._mapping)
+
+
+def find_id(connection: Connection, name: str) -> str:
+    """The id of the agent of this name; empty if it has never connected."""
+    query = select(agents.c.id).where(agents.c.name == name)
+    return connection.execute(query).scalar_one_or_none() or ""
+
+
+def get(connection: Connection, agent_id: str) -> AgentRow:
+    """The agent of a deployment."""
+    row = connection.execute(select(agents).where(agents.c.id == agent_id)).one()
     return AgentRow(**row._mapping)
 
 

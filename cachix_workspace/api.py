@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from flask import Blueprint, Response, request
+from sqlalchemy import Connection
 
-from cachix_protocol import Spec, loads
-from cachix_workspace import deployments, logs
-from cachix_workspace.admission import authenticate, log_offset, read_body
+from cachix_protocol import TERMINAL, Spec, loads
+from cachix_workspace import agents, deployments, logs
+from cachix_workspace.admission import authenticate, log_offset, query_number, read_body
 from cachix_workspace.answers import json_answer
 from cachix_workspace.context import current_workspace
-from cachix_workspace.deployments import DeploymentRow, Report
+from cachix_workspace.deployments import DeploymentRow
+from cachix_workspace.reports import Report
 from cachix_workspace.tokens import AGENTS, CI
 
 logger = logging.getLogger(__name__)
 
 MAX_JSON = 4 << 20  # bytes of a deploy.json or a status
+MANY, MOST = 100, 1000  # deployments in one answer
 MAX_LOG = 16 << 20  # bytes of log lines in one request
 
 index_routes = Blueprint("index", __name__)
@@ -45,8 +49,8 @@ def order_v1() -> Response:
 def order_v2() -> Response:
     """Order the deployments of a deploy.json; the answer has their ids and URLs."""
     rows = _order()
-    agents = {name: {"id": row.id, "url": _page_url(name, row)} for name, row in rows.items()}
-    return json_answer({"agents": agents})
+    links = {name: {"id": row.id, "url": _page_url(name, row)} for name, row in rows.items()}
+    return json_answer({"agents": links})
 
 
 def _order() -> dict[str, DeploymentRow]:
@@ -73,7 +77,8 @@ def get_page(name: str, index: int) -> Response:
     """A deployment by its agent and number."""
     authenticate(CI)
     with current_workspace().database.read() as connection:
-        return json_answer(deployments.find_by_index(connection, name, index).to_json())
+        row = deployments.find_by_index(connection, name, index)
+        return json_answer(_describe(connection, row))
 
 
 @deployment_routes.get("/api/v1/deploy/deployment/<deployment_id>")
@@ -81,12 +86,38 @@ def get_deployment(deployment_id: str) -> Response:
     """A deployment by its id."""
     authenticate(CI)
     with current_workspace().database.read() as connection:
-        return json_answer(deployments.find(connection, deployment_id).to_json())
+        row = deployments.find(connection, deployment_id)
+        return json_answer(_describe(connection, row))
+
+
+@deployment_routes.get("/api/v1/deploy/deployments")
+def get_deployments() -> Response:
+    """The newest deployments, by `agent`, `status` and `outcome`; `limit` of them."""
+    authenticate(CI)
+    wanted = {name: request.args.get(name) for name in ("agent", "status", "outcome")}
+    limit = query_number("limit", MANY, MOST)
+    with current_workspace().database.read() as connection:
+        found = deployments.list_some(connection, limit, **wanted)
+        described = [_describe(connection, row) for row in found]
+    return json_answer({"deployments": described})
+
+
+def _describe(connection: Connection, row: DeploymentRow) -> dict[str, Any]:
+    """A deployment, and what is known of its agent."""
+    workspace, agent = current_workspace(), agents.get(connection, row.agent_id)
+    return {
+        **row.to_json(),
+        "lostSince": workspace.signs.lost_since(row, workspace.settings.lost_after),
+        "agent": agent.name,
+        "agentOnline": agent.connected,
+        "agentOfflineSince": None if agent.connected else agent.seen_on,
+        "agentVersion": agent.client,
+    }
 
 
 @deployment_routes.post("/api/v1/deploy/deployment/<deployment_id>/cancel")
 def cancel(deployment_id: str) -> Response:
-    """Cancel a deployment; 409 if it had ended differently before."""
+    """Cancel a deployment, or ask its agent to; 409 if it is too late."""
     authenticate(CI)
     workspace = current_workspace()
     with workspace.database.write() as connection:
@@ -106,8 +137,9 @@ def put_status(deployment_id: str) -> Response:
         before = deployments.find_own(connection, request.headers.get("name"), deployment_id)
         row, accepted = deployments.apply_report(connection, before, report)
     if row != before:
-        workspace.hub.wake_agent(row.agent_id)
-        workspace.hub.wake_viewers(row.id)
+        workspace.note_report(row)
+    elif row.status not in TERMINAL:
+        workspace.signs.note(row.id)
     return json_answer(row.to_json(), 200 if accepted else 409)
 
 
@@ -126,6 +158,7 @@ def put_log(deployment_id: str) -> Response:
             following = logs.append(connection, row, offset, lines)
         except logs.Gap as gap:
             return json_answer({"next": gap.next}, 416)
+    workspace.signs.note(row.id)
     if following != row.log_next:
         workspace.hub.wake_viewers(row.id)
     return json_answer({"next": following})

@@ -14,6 +14,7 @@ from cachix_workspace.cache_api import ByHost, cache_routes
 from cachix_workspace.context import KEY, Workspace
 from cachix_workspace.database import open_database, put_meta
 from cachix_workspace.hub import Hub
+from cachix_workspace.life import Signs
 from cachix_workspace.settings import Settings
 from cachix_workspace.sockets import socket_routes
 
@@ -29,7 +30,8 @@ def create_app(settings: Settings) -> Flask:
         put_meta(connection, "public_url", settings.public_url)
         agents.mark_disconnected(connection)
     cache.remove_leftovers(settings)
-    workspace = Workspace(settings, database, Hub(settings.max_connections * 3 // 4))
+    hub = Hub(settings.max_connections * 3 // 4)
+    workspace = Workspace(settings, database, hub, Signs())
     app = Flask("cachix_workspace", static_folder=None)
     app.extensions[KEY] = workspace
     register_error_handlers(app)

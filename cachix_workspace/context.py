@@ -1,4 +1,4 @@
-"""Shared by all requests: the settings, the database and the open websockets."""
+"""Shared by all requests: settings, database, open websockets, signs of life."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from flask import Flask, current_app
 
+from cachix_protocol import TERMINAL
 from cachix_workspace.database import Database
+from cachix_workspace.deployments import DeploymentRow
 from cachix_workspace.hub import Hub
+from cachix_workspace.life import Signs
 from cachix_workspace.settings import Settings
 
 KEY = "workspace"  # in the application's extensions
@@ -20,6 +23,16 @@ class Workspace:
     settings: Settings
     database: Database
     hub: Hub
+    signs: Signs
+
+    def note_report(self, row: DeploymentRow) -> None:
+        """Let everybody know that an agent has reported, and how the deployment stands now."""
+        if row.status in TERMINAL:
+            self.signs.forget(row.id)
+        else:
+            self.signs.note(row.id)
+        self.hub.wake_agent(row.agent_id)
+        self.hub.wake_viewers(row.id)
 
 
 def workspace_of(app: Flask) -> Workspace:

@@ -17,8 +17,20 @@ from cachix_workspace.tables import meta, metadata
 
 BUSY_TIMEOUT = 10.0  # seconds that a transaction waits for another one to end
 
+ADDED_IN_2 = (
+    *[("agents", "client")],
+    *[("deployments", name) for name in ("step", "outcome", "cancel_requested", "cancel_refused")],
+)
+
+
+def _add_outcomes(connection: Connection) -> None:
+    """Schema 2: what agents of ours report, and requests to cancel."""
+    for table, column in ADDED_IN_2:
+        connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} VARCHAR")
+
+
 # Entry N takes version N + 1 to N + 2; a new database gets the newest schema at once.
-MIGRATIONS: list[Callable[[Connection], None]] = []
+MIGRATIONS: list[Callable[[Connection], None]] = [_add_outcomes]
 VERSION = 1 + len(MIGRATIONS)
 
 

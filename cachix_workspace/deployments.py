@@ -21,16 +21,15 @@ from cachix_protocol import (
     FAILED,
     IN_PROGRESS,
     PENDING,
-    SUCCEEDED,
     TERMINAL,
     Deployment,
     Spec,
-    Undecodable,
     utc_now,
 )
 from cachix_workspace.agents import AgentRow
 from cachix_workspace.agents import find as find_agent
 from cachix_workspace.refusal import Refusal
+from cachix_workspace.reports import TOUCHED_STEPS, UNTOUCHED_STEPS, Report, transition
 from cachix_workspace.tables import agents, deployments
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z")
@@ -56,9 +55,13 @@ class DeploymentRow:
     started_on: str | None
     finished_on: str | None
     log_next: int
+    step: str | None = None
+    outcome: str | None = None
+    cancel_requested: str | None = None
+    cancel_refused: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The answer of protocol.md section 4, and the reason."""
+        """The answer of protocol.md section 4, and our own additions: see docs/protocol.rst."""
         return {
             "id": self.id,
             "index": self.index,
@@ -69,40 +72,11 @@ class DeploymentRow:
             "closureSize": self.closure_size,
             "status": self.status,
             "reason": self.reason,
+            "step": self.step,
+            "outcome": self.outcome,
+            "cancelRequested": self.cancel_requested,
+            "cancelRefused": self.cancel_refused,
         }
-
-
-@dataclass(frozen=True)
-class Report:
-    """An agent's report: InProgress, Succeeded or Failed. The size is in bytes, if it is known."""
-
-    status: str
-    time: str
-    closure_size: int | None = None
-    reason: str | None = None
-
-    @classmethod
-    def from_json(cls, record: Any) -> Report:
-        """The report in a request to .../status. Raises Undecodable."""
-        reported = (IN_PROGRESS, SUCCEEDED, FAILED)
-        if not isinstance(record, dict) or record.get("status") not in reported:
-            raise Undecodable(f"`status` must be {IN_PROGRESS}, {SUCCEEDED} or {FAILED}")
-        size, reason, time = record.get("closureSize"), record.get("reason"), record.get("time")
-        if size is not None and (type(size) is not int or not 0 <= size < 1 << 63):
-            raise Undecodable("`closureSize` must be a number of bytes or null")
-        if not isinstance(reason, (str, type(None))) or not isinstance(time, str):
-            raise Undecodable("`reason` must be a text or null, `time` a text")
-        if reason is not None:  # databases take neither NUL nor half a surrogate pair
-            reason = reason.replace("\0", "\N{REPLACEMENT CHARACTER}")
-            reason = reason.encode("utf-8", "replace").decode()
-        return cls(record["status"], time, size, reason)
-
-
-def transition(current: str, reported: str) -> str | None:
-    """The status after a report; None if the deployment had ended differently before."""
-    if reported == current:
-        return current
-    return None if current in TERMINAL else reported
 
 
 # --- orders ---------------------------------------------------------------------------------------
@@ -210,25 +184,52 @@ def find_own(connection: Connection, agent_name: str | None, deployment_id: str)
     return deployment
 
 
-def find_due(connection: Connection, agent_id: str, registering: bool) -> Deployment | None:
-    """The deployment to send to the agent now: its Pending one if nothing is InProgress.
+@dataclass(frozen=True)
+class Open:
+    """The deployments of an agent that have not ended: one that runs, and one that waits."""
 
-    An agent that registers may have restarted, so it is sent the InProgress one again, `resumed`.
-    """
+    running: DeploymentRow | None
+    waiting: DeploymentRow | None
+
+
+def find_open(connection: Connection, agent_id: str) -> Open:
+    """The agent's InProgress deployment, and its newest Pending one."""
     mine = (deployments.c.agent_id == agent_id) & deployments.c.status.in_([PENDING, IN_PROGRESS])
     query = select(deployments).where(mine).order_by(deployments.c.index.desc())
-    rows = connection.execute(query).all()
-    running = [row for row in rows if row.status == IN_PROGRESS]
-    if not rows or (running and not registering):
-        return None
-    row = DeploymentRow(**(running or rows)[0]._mapping)
+    rows = [DeploymentRow(**row._mapping) for row in connection.execute(query)]
+    running = next((row for row in rows if row.status == IN_PROGRESS), None)
+    return Open(running, next((row for row in rows if row.status == PENDING), None))
+
+
+def to_wire(row: DeploymentRow) -> Deployment:
+    """The message that orders a deployment; `resumed` if the agent was sent it before."""
     return Deployment(
         store_path=row.store_path,
         id=row.id,
         index=row.index,
         rollback_script=row.rollback_script,
-        resumed=bool(running),
+        resumed=row.status == IN_PROGRESS,
     )
+
+
+def list_some(
+    connection: Connection,
+    limit: int,
+    agent: str | None = None,
+    status: str | None = None,
+    outcome: str | None = None,
+) -> list[DeploymentRow]:
+    """The newest deployments that match."""
+    query = select(deployments).join(agents)
+    for column, value in (
+        (agents.c.name, agent),
+        (deployments.c.status, status),
+        (deployments.c.outcome, outcome),
+    ):
+        query = query if value is None else query.where(column == value)
+    newest = (deployments.c.created_on.desc(), deployments.c.index.desc())
+    rows = connection.execute(query.order_by(*newest).limit(limit))
+    return [DeploymentRow(**row._mapping) for row in rows]
 
 
 # --- changes --------------------------------------------------------------------------------------
@@ -239,30 +240,71 @@ def apply_report(
 ) -> tuple[DeploymentRow, bool]:
     """Apply an agent's report; the deployment afterwards, and whether the report was accepted.
 
-    It is not if the deployment had ended differently before.
+    It is not if the deployment had ended differently before, or is to be cancelled and can be.
     """
     status = transition(deployment.status, report.status)
+    if status is None and _was_too_late(deployment, report):
+        status = report.status
+        deployment = _change(connection, deployment, cancel_refused=utc_now(), reason=None)
     if status is None:
         return deployment, False
-    same_size = report.closure_size in (None, deployment.closure_size)
-    if status == deployment.status and (status in TERMINAL or same_size):
+    if deployment.cancel_requested is not None and report.is_before_activation:
+        return _change(connection, deployment, **_cancelled()), False
+    changes = _news(deployment, report)
+    if status == deployment.status and (status in TERMINAL or not changes):
         return deployment, True  # a repetition costs no write
     time = report.time if TIME.fullmatch(report.time) else utc_now()
-    changes: dict[str, Any] = {"status": status}
-    if report.closure_size is not None:
-        changes["closure_size"] = report.closure_size
+    changes["status"] = status
     if status == IN_PROGRESS:
         changes["started_on"] = deployment.started_on or time
-        _fail_others(connection, deployment)
+        fail_others(connection, deployment)
     else:
         reason = None if report.reason is None else report.reason[:MAX_REASON]
-        changes.update(finished_on=time, reason=reason)
+        changes.update(finished_on=time, reason=reason, outcome=report.outcome)
+    return _change(connection, deployment, **changes), True
+
+
+def _was_too_late(deployment: DeploymentRow, report: Report) -> bool:
+    """Whether an agent went on with a deployment that was cancelled: it did not get the 409."""
+    began = deployment.status == CANCELLED and deployment.started_on is not None
+    return began and report.step in TOUCHED_STEPS
+
+
+def _news(deployment: DeploymentRow, report: Report) -> dict[str, Any]:
+    """What a report says that is not known yet, but for the status."""
+    news: dict[str, Any] = {}
+    if report.closure_size not in (None, deployment.closure_size):
+        news["closure_size"] = report.closure_size
+    if report.step not in (None, deployment.step):
+        news["step"] = report.step
+    if deployment.cancel_requested is not None and report.is_after_activation:
+        news.update(cancel_requested=None, cancel_refused=utc_now())
+    return news
+
+
+def _change(connection: Connection, deployment: DeploymentRow, **changes: Any) -> DeploymentRow:
+    """Change a deployment; the deployment afterwards."""
     mine = deployments.c.id == deployment.id
     connection.execute(update(deployments).where(mine).values(**changes))
-    return find(connection, deployment.id), True
+    return find(connection, deployment.id)
 
 
-def _fail_others(connection: Connection, deployment: DeploymentRow) -> None:
+def _cancelled() -> dict[str, Any]:
+    """What changes when a deployment is cancelled."""
+    ended = {"status": CANCELLED, "reason": "cancelled", "finished_on": utc_now()}
+    return {**ended, "cancel_requested": None}
+
+
+def give_up(connection: Connection, running: DeploymentRow, waiting: DeploymentRow) -> None:
+    """End a deployment that gave no sign of life, because another one is waiting."""
+    index = waiting.index
+    reason = f"the agent gave no sign of life any more, and deployment {index} was waiting"
+    current = find(connection, running.id, lock=True)
+    if current.status == IN_PROGRESS:  # else its report has just come
+        _change(connection, current, status=FAILED, reason=reason, finished_on=utc_now())
+
+
+def fail_others(connection: Connection, deployment: DeploymentRow) -> None:
     """Mark an older InProgress deployment that was never reported finished as failed.
 
     An agent runs one at a time.
@@ -275,14 +317,20 @@ def _fail_others(connection: Connection, deployment: DeploymentRow) -> None:
 
 
 def cancel(connection: Connection, deployment_id: str) -> tuple[DeploymentRow, bool]:
-    """Cancel a deployment; False if it had ended differently before.
+    """Cancel a deployment, or ask its agent to; False if it had ended differently before.
 
-    A running agent learns of it from the 409 to its next report.
+    A Pending one is cancelled at once. An agent that reports its steps is asked by the 409 to the
+    next report of one before the activation. Raises Refusal (409) if it is too late.
     """
     deployment = find(connection, deployment_id, lock=True)
     if deployment.status in TERMINAL:
         return deployment, deployment.status == CANCELLED
-    values = {"status": CANCELLED, "reason": "cancelled", "finished_on": utc_now()}
-    mine = deployments.c.id == deployment.id
-    connection.execute(update(deployments).where(mine).values(**values))
-    return find(connection, deployment.id), True
+    if deployment.status == PENDING:
+        return _change(connection, deployment, **_cancelled()), True
+    if deployment.step is None:
+        raise Refusal(409, "this agent can't be cancelled once it has started")
+    if deployment.step not in UNTOUCHED_STEPS:
+        raise Refusal(409, f"it is too late to cancel: the agent is {deployment.step} already")
+    if deployment.cancel_requested is not None:
+        return deployment, True
+    return _change(connection, deployment, cancel_requested=utc_now()), True

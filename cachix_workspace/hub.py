@@ -92,11 +92,6 @@ class Hub:
         for viewer in viewers:
             viewer.wake()
 
-    def is_writing_log(self, agent_id: str, deployment_id: str) -> bool:
-        """Whether the agent has the deployment's log socket open: then it is at work on it."""
-        with self._lock:
-            return any(sock.agent_id == agent_id for sock in self._by_log.get(deployment_id, ()))
-
     def token_ids(self) -> set[int]:
         """The tokens that open sockets were authenticated with."""
         with self._lock:

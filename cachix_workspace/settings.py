@@ -19,6 +19,8 @@ class Settings:
     max_connections: int = 4096
     send_timeout: float = 20.0  # a peer that takes nothing for so long is disconnected
     receive_timeout: float = 60.0  # so is a peer that stops in the middle of a request
+    patience: float = 15.0  # without a sign of life until a deployment is sent again
+    lost_after: float = 60.0  # without one until a deployment counts as lost
     ping_interval: float = 25.0
     revocation_interval: float = 2.0  # sockets outlive their revoked or expired token by this
 

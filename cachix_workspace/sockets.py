@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import Any, Callable
@@ -22,11 +23,14 @@ from cachix_protocol import (
     decode_from_agent,
     encode_to_agent,
 )
-from cachix_workspace import agents, cache, deployments, logs
+from cachix_workspace import agents, cache, deployments, life, logs
 from cachix_workspace.admission import agent_name, authenticate
+from cachix_workspace.agents import AgentRow
 from cachix_workspace.context import Workspace, current_workspace
-from cachix_workspace.deployments import DeploymentRow, Report
+from cachix_workspace.deployments import DeploymentRow
+from cachix_workspace.life import Decision, Sent
 from cachix_workspace.refusal import Refusal
+from cachix_workspace.reports import Report
 from cachix_workspace.tokens import AGENTS, CI, Token
 from cachix_workspace.websocket import COMPLETE, INTERNAL_ERROR, MAX_MESSAGE, Socket
 
@@ -122,37 +126,50 @@ def serve(
 def serve_agent(workspace: Workspace, sock: Socket, token: Token, name: str) -> None:
     """Register the agent, then send each deployment when it is due."""
     system, version, host = (request.headers.get(key, "") for key in ("system", "version", "Host"))
+    client = agents.client_of(request.headers.get("User-Agent", ""))
     with workspace.database.write() as connection:
-        agent = agents.register(connection, name, system, version)
+        agent = agents.register(connection, name, system, version, client)
         its_cache = cache.find_for_agent(connection, token.cache_id, workspace.settings, host)
     workspace.hub.register(agent.id, sock)
+    workspace.signs.note(agent.id)
     try:
         sock.send_texts([encode_to_agent(AgentRegistered(agent.id, its_cache, "http"))])
-        sent = _send_due(workspace, sock, agent.id, None)
-        while sock.open:
-            sock.take(IDLE)
-            sent = _send_due(workspace, sock, agent.id, sent)
+        with workspace.signs.open(agent.id) if agent.is_ours else contextlib.nullcontext():
+            _send_all(workspace, sock, agent)
     finally:
         if workspace.hub.unregister(agent.id, sock):
             with workspace.database.write() as connection:
                 agents.mark_disconnected(connection, agent.id)
 
 
-def _send_due(workspace: Workspace, sock: Socket, agent_id: str, sent: int | None) -> int:
-    """Send the deployment that is due, if it is newer than index `sent`; the highest index sent.
+def _send_all(workspace: Workspace, sock: Socket, agent: AgentRow) -> None:
+    """Send the agent's deployments, each when it is due, until the socket ends."""
+    sent = Sent()
+    while sock.open:
+        decision = _decide(workspace, agent, sent)
+        if decision.end is not None and decision.send is not None:
+            _give_up(workspace, decision.end, decision.send)
+        if decision.send is not None:
+            sock.send_texts([encode_to_agent(deployments.to_wire(decision.send))])
+            workspace.signs.note(decision.send.id)
+        sent = life.after(sent, decision)
+        sock.take(IDLE if decision.pause is None else min(IDLE, decision.pause))
 
-    `sent` is None when the agent registers, and counts for this socket only.
-    """
-    if not sock.open:
-        return sent or 0
+
+def _decide(workspace: Workspace, agent: AgentRow, sent: Sent) -> Decision:
+    """What to send the agent now."""
     with workspace.database.read() as connection:
-        deployment = deployments.find_due(connection, agent_id, registering=sent is None)
-    if deployment is None or deployment.index <= (sent or 0):
-        return sent or 0
-    if deployment.resumed and workspace.hub.is_writing_log(agent_id, deployment.id):
-        return 0
-    sock.send_texts([encode_to_agent(deployment)])
-    return deployment.index
+        now = deployments.find_open(connection, agent.id)
+    silence = workspace.signs.silence(now.running.id, agent.id) if now.running else 0.0
+    return life.decide(now, agent.is_ours, sent, silence, workspace.settings.patience)
+
+
+def _give_up(workspace: Workspace, running: DeploymentRow, waiting: DeploymentRow) -> None:
+    """End a deployment whose process has died unreported."""
+    with workspace.database.write() as connection:
+        deployments.give_up(connection, running, waiting)
+    workspace.signs.forget(running.id)
+    workspace.hub.wake_viewers(running.id)
 
 
 # --- /ws-deployment -------------------------------------------------------------------------------
@@ -160,15 +177,19 @@ def _send_due(workspace: Workspace, sock: Socket, agent_id: str, sent: int | Non
 
 def receive_reports(workspace: Workspace, sock: Socket, name: str) -> None:
     """Apply the reports of Cachix's agent. Ours sends none: it checks whether it gets through."""
-    while True:
-        messages = sock.take(IDLE)
-        for message in messages:
-            try:
-                _apply(workspace, name, decode_from_agent(message))
-            except (Undecodable, Refusal) as error:
-                logger.warning("skipped a message of agent %s on /ws-deployment: %s", name, error)
-        if not messages and not sock.open:
-            return
+    with workspace.database.read() as connection:
+        agent_id = agents.find_id(connection, name)
+    with workspace.signs.open(agent_id):
+        while True:
+            messages = sock.take(IDLE)
+            for message in messages:
+                try:
+                    _apply(workspace, name, decode_from_agent(message))
+                except (Undecodable, Refusal) as error:
+                    text = "skipped a message of agent %s on /ws-deployment: %s"
+                    logger.warning(text, name, error)
+            if not messages and not sock.open:
+                return
 
 
 def _apply(workspace: Workspace, name: str, command: FromAgent) -> None:
@@ -182,8 +203,7 @@ def _apply(workspace: Workspace, name: str, command: FromAgent) -> None:
     if not accepted:
         reported = f"{report.status} for a deployment that is {row.status}"
         logger.warning("agent %s reports %s", name, reported)
-    workspace.hub.wake_agent(row.agent_id)
-    workspace.hub.wake_viewers(row.id)
+    workspace.note_report(row)
 
 
 # --- logs -----------------------------------------------------------------------------------------
@@ -191,23 +211,22 @@ def _apply(workspace: Workspace, name: str, command: FromAgent) -> None:
 
 def receive_log(workspace: Workspace, sock: Socket, name: str, deployment_id: str) -> None:
     """Append the lines of Cachix's agent, which sends a message for each."""
-    with workspace.database.read() as connection:
-        sock.agent_id = agents.find(connection, name).id
-    while True:
-        messages = sock.take(IDLE)
-        lines = []
-        for message in messages:
-            try:
-                lines.append(logs.decode(message))
-            except Undecodable as error:
-                logger.warning("skipped a line of deployment %s: %s", deployment_id, error)
-        if lines:
-            with workspace.database.write() as connection:
-                row = deployments.find_own(connection, name, deployment_id)
-                logs.append(connection, row, None, lines)
-            workspace.hub.wake_viewers(deployment_id)
-        if not messages and not sock.open:
-            return
+    with workspace.signs.open(deployment_id):
+        while True:
+            messages = sock.take(IDLE)
+            lines = []
+            for message in messages:
+                try:
+                    lines.append(logs.decode(message))
+                except Undecodable as error:
+                    logger.warning("skipped a line of deployment %s: %s", deployment_id, error)
+            if lines:
+                with workspace.database.write() as connection:
+                    row = deployments.find_own(connection, name, deployment_id)
+                    logs.append(connection, row, None, lines)
+                workspace.hub.wake_viewers(deployment_id)
+            if not messages and not sock.open:
+                return
 
 
 def send_log(workspace: Workspace, sock: Socket, deployment_id: str) -> None:

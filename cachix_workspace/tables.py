@@ -58,11 +58,12 @@ agents = Table(
     Column("id", String, primary_key=True),
     Column("name", String, nullable=False, unique=True),
     Column("system", String, nullable=False),
-    Column("version", String, nullable=False),
+    Column("version", String, nullable=False),  # the release of Cachix whose protocol it speaks
     Column("created_on", String, nullable=False),
     Column("seen_on", String, nullable=False),
     Column("connected", Boolean, nullable=False),
     Column("last_index", Integer, nullable=False),
+    Column("client", String),  # the version of cachix-deploy; null for any other agent
 )
 
 deployments = Table(
@@ -80,6 +81,10 @@ deployments = Table(
     Column("started_on", String),
     Column("finished_on", String),
     Column("log_next", Integer, nullable=False),  # the number of log lines
+    Column("step", String),  # that the agent reported last
+    Column("outcome", String),
+    Column("cancel_requested", String),  # when, while the agent has not answered
+    Column("cancel_refused", String),  # when the agent said that it was too late
     UniqueConstraint("agent_id", "index"),
     Index("deployments_by_status", "agent_id", "status"),
 )

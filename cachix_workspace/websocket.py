@@ -81,7 +81,6 @@ class Socket(simple_websocket.Server):  # type: ignore[misc]
         self, environ: dict[str, Any], token_id: int, settings: Settings, max_message: int
     ) -> None:
         self.token_id = token_id
-        self.agent_id: str | None = None
         self.ending: tuple[int, str] | None = None
         self._taken = threading.Event()
         self.wire = Wire(environ["gunicorn.socket"], settings.send_timeout)

@@ -24,12 +24,24 @@ from workspace_support import (
     wait_for,
 )
 
+from cachix_workspace.life import REPEATS
+
 AGENT_TOKEN, CI_TOKEN, NIX_TOKEN = "AGENT-TOKEN", "ACTIVATE-TOKEN", "peer-agent-token"
 
 
 @pytest.fixture
 def peer() -> Iterator[Peer]:
-    with running("--public-url=http://localhost") as server:
+    yield from serve("--public-url=http://localhost")
+
+
+@pytest.fixture
+def impatient() -> Iterator[Peer]:
+    """A workspace that sends a silent agent's deployment again after a second."""
+    yield from serve(patience=1.0)
+
+
+def serve(*options: str, **settings: float) -> Iterator[Peer]:
+    with running(*options, **settings) as server:
         for kind, secret in (("agent", AGENT_TOKEN), ("agent", NIX_TOKEN), ("activate", CI_TOKEN)):
             server.token(kind, secret)
         yield Peer(server)
@@ -202,8 +214,8 @@ def test_the_key_of_a_cache_as_cachix_derives_it(peer: Peer) -> None:
     assert elsewhere["cache"]["publicKey"] == f"mycache.localhost-1:{public}"
 
 
-def test_an_agent_whose_report_is_lost(peer: Peer) -> None:
-    """Its /ws-deployment broke and never came back, so the end was never reported."""
+def lose_the_report(peer: Peer) -> tuple[Replay, str]:
+    """An agent whose /ws-deployment broke and never came back; and its deployment."""
     recorded = events("agent-finish-lost")
     down = next(index for index, event in enumerate(recorded) if event.get("status") == 503) - 1
     replay = Replay(peer.server, deploys(peer, "agentl"))
@@ -213,10 +225,51 @@ def test_an_agent_whose_report_is_lost(peer: Peer) -> None:
     assert peer.lines(deployment) == recorded_lines(recorded)
     status = peer.status(deployment)
     assert (status["status"], status["closureSize"]) == ("InProgress", 296)
-    following = peer.activate({"agentl": STORE_PATHS[0]})["agentl"]
-    assert peer.http("POST", f"/api/v1/deploy/deployment/{deployment}/cancel").status_code == 200
+    return replay, deployment
+
+
+def test_an_agent_whose_report_is_lost(impatient: Peer) -> None:
+    """A newer deployment ends the lost one, which can't be cancelled."""
+    replay, deployment = lose_the_report(impatient)
+    cancel = f"/api/v1/deploy/deployment/{deployment}/cancel"
+    refused = impatient.http("POST", cancel)
+    assert refused.status_code == 409
+    assert refused.json()["error"] == "this agent can't be cancelled once it has started"
+    following = impatient.activate({"agentl": STORE_PATHS[0]})["agentl"]
+    for number in set(replay.connections) - {1}:
+        replay.connections[number].close()
     order = replay.connections[1].expect_text()
     assert order["command"]["contents"]["id"] == following
+    lost = impatient.status(deployment)
+    assert lost["status"] == "Failed" and "gave no sign of life" in lost["reason"]
+
+
+def test_a_lost_deployment_is_sent_again(impatient: Peer) -> None:
+    replay, deployment = lose_the_report(impatient)
+    for number in set(replay.connections) - {1}:
+        replay.connections[number].close()
+    for _ in range(REPEATS):
+        order = replay.connections[1].expect_text()["command"]["contents"]
+        assert (order["id"], order["resumed"]) == (deployment, True)
+    assert replay.connections[1].is_silent(1.5)
+    assert impatient.report("agentl", deployment, "Succeeded").json()["status"] == "Succeeded"
+
+
+def test_a_deployment_goes_on_while_the_workspace_restarts(impatient: Peer) -> None:
+    """Cachix's agent is back on /ws at once, and its log socket a second later."""
+    agent = impatient.registered("web")
+    deployment = impatient.activate({"web": STORE_PATHS[0]})["web"]
+    assert agent.expect_text()["command"]["contents"]["id"] == deployment
+    log = impatient.agent("web", f"/api/v1/deploy/log/{deployment}")
+    assert impatient.report("web", deployment, "InProgress").status_code == 200
+    impatient.server.stop()
+    impatient.server.start()
+    agent = impatient.registered("web")
+    assert agent.is_silent(0.5)
+    log = impatient.agent("web", f"/api/v1/deploy/log/{deployment}")
+    assert agent.is_silent(2.5)
+    log.close()
+    assert agent.expect_text()["command"]["contents"]["id"] == deployment
 
 
 class CommandReplay(Replay):

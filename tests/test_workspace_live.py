@@ -13,6 +13,7 @@ from workspace_support import (
     BINARY,
     CLOSE,
     DEADLINE,
+    OURS,
     PING,
     PONG,
     STORE_PATHS,
@@ -158,7 +159,7 @@ def test_an_offline_agent_gets_the_newest(peer: Peer, name: str) -> None:
 
 
 def test_one_at_a_time_and_resumed(peer: Peer, name: str) -> None:
-    agent = peer.registered(name)
+    agent = peer.registered(name, **OURS)
     first = peer.activate({name: STORE_PATHS[0]})[name]
     assert deployment_of(agent).id == first
     peer.report(name, first, RUNNING)
@@ -166,7 +167,7 @@ def test_one_at_a_time_and_resumed(peer: Peer, name: str) -> None:
     third = peer.activate({name: STORE_PATHS[2]})[name]
     assert agent.is_silent() and peer.status(second)["status"] == C
     agent.close()
-    agent = peer.registered(name)
+    agent = peer.registered(name, **OURS)
     resumed = deployment_of(agent)
     assert (resumed.id, resumed.resumed) == (first, True) and agent.is_silent()
     peer.report(name, first, F)
@@ -196,10 +197,14 @@ def test_cancellation(peer: Peer, name: str) -> None:
     assert deployment_of(agent).id == first
     second = peer.activate({name: STORE_PATHS[1]})[name]
     assert deployment_of(agent).id == second
-    peer.report(name, second, RUNNING)
+    peer.report(name, second, RUNNING, step="downloading")
     third = peer.activate({name: STORE_PATHS[2]})[name]
-    assert peer.http("POST", cancel.replace(first, second)).json()["status"] == C
-    assert peer.http("POST", cancel.replace(first, second)).status_code == 200
+    for _ in range(2):
+        asked = peer.http("POST", cancel.replace(first, second))
+        assert asked.status_code == 200 and asked.json()["status"] == RUNNING
+        assert asked.json()["cancelRequested"]
+    told = peer.report(name, second, RUNNING, step="ready")
+    assert told.status_code == 409 and told.json()["status"] == C
     for status in (RUNNING, S, F):
         refused = peer.report(name, second, status)
         assert refused.status_code == 409 and refused.json()["status"] == C

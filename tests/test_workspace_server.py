@@ -14,6 +14,7 @@ import pytest
 import requests
 from workspace_support import (
     DEADLINE,
+    OURS,
     PING,
     PONG,
     STORE_PATHS,
@@ -254,7 +255,7 @@ def test_kill_9_during_uploads_and_log_writes_loses_nothing() -> None:
         assert peer.status(deployment)["status"] == "InProgress"
         assert peer.http("GET", path).status_code == 404
         assert not [file for file in server.data.glob("cache/**/*") if file.is_file()]
-        agent = peer.registered("web")
+        agent = peer.registered("web", **OURS)
         assert agent.expect_text()["command"]["contents"]["resumed"] is True
 
 

@@ -21,8 +21,9 @@ from cachix_connection import Peer
 from cachix_protocol import Error, Spec, Undecodable, loads
 from cachix_workspace import agents, cache, deployments, logs, tokens
 from cachix_workspace.database import Database, open_database, put_meta
-from cachix_workspace.deployments import DeploymentRow, Report
+from cachix_workspace.deployments import DeploymentRow, Open
 from cachix_workspace.refusal import Refusal
+from cachix_workspace.reports import Report, transition
 from cachix_workspace.server import WorkspaceWorker
 from cachix_workspace.settings import Settings
 from cachix_workspace.websocket import Socket
@@ -40,7 +41,7 @@ def database(tmp_path: Path) -> Database:
 @pytest.mark.parametrize("reported", [R, S, F])
 def test_transitions(current: str, reported: str) -> None:
     expected = reported if current in (P, R, reported) else None
-    assert deployments.transition(current, reported) == expected
+    assert transition(current, reported) == expected
 
 
 def deploy(connection: Connection, name: str = "web", path: int = 0) -> DeploymentRow:
@@ -59,19 +60,17 @@ def test_the_life_of_a_deployment(database: Database) -> None:
         assert (first.index, second.index) == (1, 2)
         replaced = deployments.find(c, first.id)
         assert (replaced.status, replaced.reason) == (C, "replaced by deployment 2")
-        due = deployments.find_due(c, agent.id, registering=False)
-        assert due is not None and (due.id, due.resumed) == (second.id, False)
+        assert deployments.find_open(c, agent.id) == Open(None, second)
+        assert not deployments.to_wire(second).resumed
         running, accepted = report(c, second, R)
         assert accepted and running.started_on == TIME
         third = deploy(c, path=2)
-        assert deployments.find_due(c, agent.id, registering=False) is None
-        again = deployments.find_due(c, agent.id, registering=True)
-        assert again is not None and (again.id, again.resumed) == (second.id, True)
+        assert deployments.find_open(c, agent.id) == Open(running, third)
+        assert deployments.to_wire(running).resumed
         ended, _ = report(c, second, S)
         assert (ended.status, report(c, second, S)) == (S, (ended, True))
         assert report(c, second, F) == (ended, False)
-        following = deployments.find_due(c, agent.id, registering=False)
-        assert following is not None and following.id == third.id
+        assert deployments.find_open(c, agent.id) == Open(None, third)
 
 
 def test_a_newer_start_fails_an_older_deployment_in_progress(database: Database) -> None:

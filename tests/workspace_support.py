@@ -28,6 +28,7 @@ from cachix_workspace.settings import Settings
 ROOT = Path(__file__).resolve().parent.parent
 TRANSCRIPTS = Path(__file__).resolve().parent / "transcripts"
 DEADLINE = 10.0  # seconds for anything that a test waits for
+OURS = {"User-Agent": "cachix-deploy/0.1.0"}  # the header by which agents of ours are told apart
 STORE_PATHS = [f"/nix/store/{letter * 32}-system-{letter}" for letter in "abcdf"]
 WITH_SETTINGS = """
 import sys
@@ -279,8 +280,8 @@ class Peer:
         fields = {"name": name, "version": "1.11.1", "system": "x86_64-linux"}
         return open_socket(self.server, path, self.agent_token, **{**fields, **headers})
 
-    def registered(self, name: str) -> Connection:
-        connection = self.agent(name)
+    def registered(self, name: str, **headers: str) -> Connection:
+        connection = self.agent(name, **headers)
         assert connection.expect_text()["method"] == "AgentRegistered"
         return connection
 

@@ -8,7 +8,7 @@ from cachix_workspace import agents
 from cachix_workspace.cli.output import show_json, show_table
 from cachix_workspace.cli.place import open_workspace
 
-JSON_FIELDS = ("id", "name", "system", "version", "created_on", "seen_on", "connected")
+JSON_FIELDS = ("id", "name", "system", "version", "created_on", "seen_on", "connected", "client")
 
 
 def run(options: dict[str, Any]) -> None:
@@ -22,5 +22,6 @@ def run(options: dict[str, Any]) -> None:
     table = [["NAME", "STATE", "SYSTEM", "VERSION", "SINCE"]]
     for agent in rows:
         state = "online" if agent.connected else "offline"
-        table.append([agent.name, state, agent.system or "-", agent.version or "-", agent.seen_on])
+        program = f"cachix-deploy {agent.client}" if agent.is_ours else agent.version or "-"
+        table.append([agent.name, state, agent.system or "-", program, agent.seen_on])
     show_table(table)

@@ -202,3 +202,24 @@ def test_cancelled_while_the_machine_lock_is_awaited(world, finish):
     assert world.ended(deployment) == "cancelled"
     assert world.story() == "downloading: download second"
     finish(world)
+
+
+@pytest.mark.promise(4, 14)
+@pytest.mark.parametrize("point", [r"^test ", r"^script ", r"^boot "])
+def test_a_cancellation_that_comes_too_late_changes_nothing(world, finish, point):
+    """The machine runs the new path, and so the workspace says."""
+    answers = []
+
+    def cancel_it(world, visit):
+        path = f"/api/v1/deploy/deployment/{world.asked[-1].id}/cancel"
+        answers.append(world.workspace.request("POST", path)[0])
+        return "go"
+
+    world.order(point, cancel_it)
+    deployment = scenes.deploy(world, "second")
+    assert world.ended(deployment) == "succeeded"
+    told = world.workspace.deployment(deployment)
+    assert (told["status"], told["cancelRequested"]) == ("Succeeded", None)
+    assert (told["cancelRefused"] is not None) == (answers == [200])
+    assert world.story() == GOOD
+    finish(world)

@@ -1,0 +1,142 @@
+"""Signs of life of deployments: who has any, and which deployment an agent is to be sent.
+
+An agent of ours goes on after any restart and reports what it did; while it is connected it is at
+work. Any other agent, such as Cachix's, executes whatever it is sent: it is at work while it has a
+socket of the deployment open. Nothing here is stored: a server that has just started gives all of
+them the time to come back.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from cachix_protocol import IN_PROGRESS, utc_now
+from cachix_workspace.deployments import DeploymentRow, Open
+
+REPEATS = 3  # of one deployment on one connection, to an agent that gives no sign of life
+
+
+@dataclass(frozen=True)
+class Sign:
+    """When a sign of life came: by this process' clock, in seconds, and as the protocol writes."""
+
+    moment: float
+    time: str
+
+    @classmethod
+    def now(cls) -> Sign:
+        return cls(time.monotonic(), utc_now())
+
+
+class Signs:
+    """Signs of life of deployments and agents, by their ids."""
+
+    def __init__(self) -> None:
+        self._start = Sign.now()
+        self._last: dict[str, Sign] = {}
+        self._open: collections.Counter[str] = collections.Counter()  # sockets
+        self._lock = threading.Lock()
+
+    def note(self, *ids: str) -> None:
+        """Note a sign of life, now."""
+        sign = Sign.now()
+        with self._lock:
+            self._last.update(dict.fromkeys(ids, sign))
+
+    @contextlib.contextmanager
+    def open(self, id: str) -> Iterator[None]:
+        """Give signs of life for as long as a socket is open."""
+        with self._lock:
+            self._open[id] += 1
+        try:
+            yield
+        finally:
+            self.note(id)
+            with self._lock:
+                self._open[id] -= 1
+                if not self._open[id]:
+                    del self._open[id]
+
+    def forget(self, deployment_id: str) -> None:
+        """Forget a deployment that has ended."""
+        with self._lock:
+            self._last.pop(deployment_id, None)
+
+    def last(self, *ids: str) -> Sign:
+        """The latest sign of any of these; the start of this process if none is known."""
+        with self._lock:
+            signs = [self._last[each] for each in ids if each in self._last]
+            if any(each in self._open for each in ids):
+                signs.append(Sign.now())
+        return max(signs, key=lambda sign: sign.moment, default=self._start)
+
+    def silence(self, *ids: str) -> float:
+        """Seconds since the latest sign of any of these."""
+        return max(0.0, time.monotonic() - self.last(*ids).moment)
+
+    def lost_since(self, row: DeploymentRow, patience: float) -> str | None:
+        """When a deployment gave its last sign of life; None unless that is `patience` seconds ago.
+
+        One that does not run gives none, and is not lost.
+        """
+        if row.status != IN_PROGRESS or self.silence(row.id, row.agent_id) < patience:
+            return None
+        return self.last(row.id, row.agent_id).time
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What an agent was sent on its connection: the highest index, and repeats of a deployment.
+
+    A repeat is one that was InProgress already.
+    """
+
+    index: int = 0
+    is_new: bool = True  # it has just registered
+    repeated: str = ""
+    times: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to send, after ending another one; `pause` is when to look again, in seconds."""
+
+    send: DeploymentRow | None = None
+    end: DeploymentRow | None = None
+    pause: float | None = None
+
+
+def decide(now: Open, is_ours: bool, sent: Sent, silence: float, patience: float) -> Decision:
+    """What to send an agent that is connected.
+
+    `silence` is how long the deployment that runs has given no sign of life; 0 if it is at work.
+    """
+    running, waiting = now.running, now.waiting
+    if running is None:
+        is_due = waiting is not None and waiting.index > sent.index
+        return Decision(send=waiting if is_due else None)
+    if is_ours:
+        return Decision(send=running if sent.is_new else None)
+    if silence < patience:
+        return Decision(pause=patience - silence)
+    if waiting is not None:
+        return Decision(send=waiting, end=running)
+    if sent.repeated == running.id and sent.times >= REPEATS:
+        return Decision()
+    return Decision(send=running, pause=patience)
+
+
+def after(sent: Sent, decision: Decision) -> Sent:
+    """What an agent has been sent once a decision was carried out."""
+    row = decision.send
+    if row is None:
+        return replace(sent, is_new=False)
+    if row.status != IN_PROGRESS:
+        return Sent(row.index, is_new=False)
+    times = sent.times + 1 if sent.repeated == row.id else 1
+    return Sent(max(sent.index, row.index), is_new=False, repeated=row.id, times=times)

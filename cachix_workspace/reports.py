@@ -1,0 +1,78 @@
+"""What an agent reports of a deployment, and what it is worth: values and pure functions.
+
+docs/protocol.rst has the steps and the outcomes. An agent that knows others is heard all the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cachix_protocol import FAILED, IN_PROGRESS, SUCCEEDED, TERMINAL, Undecodable
+
+UNTOUCHED_STEPS = ("received", "downloading", "ready")  # the machine is as it was
+TOUCHED_STEPS = (
+    *("activating", "checking", "committing", "rolling-back"),
+    *("succeeded", "rolled-back", "rollback-failed"),
+)
+STEPS = (*UNTOUCHED_STEPS, *TOUCHED_STEPS, "failed", "cancelled", "superseded")
+OUTCOMES = (
+    *("succeeded", "nothing-changed", "rolled-back", "rollback-failed"),
+    *("changed-by-others", "state-lost", "reboot-needed"),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """An agent's report: InProgress, Succeeded or Failed. The size is in bytes, if it is known.
+
+    `step` is where the agent is, `outcome` what the end means for the machine, if it says so.
+    """
+
+    status: str
+    time: str
+    closure_size: int | None = None
+    reason: str | None = None
+    step: str | None = None
+    outcome: str | None = None
+
+    @classmethod
+    def from_json(cls, record: Any) -> Report:
+        """The report in a request to .../status. Raises Undecodable."""
+        reported = (IN_PROGRESS, SUCCEEDED, FAILED)
+        if not isinstance(record, dict) or record.get("status") not in reported:
+            raise Undecodable(f"`status` must be {IN_PROGRESS}, {SUCCEEDED} or {FAILED}")
+        size, reason, time = record.get("closureSize"), record.get("reason"), record.get("time")
+        if size is not None and (type(size) is not int or not 0 <= size < 1 << 63):
+            raise Undecodable("`closureSize` must be a number of bytes or null")
+        if not isinstance(reason, (str, type(None))) or not isinstance(time, str):
+            raise Undecodable("`reason` must be a text or null, `time` a text")
+        if reason is not None:  # databases take neither NUL nor half a surrogate pair
+            reason = reason.replace("\0", "\N{REPLACEMENT CHARACTER}")
+            reason = reason.encode("utf-8", "replace").decode()
+        step, outcome = record.get("step"), record.get("outcome")
+        return cls(
+            status=record["status"],
+            time=time,
+            closure_size=size,
+            reason=reason,
+            step=step if step in STEPS else None,
+            outcome=outcome if outcome in OUTCOMES and record["status"] in TERMINAL else None,
+        )
+
+    @property
+    def is_before_activation(self) -> bool:
+        """Whether nothing was changed yet, so that the deployment may still be cancelled."""
+        return self.status == IN_PROGRESS and self.step in UNTOUCHED_STEPS
+
+    @property
+    def is_after_activation(self) -> bool:
+        """Whether it is too late to cancel. A report without a step says nothing."""
+        return self.status in TERMINAL or not (self.step is None or self.is_before_activation)
+
+
+def transition(current: str, reported: str) -> str | None:
+    """The status after a report; None if the deployment had ended differently before."""
+    if reported == current:
+        return current
+    return None if current in TERMINAL else reported

@@ -1,0 +1,268 @@
+"""Steps and outcomes of deployments, requests to cancel, and what the API says of them."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+from workspace_support import OURS, ROOT, STORE_PATHS, Peer, running, wait_for
+
+from activate import journal, outcomes
+from cachix_workspace import reports
+from cachix_workspace.database import VERSION, get_meta, open_database
+from cachix_workspace.reports import Report
+from cachix_workspace.settings import Settings
+from cachix_workspace.tables import agents, deployments
+
+RUNNING, SUCCEEDED, FAILED, CANCELLED = "InProgress", "Succeeded", "Failed", "Cancelled"
+DOCS = (ROOT / "docs" / "protocol.rst").read_text()
+
+
+@pytest.fixture(scope="module")
+def peer() -> Iterator[Peer]:
+    with running() as server:
+        yield Peer(server)
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    return re.sub(r"[^0-9A-Za-z]+", "-", request.node.name).strip("-")[:100]
+
+
+def order(peer: Peer, name: str, path: int = 0) -> str:
+    return peer.activate({name: STORE_PATHS[path]})[name]
+
+
+def cancel(peer: Peer, deployment: str) -> tuple[int, dict[str, object]]:
+    answer = peer.http("POST", f"/api/v1/deploy/deployment/{deployment}/cancel")
+    return answer.status_code, answer.json()
+
+
+# --- steps and outcomes ---------------------------------------------------------------------------
+
+
+def test_the_words_are_those_of_the_agent_and_of_the_document() -> None:
+    assert set(reports.STEPS) == journal.STEPS
+    assert set(reports.UNTOUCHED_STEPS) == journal.HARMLESS
+    assert set(reports.OUTCOMES) == outcomes.ALL
+    for word in (*reports.STEPS, *reports.OUTCOMES):
+        assert f"``{word}``" in DOCS, word
+
+
+@pytest.mark.parametrize("outcome", reports.OUTCOMES)
+def test_an_outcome_is_kept(peer: Peer, name: str, outcome: str) -> None:
+    agent = peer.registered(name, **OURS)
+    deployment = order(peer, name)
+    agent.expect_text()
+    assert peer.report(name, deployment, RUNNING, step="checking").json()["step"] == "checking"
+    status = SUCCEEDED if outcome in ("succeeded", "reboot-needed") else FAILED
+    peer.report(name, deployment, status, step="rolled-back", outcome=outcome, reason="why")
+    told = peer.status(deployment)
+    assert (told["status"], told["outcome"], told["reason"]) == (status, outcome, "why")
+    found = peer.http("GET", f"/api/v1/deploy/deployments?agent={name}&outcome={outcome}").json()
+    assert [each["id"] for each in found["deployments"]] == [deployment]
+    assert found["deployments"][0] == told
+
+
+@pytest.mark.parametrize("value", ["", "x", 1, None, [], {}, True, "\ud800", "a" * 100_000])
+def test_a_report_with_another_word_counts_all_the_same(
+    peer: Peer, name: str, value: object
+) -> None:
+    peer.registered(name)
+    deployment = order(peer, name)
+    more = {"step": value, "outcome": value}
+    assert peer.report(name, deployment, RUNNING, **more).status_code == 200
+    assert peer.report(name, deployment, SUCCEEDED, **more).status_code == 200
+    told = peer.status(deployment)
+    assert (told["status"], told["step"], told["outcome"]) == (SUCCEEDED, None, None)
+
+
+def test_an_agent_that_says_neither(peer: Peer, name: str) -> None:
+    peer.registered(name)
+    deployment = order(peer, name)
+    peer.report(name, deployment, RUNNING)
+    peer.report(name, deployment, FAILED)
+    told = peer.status(deployment)
+    assert (told["step"], told["outcome"], told["agentVersion"]) == (None, None, None)
+
+
+def test_a_running_deployment_has_no_outcome() -> None:
+    record = {"status": RUNNING, "time": "t", "outcome": "succeeded", "step": "ready"}
+    assert Report.from_json(record) == Report(RUNNING, "t", step="ready")
+
+
+# --- agents ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("user_agent", "version"),
+    [
+        ("cachix-deploy/0.1.0", "0.1.0"),
+        ("cachix-deploy/9", "9"),
+        ("cachix 1.11.1", None),
+        ("xcachix-deploy/1", None),
+        ("", None),
+    ],
+)
+def test_the_version_of_an_agent_of_ours(peer: Peer, user_agent: str, version: str) -> None:
+    name = f"version-{len(user_agent)}"
+    agent = peer.registered(name, **{"User-Agent": user_agent})
+    told = peer.status(order(peer, name))
+    assert (told["agent"], told["agentVersion"], told["agentOnline"]) == (name, version, True)
+    listed = peer.server.command("agent", "list")
+    program = "1.11.1" if version is None else f"cachix-deploy {version}"
+    assert re.search(rf"^{name} +online +x86_64-linux +{re.escape(program)} +\S+$", listed, re.M)
+    agent.close()
+
+
+def test_an_agent_that_is_offline(peer: Peer, name: str) -> None:
+    agent = peer.registered(name)
+    deployment = order(peer, name)
+    assert peer.status(deployment)["agentOfflineSince"] is None
+    agent.close()
+    told = wait_for(lambda: (s := peer.status(deployment))["agentOnline"] is False and s)
+    assert told["agentOfflineSince"] >= told["createdOn"]
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+def test_the_newest_deployments_come_first(peer: Peer, name: str) -> None:
+    peer.registered(name)
+    made = [order(peer, name, path) for path in range(3)]
+    url = f"/api/v1/deploy/deployments?agent={name}"
+
+    def listed(more: str = "") -> list[str]:
+        return [each["id"] for each in peer.http("GET", url + more).json()["deployments"]]
+
+    assert listed() == made[::-1] and listed("&limit=2") == made[:0:-1]
+    assert listed("&status=Pending") == made[2:] and listed("&status=Cancelled") == made[1::-1]
+    assert listed("&outcome=succeeded") == [] and listed("&limit=0") == []
+    replaced = peer.status(made[0])
+    assert replaced["reason"] == "replaced by deployment 2"
+    assert peer.http("GET", url, peer.agent_token).status_code == 403
+    for wrong in ("&limit=x", "&limit=-1", "&limit=1001"):
+        refused = peer.http("GET", url + wrong)
+        assert refused.status_code == 400 and "`limit` must be a number" in refused.json()["error"]
+
+
+# --- cancelling -----------------------------------------------------------------------------------
+
+
+def test_what_waits_is_cancelled_at_once(peer: Peer, name: str) -> None:
+    peer.registered(name)
+    deployment = order(peer, name)
+    for _ in range(2):
+        status, told = cancel(peer, deployment)
+        assert status == 200 and told["status"] == CANCELLED and told["cancelRequested"] is None
+
+
+@pytest.mark.parametrize("step", reports.UNTOUCHED_STEPS)
+def test_what_runs_is_cancelled_by_its_agent(peer: Peer, name: str, step: str) -> None:
+    peer.registered(name, **OURS)
+    deployment = order(peer, name)
+    peer.report(name, deployment, RUNNING, step="received")
+    first = cancel(peer, deployment)
+    assert first[0] == 200 and first[1]["status"] == RUNNING and first[1]["cancelRequested"]
+    assert cancel(peer, deployment) == first
+    answer = peer.report(name, deployment, RUNNING, step=step)
+    assert answer.status_code == 409 and answer.json()["status"] == CANCELLED
+    told = peer.status(deployment)
+    assert (told["reason"], told["cancelRequested"], told["cancelRefused"]) == (
+        "cancelled",
+        None,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "step"),
+    [(RUNNING, "activating"), (RUNNING, "rolling-back"), (SUCCEEDED, "succeeded"), (FAILED, None)],
+)
+def test_a_request_that_came_too_late_is_dropped(
+    peer: Peer, name: str, status: str, step: str | None
+) -> None:
+    """The machine runs the new path, so the deployment is not shown as cancelled."""
+    peer.registered(name, **OURS)
+    deployment = order(peer, name)
+    peer.report(name, deployment, RUNNING, step="ready")
+    assert cancel(peer, deployment)[0] == 200
+    assert peer.report(name, deployment, status, step=step).status_code == 200
+    told = peer.status(deployment)
+    assert told["status"] == status and told["cancelRequested"] is None and told["cancelRefused"]
+    assert cancel(peer, deployment)[0] == 409
+    assert peer.report(name, deployment, SUCCEEDED).status_code == (
+        409 if status == FAILED else 200
+    )
+
+
+@pytest.mark.parametrize("status", [RUNNING, SUCCEEDED, FAILED])
+def test_an_agent_that_did_not_get_the_409(peer: Peer, name: str, status: str) -> None:
+    """Its machine may run the new path: that counts more than the request."""
+    peer.registered(name, **OURS)
+    deployment = order(peer, name)
+    peer.report(name, deployment, RUNNING, step="ready")
+    cancel(peer, deployment)
+    assert peer.report(name, deployment, RUNNING, step="ready").status_code == 409
+    for step in (None, "ready", "cancelled", "failed"):
+        assert peer.report(name, deployment, status, step=step).status_code == 409
+    step = {RUNNING: "committing", SUCCEEDED: "succeeded", FAILED: "rolled-back"}[status]
+    assert peer.report(name, deployment, status, step=step).status_code == 200
+    told = peer.status(deployment)
+    assert told["status"] == status and told["cancelRefused"] and told["reason"] is None
+
+
+def test_an_agent_that_says_no_step_can_not_be_cancelled(peer: Peer, name: str) -> None:
+    peer.registered(name)
+    deployment = order(peer, name)
+    peer.report(name, deployment, RUNNING)
+    status, told = cancel(peer, deployment)
+    assert (status, told) == (409, {"error": "this agent can't be cancelled once it has started"})
+    assert peer.status(deployment)["status"] == RUNNING
+
+
+def test_a_report_without_a_step_decides_nothing(peer: Peer, name: str) -> None:
+    peer.registered(name, **OURS)
+    deployment = order(peer, name)
+    peer.report(name, deployment, RUNNING, step="ready")
+    cancel(peer, deployment)
+    assert peer.report(name, deployment, RUNNING, closureSize=5).status_code == 200
+    assert peer.status(deployment)["cancelRequested"]
+
+
+# --- the database of an earlier release -----------------------------------------------------------
+
+
+def downgrade(data: Path) -> None:
+    """Take the columns of schema 2 away."""
+    with sqlite3.connect(data / "workspace.db") as connection:
+        connection.execute("ALTER TABLE agents DROP COLUMN client")
+        for column in ("step", "outcome", "cancel_requested", "cancel_refused"):
+            connection.execute(f"ALTER TABLE deployments DROP COLUMN {column}")
+        connection.execute("UPDATE meta SET value = '1' WHERE key = 'version'")
+
+
+def test_a_database_of_schema_1_keeps_everything() -> None:
+    with running() as server:
+        peer = Peer(server)
+        peer.registered("web")
+        deployment = order(peer, "web")
+        peer.report("web", deployment, RUNNING)
+        peer.log("web", deployment, 0, ["a line"])
+        assert server.stop() == 0
+        downgrade(server.data)
+        server.start()
+        assert peer.status(deployment)["status"] == RUNNING and peer.lines(deployment) == ["a line"]
+        peer.registered("web", **OURS)
+        assert peer.report("web", deployment, SUCCEEDED, outcome="succeeded").status_code == 200
+        assert peer.status(deployment)["outcome"] == "succeeded"
+        database = open_database(Settings(server.data))
+        with database.read() as connection:
+            assert get_meta(connection, "version") == str(VERSION)
+            assert connection.execute(select(agents.c.client)).scalar_one() == "0.1.0"
+            assert connection.execute(select(deployments.c.step)).scalar_one() is None
+        database.close()
