@@ -19,7 +19,6 @@ from cachix_dial import within as within
 from cachix_protocol import (
     PROTOCOL_VERSION,
     USER_AGENT,
-    Cache,
     Unreachable,
     UsageError,
     checked_url,
@@ -111,20 +110,6 @@ class Peer:
         if self.name is not None:
             headers.update(name=self.name, version=PROTOCOL_VERSION, system=nix_system())
         return {**headers, "User-Agent": USER_AGENT}
-
-    def substituter(self, cache: Cache) -> str:
-        """The URL of the workspace's cache: its `uri`, else a subdomain of the workspace."""
-        if cache.uri:
-            return cache.uri
-        parts = urllib.parse.urlsplit(self.host)
-        return f"{parts.scheme}://{cache.name}.{parts.netloc.rpartition('@')[2]}"
-
-    def public_key(self, cache: Cache) -> str:
-        """The cache's key in Nix's form, NAME:BASE64."""
-        if ":" in cache.public_key:
-            return cache.public_key
-        host = (urllib.parse.urlsplit(self.host).hostname or "").replace(":", "-")
-        return f"{cache.name}.{host}-1:{cache.public_key}"
 
 
 def _ascii_url(url: str) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
+import cachix_cache
 import cachix_console
 from activate import (
     environment,
@@ -281,17 +282,17 @@ class Worker(threading.Thread):
             environment.proxies = for_nix()
             yield nix.Source()
             return
+        offer = cachix_cache.offer(peer.host, cache)
         configured = self.nix_config.get("trusted-public-keys", "").split()
-        keys = tuple(dict.fromkeys([*configured, peer.public_key(cache)]))
-        url = peer.substituter(cache)
-        environment.proxies = for_nix(url)
-        if cache.is_public:
-            yield nix.Source(url, keys)
+        keys = tuple(dict.fromkeys([*configured, *(self.options.trusted_keys or offer.keys)]))
+        environment.proxies = for_nix(offer.url)
+        if offer.is_public or not offer.is_near:
+            yield nix.Source(offer.url, keys, is_far=not (offer.is_public or offer.is_near))
             return
         others = self.nix_config.get("netrc-file", "")
-        file = netrc.write_netrc(self.state, url, peer.token, others)
+        file = netrc.write_netrc(self.state, offer.url, peer.token, others)
         try:
-            yield nix.Source(url, keys, file.path)
+            yield nix.Source(offer.url, keys, file.path)
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(file.path)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 from typing import Any, Optional
 
 import cachix_console
 from activate.kinds.verdict import Policy
+from cachix_cache import trusted_keys
 from cachix_connection import Peer, Waits
 from cachix_console import choice, positive, read_token, tell
 from cachix_protocol import UsageError, __version__, is_agent_name
 
+KEYS_VARIABLE = "CACHIX_AGENT_TRUSTED_KEYS"  # public keys, separated by blanks
 USAGE = """\
 Cachix Deploy, open and self-hostable: the agent of a machine, and the command that CI deploys with.
 
 Usage:
   cachix-deploy [options] [deploy] agent [NAME] [PROFILE] [--bootstrap] [--if-stopped]
+                [--trusted-key=KEY]...
   cachix-deploy [options] [deploy] activate SPEC [--agent=NAME]... [--async] [--timeout=SECONDS]
   cachix-deploy --help
   cachix-deploy --version
@@ -33,6 +37,9 @@ Options:
   -c --config=FILE              Cachix's own configuration: accepted, and not read.
   --token-file=FILE             Read the token from FILE instead of the environment
                                 (CACHIX_AGENT_TOKEN; CACHIX_ACTIVATE_TOKEN for activate).
+  --trusted-key=KEY             Take the workspace's systems only with a signature by this key
+                                (NAME:KEY), whatever key it names itself; may be repeated
+                                (CACHIX_AGENT_TRUSTED_KEYS, separated by blanks).
   --confirm-timeout=SECONDS     Time for a new system to reach the workspace [default: 120].
   --activation-timeout=SECONDS  Time for an activation, or a rollback script [default: 3600].
   --on-unit-failure=POLICY      rollback or tolerate: if units failed [default: rollback].
@@ -61,6 +68,7 @@ class AgentOptions:
     if_stopped: bool
     policy: Policy
     waits: Waits
+    trusted_keys: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -114,4 +122,5 @@ def agent_options(options: dict[str, Any]) -> AgentOptions:
         if_stopped=options["--if-stopped"],
         policy=policy,
         waits=waits,
+        trusted_keys=trusted_keys(options["--trusted-key"], os.environ.get(KEYS_VARIABLE)),
     )

@@ -5,6 +5,7 @@ Nothing here does I/O. protocol.md decides every name below; our own additions a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -152,6 +153,9 @@ class Cache:
         return {**fixed, **extra}
 
 
+UNREADABLE = Cache("", "", False)  # a cache without its fields; the agent refuses to deploy from it
+
+
 @dataclass(frozen=True)
 class AgentRegistered:
     """The first message to an agent: its id, its binary cache, and how it reports.
@@ -165,10 +169,13 @@ class AgentRegistered:
 
     @classmethod
     def from_json(cls, record: Any) -> AgentRegistered:
-        cache = checked_field(record, "cache", dict, optional=True)
+        cache: Optional[Cache] = UNREADABLE
+        with contextlib.suppress(Undecodable):
+            fields = checked_field(record, "cache", dict, optional=True)
+            cache = None if fields is None else Cache.from_json(fields)
         return cls(
             id=uuid_field(record, "id"),
-            cache=None if cache is None else Cache.from_json(cache),
+            cache=cache,
             reports=checked_field(record, "reports", str, optional=True),
         )
 

@@ -50,6 +50,8 @@ class Source:
 
     `keys` are all trusted keys, `netrc` is the path of a file with credentials, `only` are the
     substituters that replace all others. `fresh`: what Nix remembers of narinfos does not count.
+    `is_far`: the cache is private and on another host than the workspace, so that no token goes
+    there.
     """
 
     substituter: Optional[str] = None
@@ -57,6 +59,7 @@ class Source:
     netrc: Optional[str] = None
     only: Optional[tuple[str, ...]] = None
     fresh: bool = False
+    is_far: bool = False
 
     def options(self) -> list[str]:
         """The options for a download. Whatever is not set here is set by the machine's nix.conf."""

@@ -225,20 +225,6 @@ def test_a_host_that_has_no_form_in_ascii(host: str) -> None:
         Peer.create(host, TOKEN)
 
 
-@pytest.mark.parametrize(
-    ("host", "key"),
-    [
-        ("https://deploy.example.org", "main.deploy.example.org-1:KEY"),
-        ("http://[::1]:8080", "main.--1-1:KEY"),
-        ("http://[FD00::1]", "main.fd00--1-1:KEY"),
-        ("http://bücher.example", "main.xn--bcher-kva.example-1:KEY"),
-    ],
-)
-def test_the_name_of_a_key_has_no_colon(host: str, key: str) -> None:
-    cache = cachix_connection.Cache("main", "KEY", True)
-    assert Peer.create(host, TOKEN).public_key(cache) == key
-
-
 # --- deadlines for a whole call, not for each packet ----------------------------------------------
 
 

@@ -15,14 +15,15 @@ from hosts import PROJECT
 SHARED = "activate activate.kinds"
 FLOOR = "cachix_connection cachix_console cachix_protocol"
 MAY_IMPORT = {
-    "cachix_deploy": f"cachix_ci cachix_options cachix_reports cachix_channels {FLOOR}"
+    "cachix_deploy": f"cachix_ci cachix_options cachix_reports cachix_channels cachix_cache {FLOOR}"
     " cachix_proxy cachix_repeats"
     f" {SHARED} activate.agent",
     "cachix_ci": f"cachix_follow {FLOOR} activate.text",
     "cachix_state": "cachix_protocol activate.text",
     "cachix_switch": f"cachix_orphan {FLOOR} {SHARED} activate.switch",
     "cachix_orphan": f"cachix_reports cachix_session {FLOOR} {SHARED}",
-    "cachix_options": f"{FLOOR} {SHARED}",
+    "cachix_cache": "cachix_protocol",
+    "cachix_options": f"cachix_cache {FLOOR} {SHARED}",
     "cachix_follow": f"cachix_state cachix_diagnosis {FLOOR} activate.text",
     "cachix_reports": f"cachix_channels cachix_repeats {FLOOR}"
     " activate.history activate.journal activate.lock activate.logfile activate.outcomes"

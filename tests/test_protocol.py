@@ -9,14 +9,13 @@ import uuid
 
 import closures
 import pytest
-from caches import password
+from caches import Key, password
 from hosts import wait_until
 from peer import AGENT_ID, headers, is_at, message, outline, shape, transcript
 
 from cachix_connection import Peer, reach
 from cachix_deploy import Inbox
 from cachix_protocol import FAILURE_LINE, PROTOCOL_VERSION, SUCCESS_LINE, Deployment
-from cachix_protocol import Cache as WireCache
 
 TOKEN = "peer-agent-token"
 LOG = "/api/v1/deploy/log/"
@@ -309,25 +308,6 @@ def test_a_lost_end_is_reported_when_the_workspace_is_back(host, cache, peer):
 # --- caches ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("workspace", "fields", "url", "key"),
-    [
-        ("https://cachix.org", {}, "https://mycache.cachix.org", "mycache.cachix.org-1:KEY="),
-        ("http://localhost", {}, "http://mycache.localhost", "mycache.localhost-1:KEY="),
-        ("http://localhost:80", {}, "http://mycache.localhost:80", "mycache.localhost-1:KEY="),
-        ("https://a.b/deploy", {}, "https://mycache.a.b", "mycache.a.b-1:KEY="),
-        ("https://joe:pw@a.b", {}, "https://mycache.a.b", "mycache.a.b-1:KEY="),
-        ("https://a.b", {"uri": "http://c:1/x"}, "http://c:1/x", "mycache.a.b-1:KEY="),
-        ("https://a.b", {"publicKey": "own-1:KEY="}, "https://mycache.a.b", "own-1:KEY="),
-    ],
-)
-def test_the_url_and_the_key_of_a_cache(workspace, fields, url, key):
-    record = {"cacheName": "mycache", "publicKey": "KEY=", "isPublic": True, **fields}
-    peer, cache = Peer.create(workspace, TOKEN, "web"), WireCache.from_json(record)
-    assert (peer.substituter(cache), peer.public_key(cache)) == (url, key)
-    assert cache.to_json() == record
-
-
 def deploy_from(host, cache, peer, path, **env):
     """Deploy from the cache by its `uri`; the result and the log."""
     peer.cache = cache.wire()
@@ -408,6 +388,49 @@ def test_a_cache_that_recovers_is_no_failure(host, cache, peer):
     cache.misbehave("/nar/", "503", times=1)
     succeeded, log = deploy_from(host, cache, peer, path)
     assert succeeded, log
+
+
+@pytest.mark.promise(13)
+def test_a_private_cache_on_another_host_gets_no_token(host, cache, peer):
+    cache.token, near = TOKEN, cache.url
+    cache.url = near.replace("127.0.0.1", "localhost")
+    succeeded, log = deploy_from(host, cache, peer, closures.plain(cache, 1))
+    assert not succeeded and "it got no token, because it is on another host" in log[-1], log
+    assert cache.requests and not [request for request in cache.requests if request.authorization]
+
+
+@pytest.mark.promise(13)
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_pinned_keys_replace_the_workspaces(host, cache, peer, by):
+    """A workspace that signs with a key of its own runs nothing on a machine that pins another."""
+    pinned, path = Key("pinned-1", b"p" * 32), closures.plain(cache, 1)
+    options = [f"--trusted-key={pinned.public}"] if by == "option" else []
+    env = {} if options else {"CACHIX_AGENT_TRUSTED_KEYS": pinned.public}
+    peer.cache = cache.wire()
+    host.agent("web", peer.url, TOKEN, *options, env=env)
+    deployment = peer.deploy(path)
+    assert not has_succeeded(peer, deployment)
+    reason = f"the signature of {path} is by none of the keys"
+    assert reason in peer.log(deployment)[-1] and pinned.public in peer.log(deployment)[-1]
+    assert not host.valid(path) and host.profile() is None
+    cache.key = pinned
+    assert has_succeeded(peer, peer.deploy(closures.plain(cache, 2)))
+
+
+@pytest.mark.promise(13)
+def test_a_cache_that_is_refused_comes_to_nothing_but_a_reason(host, cache, peer):
+    """The workspace's own mend of the cache is enough: the agent stays connected."""
+    good = cache.wire()
+    peer.cache = {**good, "uri": f"{cache.url}?trusted=1"}
+    agent = host.agent("web", peer.url, TOKEN)
+    connection = peer.agent()
+    deployment = peer.deploy(closures.plain(cache, 1))
+    assert not has_succeeded(peer, deployment)
+    assert "names a cache that is not usable" in peer.log(deployment)[-1]
+    assert cache.requests == [] and host.record() == []
+    peer.register(connection, cache=good)
+    assert has_succeeded(peer, peer.deploy(closures.plain(cache, 1)))
+    assert agent.process.poll() is None
 
 
 def order(index):

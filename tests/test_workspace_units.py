@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection
 from workspace_support import ROOT, STORE_PATHS
 
-from cachix_connection import Peer
+from cachix_cache import offer
 from cachix_protocol import Error, Spec, Undecodable, loads
 from cachix_workspace import agents, cache, deployments, logs, tokens
 from cachix_workspace.database import Database, open_database, put_meta
@@ -214,7 +214,7 @@ def test_the_name_of_a_key_has_no_colon(database: Database) -> None:
         wire = cache.find_for_agent(c, None, settings, "[fd00::1]:8080")
     assert secret.startswith("mycache.fd00--1-1:") and secret.count(":") == 1
     assert wire is not None
-    assert Peer.create("http://[fd00::1]:8080", "t", "web").public_key(wire) == row.key
+    assert offer("http://[fd00::1]:8080", wire).keys == (row.key,)
 
 
 def test_both_kinds_of_agent_find_the_same_key(database: Database) -> None:
@@ -226,12 +226,12 @@ def test_both_kinds_of_agent_find_the_same_key(database: Database) -> None:
     assert secret.startswith("mycache.deploy.example.org-1:")
     assert len(base64.b64decode(secret.partition(":")[2])) == 64
     assert derivable is not None and elsewhere is not None
-    ours = Peer.create("https://deploy.example.org:8443/sub", "t", "web")
+    ours = offer("https://deploy.example.org:8443/sub", derivable)
     # Cachix's agent derives the name of the key
     assert row.key == f"mycache.deploy.example.org-1:{derivable.public_key}"
-    assert ours.public_key(derivable) == row.key
-    assert ours.substituter(derivable) == "https://deploy.example.org:8443/sub/cache/mycache"
-    assert Peer.create("http://10.0.0.1:8080", "t", "web").public_key(elsewhere) == row.key
+    assert ours.keys == (row.key,)
+    assert ours.url == "https://deploy.example.org:8443/sub/cache/mycache"
+    assert offer("http://10.0.0.1:8080", elsewhere).keys == (row.key,)
 
 
 @pytest.mark.parametrize(

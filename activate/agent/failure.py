@@ -35,6 +35,9 @@ CLASSES = {
     "missing": "don't know how to build these paths|is not valid|no substituter that can build it"
     "|some references of path .* could not be realised",
 }
+FAR = (
+    "is on another host than --host, or does not encrypt: put its credentials into Nix's netrc-file"
+)
 LOCAL = ("space", "daemon", "read-only", "permission", "untrusted")  # no substituter can help
 # An untrusted user's options are ignored without a harm unless one of these classes follows.
 WITHHELD = ("signature", "credentials", "missing")
@@ -140,6 +143,8 @@ def sentence(name: str, line: str, source: nix.Source, path: str, cache: Optiona
     user, daemon = environment.user(), "the Nix daemon"
     # Nix takes 401 and 403 for missing
     unread = "" if source.netrc is None else ", or let this agent's token read it"
+    if source.is_far:
+        unread = f"; it got no token, because it {FAR}"
     keys = " ".join(source.keys) or "that this machine trusts"
     trust = f"add {user} to trusted-users in this machine's nix.conf, and restart {daemon}"
     distrust = ""  # older daemons do not say that they ignore the options of a user
@@ -159,7 +164,8 @@ def sentence(name: str, line: str, source: nix.Source, path: str, cache: Optiona
         "corrupt": f"{cache} serves a damaged {path}, push it again: {line}",
         "stale": f"{line}, but its description is there: remove the narinfo of {path} from the "
         "cache, and push the path again (by `nix copy --refresh`)",
-        "credentials": f"{cache} refused this agent's credentials, or is no binary cache: {line}",
+        "credentials": f"{cache} refused this agent's credentials, or is no binary cache: {line}"
+        + (unread if source.is_far else ""),
         "network": f"the download from {cache} broke off: {line}",
         "missing": f"{path} is not in {cache}: push it there first{unread}{distrust}",
     }[name]
