@@ -5,28 +5,29 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import urllib.parse
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, insert, select
 
-from cachix_protocol import BASE32, Cache, Error, is_store_path, utc_now
+from cachix_protocol import BASE32, Cache, Error, utc_now
+from cachix_workspace import narinfo
+from cachix_workspace.narinfo import Narinfo, base32
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.settings import Settings
 from cachix_workspace.tables import caches
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # a label of a host name
-NARINFO = re.compile(f"([{BASE32}]{{32}})\\.narinfo")
 NAR = re.compile(f"nar/[{BASE32}]{{32,64}}\\.nar(\\.[a-z0-9]{{1,8}})?")
-NAR_HASH = re.compile(r"[a-z0-9]+:[0-9A-Za-z+/=]+")
 # Nix asks caches by priority: cache.nixos.org has 40, so it is asked after ours.
 INFO = "StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\n"
-MAX_NARINFO = 1 << 20  # bytes
 BLOCK = 1 << 18  # bytes of an upload in memory
 TEMPORARY = ".upload-"
 
@@ -52,6 +53,11 @@ class CacheRow:
     def key(self) -> str:
         """The public key in Nix's form."""
         return f"{self.key_name}:{self.public_key}"
+
+    @property
+    def keys(self) -> dict[str, bytes]:
+        """The public keys by their names: a narinfo must be signed by one."""
+        return {self.key_name: base64.b64decode(self.public_key)}
 
 
 def create(
@@ -144,7 +150,7 @@ def host_name(host: str) -> str:
 
 def is_file_name(name: str) -> bool:
     """Whether `name` is that of a file in a cache; nothing else ever becomes a path."""
-    return bool(NARINFO.fullmatch(name) or NAR.fullmatch(name))
+    return bool(narinfo.FILE_NAME.fullmatch(name) or NAR.fullmatch(name))
 
 
 def path_of(settings: Settings, cache_name: str, file_name: str) -> Path:
@@ -157,24 +163,60 @@ def media_type(file_name: str) -> str:
     return "text/x-nix-narinfo" if file_name.endswith(".narinfo") else "application/x-nix-nar"
 
 
-def store(target: Path, body: Readable, length: int | None) -> None:
-    """Replace `target` by an upload, all or nothing.
+def store_nar(target: Path, body: Readable, length: int | None) -> bool:
+    """Store an upload, all or nothing; whether it is new. A NAR never changes.
 
-    Raises Refusal if fewer than `length` bytes come, the disk is full, or a narinfo is wrong.
+    Raises Refusal if fewer than `length` bytes come, their hash is not that of the file's name, or
+    the disk is full.
     """
+    with _upload(target, body, length, None) as (temporary, digest):
+        match = narinfo.NAR.fullmatch(f"nar/{target.name}")
+        if match is None or match[1] != base32(digest):
+            raise Refusal(400, f"nar/{target.name} is not named after the SHA-256 of its bytes")
+        return _create(temporary, target)
+
+
+def store_narinfo(target: Path, body: Readable, length: int | None, cache: CacheRow) -> bool:
+    """Store a narinfo that is signed by the cache's key, and whose NAR is there; whether it is new.
+
+    Another one of the same contents adds its signatures. One of other contents is dropped while the
+    first one's NAR is there: a push that has lost a race is no failure. Raises Refusal.
+    """
+    with _upload(target, body, length, narinfo.MOST_BYTES) as (temporary, _):
+        info = Narinfo.parse(target.name, temporary.read_bytes())
+        _check(info, target, cache)
+        for _ in range(3):  # another push may come between the look and the change
+            if _create(temporary, target):
+                return True
+            earlier = _read(target)
+            if earlier is None or not _is_whole(earlier, target, cache):
+                os.replace(temporary, target)
+                return True
+            if not info.describes_the_same(earlier):
+                return False
+            if set(info.signatures) - set(earlier.signatures):
+                _rewrite(temporary, earlier.signed_also(info).text())
+                os.replace(temporary, target)
+            return False
+    return False
+
+
+@contextlib.contextmanager
+def _upload(
+    target: Path, body: Readable, length: int | None, limit: int | None
+) -> Iterator[tuple[Path, bytes]]:
+    """Write an upload into a temporary file; its path and the SHA-256. Raises Refusal."""
     temporary = target.parent / f"{TEMPORARY}{uuid.uuid4()}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            received = _copy(body, file, MAX_NARINFO if target.suffix == ".narinfo" else None)
+            received, digest = _copy(body, file, limit)
             if length is not None and received != length:
                 raise Refusal(400, f"the upload broke off after {received} of {length} bytes")
             file.flush()
             # or a power loss could leave the name without the content, and Nix not push it again
             os.fsync(file.fileno())
-        if target.suffix == ".narinfo":
-            check_narinfo(target.name, temporary.read_bytes())
-        os.replace(temporary, target)
+        yield temporary, digest
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise Refusal(507, "the workspace has no space left for this file") from None
@@ -184,32 +226,87 @@ def store(target: Path, body: Readable, length: int | None) -> None:
             temporary.unlink()
 
 
-def _copy(body: Readable, file: Any, limit: int | None) -> int:
-    """The number of bytes. Raises Refusal if they are more than `limit`."""
-    received = 0
+def _copy(body: Readable, file: Any, limit: int | None) -> tuple[int, bytes]:
+    """The number of bytes and their SHA-256. Raises Refusal if they are more than `limit`."""
+    received, digest = 0, hashlib.sha256()
     while block := body.read(BLOCK):
         received += len(block)
         if limit is not None and received > limit:
             raise Refusal(413, f"a narinfo has at most {limit} bytes")
+        digest.update(block)
         file.write(block)
-    return received
+    return received, digest.digest()
 
 
-def check_narinfo(file_name: str, content: bytes) -> None:
-    """Raises Refusal (400) if a narinfo lacks a field that readers need, or is of another path."""
+def _rewrite(temporary: Path, text: str) -> None:
+    """Replace what was uploaded."""
+    with open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _create(temporary: Path, target: Path) -> bool:
+    """Give an upload its name, unless there is a file of that name already."""
     try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        raise Refusal(400, f"{file_name} is not UTF-8") from None
-    fields = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
-    store_path = fields.get("StorePath", "")
-    expected = f"/nix/store/{file_name.removesuffix('.narinfo')}-"
-    if not is_store_path(store_path) or not store_path.startswith(expected):
-        raise Refusal(400, f"{file_name} has no `StorePath` of that hash")
-    if not NAR.fullmatch(fields.get("URL", "")):
-        raise Refusal(400, f"{file_name} has no `URL` such as nar/HASH.nar.xz")
-    if not NAR_HASH.fullmatch(fields.get("NarHash", "")):
-        raise Refusal(400, f"{file_name} has no `NarHash`")
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if target.exists():
+            return False
+        os.replace(temporary, target)
+    return True
+
+
+def _check(info: Narinfo, target: Path, cache: CacheRow) -> None:
+    """Raises Refusal (400) if a narinfo is not signed by the cache's key, or its NAR not there."""
+    if not info.is_signed_by(cache.keys):
+        raise Refusal(
+            400,
+            f"{target.name} has no signature by {cache.key_name}, the key of the cache "
+            f"{cache.name}: push with `?secret-key=FILE` at the end of the cache's URL",
+        )
+    size = _nar_size(info, target)
+    expected = info.size if info.compression == "none" else info.file_size
+    if size is None:
+        raise Refusal(400, f"{target.name} names {info.url}, which is not there: upload that first")
+    if expected is not None and size != expected:
+        raise Refusal(400, f"{target.name} says that {info.url} has {expected} bytes, not {size}")
+
+
+def _nar_size(info: Narinfo, target: Path) -> int | None:
+    """The size of a narinfo's NAR as a file; None if it is not there."""
+    try:
+        return (target.parent / info.url).stat().st_size
+    except OSError:
+        return None
+
+
+def _read(target: Path) -> Narinfo | None:
+    """A narinfo that was stored; None for one that only an earlier release would take."""
+    try:
+        return Narinfo.parse(target.name, target.read_bytes())
+    except (OSError, Refusal):
+        return None
+
+
+def _is_whole(info: Narinfo, target: Path, cache: CacheRow) -> bool:
+    """Whether a stored narinfo is signed by the cache's key, and its NAR still there."""
+    return info.is_signed_by(cache.keys) and _nar_size(info, target) is not None
+
+
+def unsigned(settings: Settings, cache: CacheRow) -> list[str]:
+    """The store paths that agents refuse: no key of the cache has signed them. In order.
+
+    Earlier releases took them. Raises OSError.
+    """
+    found = []
+    for path in sorted((settings.data / "cache" / cache.name).glob("*.narinfo")):
+        info = _read(path)
+        if info is None or not info.is_signed_by(cache.keys):
+            found.append(path.name if info is None else info.store_path)
+    return found
 
 
 def remove_leftovers(settings: Settings) -> None:

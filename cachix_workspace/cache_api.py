@@ -72,5 +72,9 @@ def put_file(name: str, file_name: str) -> Response:
     if not cache.is_file_name(file_name):
         raise Refusal(405, "a cache takes HASH.narinfo and nar/HASH.nar, compressed or not")
     path = cache.path_of(current_workspace().settings, row.name, file_name)
-    cache.store(path, BodyStream(), request.content_length)
-    return json_answer({}, 201)
+    body, length = BodyStream(), request.content_length
+    if path.suffix == ".narinfo":
+        is_new = cache.store_narinfo(path, body, length, row)
+    else:
+        is_new = cache.store_nar(path, body, length)
+    return json_answer({}, 201 if is_new else 200)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import base64
+import gzip
+import hashlib
+import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import requests
+from caches import Files, Key, base32, nar
 from hosts import Host
 from workspace_support import DEADLINE, Connection, Peer, running, wait_for
 
-HASH = "a" * 32
-NAR = f"nar/{'1' * 52}.nar.xz"
-NARINFO = f"""\
-StorePath: /nix/store/{HASH}-x
-URL: {NAR}
-NarHash: sha256:{"1" * 52}
-NarSize: 3
-References:\x20
-"""
 BUILD = """
 let
   make = name: script: derivation {
@@ -40,106 +37,227 @@ in make "thing" ''
 """
 
 
+HASH = "a" * 32
+
+
 @pytest.fixture(scope="module")
 def peer() -> Iterator[Peer]:
     with running("--public-url=http://ws.test") as server:
+        peer = Peer(server)
         for arguments in (["open"], ["closed", "--private"]):
-            server.command("cache", "create", *arguments)
-        yield Peer(server)
+            secret = server.command("cache", "create", *arguments)
+            (server.data / f"secret-{arguments[0]}").write_text(secret)
+        yield peer
 
 
-def put(peer: Peer, path: str, content: bytes, token: str | None = None) -> int:
-    return peer.http("PUT", f"/cache/{path}", token, data=content).status_code
+@pytest.fixture
+def files(peer: Peer, tmp_path: Path) -> Files:
+    """Files that are signed by the key of the cache `open`."""
+    return files_of(peer, tmp_path, "open")
 
 
-def test_files_come_back(peer: Peer) -> None:
-    assert put(peer, f"open/{NAR}", b"0123456789") == 201
-    assert put(peer, f"open/{HASH}.narinfo", NARINFO.encode()) == 201
-    url = f"{peer.server.url}/cache/open"
-    whole = requests.get(f"{url}/{NAR}", timeout=DEADLINE)
-    assert (
-        whole.content == b"0123456789" and whole.headers["Content-Type"] == "application/x-nix-nar"
-    )
-    head = requests.head(f"{url}/{NAR}", timeout=DEADLINE)
-    assert head.status_code == 200 and head.headers["Content-Length"] == "10" and not head.content
-    etag = {"If-None-Match": whole.headers["ETag"]}
-    assert requests.get(f"{url}/{NAR}", headers=etag, timeout=DEADLINE).status_code == 304
-    part = requests.get(f"{url}/{NAR}", headers={"Range": "bytes=3-5"}, timeout=DEADLINE)
-    assert (part.status_code, part.content, part.headers["Content-Range"]) == (
-        206,
-        b"345",
-        "bytes 3-5/10",
-    )
-    beyond = requests.get(f"{url}/{NAR}", headers={"Range": "bytes=99-"}, timeout=DEADLINE)
-    assert beyond.status_code == 416
-    info = requests.get(f"{url}/nix-cache-info", timeout=DEADLINE)
+def files_of(peer: Peer, place: Path, cache: str) -> Files:
+    secret = (peer.server.data / f"secret-{cache}").read_text()
+    return Files(place / "files", Key.parse(secret))
+
+
+def put(
+    peer: Peer, path: str, content: bytes | Iterator[bytes], token: str | None = None
+) -> requests.Response:
+    return peer.http("PUT", f"/cache/{path}", token, data=content)
+
+
+def name_of(content: bytes, suffix: str = "") -> str:
+    """Return the name of a NAR's file."""
+    return f"nar/{base32(hashlib.sha256(content).digest())}.nar{suffix}"
+
+
+def upload(peer: Peer, files: Files, path: str, cache: str = "open") -> list[int]:
+    """Upload a path of `files` as Nix does; the statuses for NAR and narinfo."""
+    return [
+        put(peer, f"{cache}/{file.relative_to(files.directory)}", file.read_bytes()).status_code
+        for file in (files.archive(path), files.narinfo(path))
+    ]
+
+
+def get(peer: Peer, file: str, cache: str = "open", **headers: str) -> requests.Response:
+    url = f"{peer.server.url}/cache/{cache}/{file}"
+    return requests.get(url, headers=headers, timeout=DEADLINE)
+
+
+def test_files_come_back(peer: Peer, files: Files) -> None:
+    path = files.add("back", {"a": "b"})
+    assert upload(peer, files, path) == [201, 201]
+    nar, content = f"nar/{files.archive(path).name}", files.archive(path).read_bytes()
+    whole = get(peer, nar)
+    assert whole.content == content and whole.headers["Content-Type"] == "application/x-nix-nar"
+    head = requests.head(f"{peer.server.url}/cache/open/{nar}", timeout=DEADLINE)
+    size = str(len(content))
+    assert head.status_code == 200 and head.headers["Content-Length"] == size and not head.content
+    assert get(peer, nar, **{"If-None-Match": whole.headers["ETag"]}).status_code == 304
+    part = get(peer, nar, Range="bytes=3-5")
+    assert (part.status_code, part.content) == (206, content[3:6])
+    assert part.headers["Content-Range"] == f"bytes 3-5/{size}"
+    assert get(peer, nar, Range="bytes=9999999-").status_code == 416
+    info = get(peer, "nix-cache-info")
     assert info.text == "StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\n"
-    assert requests.get(f"{url}/{HASH}.narinfo", timeout=DEADLINE).text == NARINFO
-    for missing in (
-        "b" * 32 + ".narinfo",
-        "log/x.drv",
-        "realisations/x",
-        "..%2fworkspace.db",
-        "nar/..%2f..%2fx",
-    ):
-        assert requests.get(f"{url}/{missing}", timeout=DEADLINE).status_code == 404, missing
+    narinfo = files.narinfo(path)
+    assert get(peer, narinfo.name).content == narinfo.read_bytes()
+    strange = ("log/x.drv", "realisations/x", "..%2fworkspace.db", "nar/..%2f..%2fx")
+    for missing in ("b" * 32 + ".narinfo", *strange):
+        assert get(peer, missing).status_code == 404, missing
 
 
-def test_a_private_cache(peer: Peer) -> None:
-    assert put(peer, f"closed/{HASH}.narinfo", NARINFO.encode()) == 201
+def test_a_private_cache(peer: Peer, tmp_path: Path) -> None:
+    files = files_of(peer, tmp_path, "closed")
+    path = files.add("private", "private")
+    assert upload(peer, files, path, "closed") == [201, 201]
+    narinfo, nar = files.narinfo(path).name, f"nar/{files.archive(path).name}"
     url = f"{peer.server.url}/cache/closed"
-    assert requests.get(f"{url}/nix-cache-info", timeout=DEADLINE).status_code == 200
-    for path in (f"{HASH}.narinfo", "b" * 32 + ".narinfo", NAR):
-        assert requests.get(f"{url}/{path}", timeout=DEADLINE).status_code == 401
-        assert (
-            requests.get(f"{url}/{path}", auth=("", "wrong"), timeout=DEADLINE).status_code == 401
-        )
+    assert get(peer, "nix-cache-info", "closed").status_code == 200
+    for file in (narinfo, "b" * 32 + ".narinfo", nar):
+        assert get(peer, file, "closed").status_code == 401
+        wrong = requests.get(f"{url}/{file}", auth=("", "wrong"), timeout=DEADLINE)
+        assert wrong.status_code == 401
     for token in (peer.agent_token, peer.ci_token, peer.server.token("admin")):
-        assert (
-            requests.get(f"{url}/{HASH}.narinfo", auth=("", token), timeout=DEADLINE).status_code
-            == 200
-        )
-        assert peer.http("GET", f"/cache/closed/{HASH}.narinfo", token).status_code == 200
+        answer = requests.get(f"{url}/{narinfo}", auth=("", token), timeout=DEADLINE)
+        assert answer.status_code == 200
+        assert peer.http("GET", f"/cache/closed/{narinfo}", token).status_code == 200
 
 
-def test_who_and_what_may_be_put(peer: Peer) -> None:
-    good = NARINFO.encode()
-    assert put(peer, f"open/{HASH}.narinfo", good, peer.agent_token) == 403
-    assert put(peer, f"open/{HASH}.narinfo", good, "unknown") == 401
-    assert put(peer, f"nowhere/{HASH}.narinfo", good) == 404
-    assert put(peer, f"open/{'b' * 32}.narinfo", good) == 400
-    assert put(peer, f"open/{HASH}.narinfo", b"\xff") == 400
-    assert put(peer, f"open/{HASH}.narinfo", b"x" * (1 << 20) + b"y") == 413
-    for refused in (
-        "nix-cache-info",
-        "log/x.drv",
-        "realisations/x.doi",
-        "nar/x.nar",
-        "..%2f..%2fx",
-        f"{HASH}.ls",
-    ):
-        assert put(peer, f"open/{refused}", b"x") == 405, refused
+def test_who_and_what_may_be_put(peer: Peer, files: Files) -> None:
+    path = files.add("who", "who")
+    name, good = files.narinfo(path).name, files.narinfo(path).read_bytes()
+    assert put(peer, f"open/{name}", good, peer.agent_token).status_code == 403
+    assert put(peer, f"open/{name}", good, "unknown").status_code == 401
+    assert put(peer, f"nowhere/{name}", good).status_code == 404
+    assert put(peer, f"open/{'b' * 32}.narinfo", good).status_code == 400
+    assert put(peer, f"open/{name}", b"\xff").status_code == 400
+    assert put(peer, f"open/{name}", b"x" * (1 << 20) + b"y").status_code == 413
+    names = ("nix-cache-info", "log/x.drv", "realisations/x.doi", "nar/x.nar", "..%2f..%2fx")
+    for refused in (*names, f"{HASH}.ls"):
+        assert put(peer, f"open/{refused}", b"x").status_code == 405, refused
+    assert upload(peer, files, path) == [201, 201]
     basic = requests.put(
-        f"{peer.server.url}/cache/open/{HASH}.narinfo",
-        good,
-        auth=("", peer.ci_token),
-        timeout=DEADLINE,
+        f"{peer.server.url}/cache/open/{name}", good, auth=("", peer.ci_token), timeout=DEADLINE
     )
-    assert basic.status_code == 201
+    assert basic.status_code == 200
     leftovers = [file.name for file in peer.server.data.glob("cache/**/.*")]
     assert not leftovers and not [*peer.server.data.parent.glob("x")]
 
 
-def test_by_host(peer: Peer) -> None:
-    assert put(peer, f"open/{HASH}.narinfo", NARINFO.encode()) == 201
+@pytest.mark.promise(13)
+@pytest.mark.parametrize("how", ["unsigned", "wrong-key"])
+def test_a_narinfo_without_the_caches_signature_is_refused(
+    peer: Peer, files: Files, how: str
+) -> None:
+    """A token for CI is not enough to run something on a machine."""
+    path = files.add(f"evil-{how}", how)
+    files.damage(path, how)
+    assert put(peer, f"open/nar/{files.archive(path).name}", files.archive(path).read_bytes()).ok
+    name = files.narinfo(path).name
+    refused = put(peer, f"open/{name}", files.narinfo(path).read_bytes())
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert "no signature by open.ws.test-1" in error and "?secret-key=FILE" in error
+    assert get(peer, name).status_code == 404
+
+
+def test_a_narinfo_needs_its_nar(peer: Peer, files: Files) -> None:
+    path = files.add("early", "early")
+    name = files.narinfo(path).name
+    early = put(peer, f"open/{name}", files.narinfo(path).read_bytes())
+    assert early.status_code == 400 and "not there: upload that first" in early.json()["error"]
+    assert upload(peer, files, path) == [201, 201]
+    other = files.add("short", "short")
+    text = re.sub("FileSize: .*", "FileSize: 1", files.narinfo(other).read_text())
+    text = text.replace("Compression: none", "Compression: xz")
+    archive = files.archive(other)
+    assert put(peer, f"open/nar/{archive.name}", archive.read_bytes()).status_code == 201
+    short = put(peer, f"open/{files.narinfo(other).name}", text.encode())
+    assert short.status_code == 400 and "1 bytes, not" in short.json()["error"]
+
+
+def test_a_nar_never_changes(peer: Peer) -> None:
+    content = b"some bytes"
+    name = name_of(content, ".xz")
+    assert put(peer, f"open/{name}", content).status_code == 201
+    assert put(peer, f"open/{name}", content).status_code == 200
+    other = put(peer, f"open/{name}", b"other bytes")
+    assert other.status_code == 400 and "SHA-256" in other.json()["error"]
+    assert get(peer, name).content == content
+    assert put(peer, f"open/nar/{'5' * 52}.nar", content).status_code == 400
+
+
+def test_signatures_are_merged(peer: Peer, files: Files) -> None:
+    """Another compression of the same contents is no other narinfo."""
+    path = files.add("merged", "merged")
+    assert upload(peer, files, path) == [201, 201]
+    file, before = files.narinfo(path), files.narinfo(path).read_text()
+    nar_hash, size = (re.search(f"{n}: (.*)", before)[1] for n in ("NarHash", "NarSize"))
+    foreign = Key("other-1").sign(path, nar_hash, int(size), [])
+    packed = gzip.compress(files.archive(path).read_bytes())
+    assert put(peer, f"open/{name_of(packed, '.gz')}", packed).status_code == 201
+    changes = {"URL": name_of(packed, ".gz"), "Compression": "gzip", "FileSize": str(len(packed))}
+    text = before + f"Sig: {foreign}\n"
+    for field, value in changes.items():
+        text = re.sub(f"{field}: .*", f"{field}: {value}", text)
+    assert put(peer, f"open/{file.name}", text.encode()).status_code == 200
+    assert get(peer, file.name).text == before + f"Sig: {foreign}\n"
+    assert put(peer, f"open/{file.name}", before.encode()).status_code == 200
+    assert get(peer, file.name).text == before + f"Sig: {foreign}\n"
+
+
+def test_the_first_of_two_contents_stays_while_it_is_whole(peer: Peer, files: Files) -> None:
+    path = files.add("first", "first")
+    first = files.narinfo(path).read_bytes()
+    assert upload(peer, files, path) == [201, 201]
+    stored = peer.server.data / "cache/open/nar" / files.archive(path).name
+    files.write(path, nar("another"), [])
+    assert upload(peer, files, path) == [201, 200]  # a build that is not reproducible
+    assert get(peer, files.narinfo(path).name).content == first
+    stored.unlink()
+    assert upload(peer, files, path) == [200, 201]
+    assert get(peer, files.narinfo(path).name).content == files.narinfo(path).read_bytes()
+
+
+def test_an_unsigned_narinfo_of_an_earlier_release(peer: Peer, files: Files) -> None:
+    path = files.add("earlier", "earlier")
+    signed = files.narinfo(path).read_bytes()
+    assert upload(peer, files, path) == [201, 201]
+    stored = peer.server.data / "cache" / "open" / files.narinfo(path).name
+    stored.write_bytes(re.sub(rb"Sig: .*\n", b"", signed))
+    shown = json.loads(peer.server.command("cache", "show", "open", "--json"))
+    assert shown["unsigned"] == [path]
+    assert path in peer.server.command("cache", "show", "open").splitlines()
+    assert upload(peer, files, path) == [200, 201]
+    assert get(peer, stored.name).content == signed
+    assert json.loads(peer.server.command("cache", "show", "open", "--json"))["unsigned"] == []
+
+
+def test_pushes_of_the_same_path_at_once(peer: Peer, files: Files) -> None:
+    path = files.add("at-once", "at-once")
+    assert put(peer, f"open/nar/{files.archive(path).name}", files.archive(path).read_bytes()).ok
+    before = files.narinfo(path).read_text()
+    nar_hash, size = (re.search(f"{n}: (.*)", before)[1] for n in ("NarHash", "NarSize"))
+    signatures = [Key(f"k{n}-1").sign(path, nar_hash, int(size), []) for n in range(8)]
+    texts = [f"{before}Sig: {one}\n".encode() for one in signatures]
+    name = files.narinfo(path).name
+    with ThreadPoolExecutor(8) as pool:
+        codes = list(pool.map(lambda text: put(peer, f"open/{name}", text).status_code, texts))
+    assert sorted(set(codes)) in ([200, 201], [201]) and codes.count(201) == 1
+    stored = get(peer, name).text
+    assert stored.startswith(before) and stored.endswith("\n")
+
+
+def test_by_host(peer: Peer, files: Files) -> None:
+    path = files.add("by-host", "by-host")
+    assert upload(peer, files, path) == [201, 201]
+    url = f"{peer.server.url}/{files.narinfo(path).name}"
     for host in ("open.ws.test", "open.ws.test:8080"):
-        answer = requests.get(
-            f"{peer.server.url}/{HASH}.narinfo", headers={"Host": host}, timeout=DEADLINE
-        )
-        assert answer.text == NARINFO
-    other = requests.get(
-        f"{peer.server.url}/{HASH}.narinfo", headers={"Host": "no.ws.test"}, timeout=DEADLINE
-    )
+        answer = requests.get(url, headers={"Host": host}, timeout=DEADLINE)
+        assert answer.content == files.narinfo(path).read_bytes()
+    other = requests.get(url, headers={"Host": "no.ws.test"}, timeout=DEADLINE)
     assert other.status_code == 404 and "no cache" in other.json()["error"]
 
 
@@ -163,7 +281,10 @@ def test_a_large_upload_streams(peer: Peer) -> None:
         for _ in range(64):
             yield b"x" * (1 << 20)
 
-    path = f"nar/{'3' * 52}.nar"
+    digest = hashlib.sha256()
+    for piece in pieces():
+        digest.update(piece)
+    path = f"nar/{base32(digest.digest())}.nar"
     headers = {"Authorization": f"Bearer {peer.ci_token}"}
     began = time.monotonic()
     url = f"{peer.server.url}/cache/open/{path}"

@@ -252,38 +252,3 @@ def test_both_kinds_of_agent_find_the_same_key(database: Database) -> None:
 )
 def test_file_names(name: str, good: bool) -> None:
     assert cache.is_file_name(name) == good
-
-
-def narinfo(**changes: str) -> bytes:
-    nar_hash = "1" * 52
-    fields = {
-        "StorePath": STORE_PATHS[0],
-        "URL": f"nar/{nar_hash}.nar.xz",
-        "NarHash": f"sha256:{nar_hash}",
-        **changes,
-    }
-    return "".join(f"{name}: {value}\n" for name, value in fields.items() if value).encode()
-
-
-def test_a_narinfo_that_is_complete() -> None:
-    cache.check_narinfo("a" * 32 + ".narinfo", narinfo())
-    with pytest.raises(Refusal, match="StorePath"):
-        cache.check_narinfo("b" * 32 + ".narinfo", narinfo())
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("StorePath", ""),
-        ("StorePath", STORE_PATHS[0].replace("system", "a b")),
-        ("StorePath", STORE_PATHS[0] + "/bin"),
-        ("StorePath", "/nix/store/" + "a" * 32),
-        ("URL", ""),
-        ("URL", "nar/../x"),
-        ("NarHash", ""),
-    ],
-)
-def test_a_narinfo_with_a_wrong_field(field: str, value: str) -> None:
-    with pytest.raises(Refusal, match=field) as refusal:
-        cache.check_narinfo("a" * 32 + ".narinfo", narinfo(**{field: value}))
-    assert refusal.value.code == 400

@@ -35,6 +35,7 @@ def show_cache(options: dict[str, Any]) -> None:
     database, settings = open_workspace(options)
     with database.read() as connection:
         row = cache.find_named(connection, options["NAME"])
+    unsigned = cache.unsigned(settings, row)
     facts = {
         "name": row.name,
         "url": cache.url(settings, row.name),
@@ -42,6 +43,16 @@ def show_cache(options: dict[str, Any]) -> None:
         "public": row.public,
     }
     if options["--json"]:
-        show_json(facts)
+        show_json({**facts, "unsigned": unsigned})
     else:
         show_table([[key.replace("_", " "), str(value)] for key, value in facts.items()])
+        show_unsigned(unsigned)
+
+
+def show_unsigned(paths: list[str]) -> None:
+    """Name the store paths that agents refuse, and the remedy."""
+    if paths:
+        remedy = "push them again by `nix copy --refresh`"
+        tell(f"{len(paths)} store paths are not signed by this cache's key, {remedy}:")
+        for path in paths:
+            show(path)
