@@ -27,6 +27,7 @@ from cachix_protocol import (
     UsageError,
     checked_field,
     dumps,
+    listed,
     uuid_field,
 )
 
@@ -90,9 +91,9 @@ def read_spec(options: ActivateOptions) -> Spec:
         raise Error(f"{name} can't be read: {error.strerror or error}") from None
     unknown = [agent for agent in options.agents if agent not in spec.agents]
     if unknown:
-        present = ", ".join(sorted(spec.agents))
-        raise UsageError(f"no agent {', '.join(unknown)} in {name}, which has {present}")
-    chosen = options.agents or tuple(spec.agents)
+        present = listed(sorted(spec.agents))
+        raise UsageError(f"no agent {listed(unknown)} in {name}, which has {present}")
+    chosen = frozenset(options.agents or spec.agents)
     agents = {agent: path for agent, path in spec.agents.items() if agent in chosen}
     return Spec(agents, spec.rollback_scripts)
 

@@ -333,7 +333,7 @@ def _brief(value: Any) -> str:
     return json.dumps(value)[:200]
 
 
-def _listed(items: list[str]) -> str:
+def listed(items: list[str]) -> str:
     """The first items for a message, and how many more there are."""
     more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
     return ", ".join(items[:MAX_LISTED]) + more
@@ -360,12 +360,12 @@ class Spec:
         scripts = scripts or {}
         bad = [_brief(name) for name in (*agents, *scripts) if not _is_printable(name)]
         if bad:
-            raise Undecodable(f"these names are empty or can't be printed: {_listed(bad)}")
+            raise Undecodable(f"these names are empty or can't be printed: {listed(bad)}")
         values = [(f"agents.{name}", path) for name, path in agents.items()]
         values += [(f"rollbackScript.{name}", path) for name, path in scripts.items()]
         bad = [f"{at[:200]} is {_brief(path)}" for at, path in values if not is_store_path(path)]
         if bad:
-            raise Undecodable(f"not a store path (/nix/store/HASH-NAME): {_listed(bad)}")
+            raise Undecodable(f"not a store path (/nix/store/HASH-NAME): {listed(bad)}")
         return cls(agents, scripts)
 
     def to_json(self) -> dict[str, Any]:

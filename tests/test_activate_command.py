@@ -820,6 +820,14 @@ def test_an_unknown_agent_is_refused_with_a_list_of_the_others(activate: Any) ->
     assert "which has db, web" in result.err
 
 
+def test_a_specification_of_100_000_agents(activate: Any) -> None:
+    """It is read at once, and no message names them all. A slow way would take minutes."""
+    spec = {"agents": {f"host-{number}": SYSTEM for number in range(100_000)}}
+    refused = activate("http://127.0.0.1:1", spec, agents=("nobody",))
+    assert refused.status == 64 and refused.err.endswith(" and 99980 more\n")
+    assert activate("http://127.0.0.1:1", spec).status == 69
+
+
 def test_files_that_can_not_be_read(activate: Any, tmp_path: pathlib.Path) -> None:
     for path, reason in (("missing.json", "No such file"), (".", "Is a directory")):
         result = activate("http://127.0.0.1:1", {}, spec_path=str(tmp_path / path))
