@@ -35,7 +35,9 @@ def register_error_handlers(app: Flask) -> None:
 def _refused(error: Refusal) -> Response:
     answer = json_answer({"error": str(error)}, error.code)
     if error.code == 401:
-        answer.headers["WWW-Authenticate"] = 'Basic realm="workspace", charset="UTF-8"'
+        # a browser that is asked for a password would send it along with every request from then on
+        basic, bearer = 'Basic realm="workspace", charset="UTF-8"', 'Bearer realm="workspace"'
+        answer.headers["WWW-Authenticate"] = basic if request.path.startswith("/cache/") else bearer
     if error.code == 503:
         answer.headers["Retry-After"] = "5"
     return answer

@@ -12,6 +12,7 @@ from cachix_protocol import TERMINAL, Spec, loads
 from cachix_workspace import agents, deployments, logs
 from cachix_workspace.admission import authenticate, log_offset, query_number, read_body
 from cachix_workspace.answers import json_answer
+from cachix_workspace.browsers import json_wanted
 from cachix_workspace.context import current_workspace
 from cachix_workspace.deployments import DeploymentRow
 from cachix_workspace.reports import Report
@@ -56,6 +57,7 @@ def order_v2() -> Response:
 def _order() -> dict[str, DeploymentRow]:
     """Order the deployments of the request's deploy.json; the new ones by agent."""
     token = authenticate(CI)
+    json_wanted()
     spec = Spec.from_json(loads(read_body(MAX_JSON)))
     workspace = current_workspace()
     with workspace.database.write() as connection:
@@ -131,6 +133,7 @@ def cancel(deployment_id: str) -> Response:
 def put_status(deployment_id: str) -> Response:
     """An agent's report; 409 if the deployment had ended differently before."""
     authenticate(AGENTS)
+    json_wanted()
     report = Report.from_json(loads(read_body(MAX_JSON)))
     workspace = current_workspace()
     with workspace.database.write() as connection:

@@ -7,7 +7,7 @@ import threading
 
 from flask import Flask
 
-from cachix_workspace import agents, cache, tokens
+from cachix_workspace import agents, browsers, cache, tokens
 from cachix_workspace.answers import register_error_handlers
 from cachix_workspace.api import deployment_routes, index_routes, log_routes
 from cachix_workspace.cache_api import ByHost, cache_routes
@@ -35,6 +35,7 @@ def create_app(settings: Settings) -> Flask:
     app = Flask("cachix_workspace", static_folder=None)
     app.extensions[KEY] = workspace
     register_error_handlers(app)
+    browsers.protect(app)
     for routes in ROUTES:
         app.register_blueprint(routes)
     app.wsgi_app = ByHost(app.wsgi_app, settings)  # type: ignore[method-assign]

@@ -12,6 +12,7 @@ import threading
 from typing import Any
 
 from gunicorn.app.base import BaseApplication
+from gunicorn.http import wsgi
 from gunicorn.workers.gthread import ThreadWorker
 
 from cachix_console import tell
@@ -55,6 +56,17 @@ def url_of(listener: socket.socket) -> str:
     """The URL of a listening socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Answer(wsgi.Response):
+    """An answer that does not say which server this is, and of which version."""
+
+    def default_headers(self) -> list[str]:
+        headers: list[str] = super().default_headers()
+        return [header for header in headers if not header.startswith("Server: ")]
+
+
+wsgi.Response = Answer  # type: ignore[misc]
 
 
 class WorkspaceWorker(ThreadWorker):
@@ -144,6 +156,8 @@ class Server(BaseApplication):
             "sendfile": False,  # Python's sendfile waits without end for a reader that stalls
             "loglevel": "warning",
             "control_socket_disable": True,
+            "forwarder_headers": "",  # a client could name another path by them
+            "forwarded_allow_ips": "",
             "post_worker_init": lambda _worker: tell(f"listening on {self.url}"),
         }
         for name, value in config.items():
