@@ -140,8 +140,7 @@ def main() -> int:
         steps.Switch(progress, network.reach, network.load).perform(action)
         leave(progress, config)
     except Stopping:
-        with contextlib.suppress(OSError):  # a shutdown does not count as an attempt
-            entry.enter(entry.record.step, attempts=max(0, entry.record.attempts - 1))
+        progress.uncount()
     finally:
         log.close()
     return 0

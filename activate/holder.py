@@ -47,24 +47,25 @@ class Locks:
 
 
 def take(entry: journal.Journal) -> Optional[Locks]:
-    """The locks of a deployment; None while another process holds any. Raises Error."""
-    shared_path = lock.shared_path("deployment", entry.record.agent)
+    """The locks of a deployment; None while another process holds any.
+
+    Raises Error if that of Cachix's client can't be made. Once the machine has been changed no file
+    that can't be made stops a rollback.
+    """
+    record, locks = entry.record, []
+    shared = lock.shared_path("deployment", record.agent)
     with contextlib.ExitStack() as stack:
-        try:
-            shared = lock.take(shared_path, text=entry.record.id)
-        except OSError as error:
-            raise Error(f"{shared_path} can't be locked: {error.strerror}") from None
-        if shared is None:
-            return None
-        stack.enter_context(contextlib.closing(shared))
-        locks = [shared]
-        with contextlib.suppress(OSError):  # a state that can't be written must stop no rollback
-            own = lock.take(own_path(entry))
-            if own is None:
+        for path, text in ((shared, record.id), (own_path(entry), None)):
+            try:
+                taken = lock.take(path, text=text)
+            except OSError as error:
+                if path == shared and record.step in journal.HARMLESS:
+                    raise Error(f"{path} can't be locked: {error.strerror}") from None
+                continue
+            if taken is None:
                 return None
-            stack.enter_context(contextlib.closing(own))
-            locks.append(own)
-        if holds_machine(entry.record.id, entry.record.profile):
+            locks.append(stack.enter_context(contextlib.closing(taken)))
+        if holds_machine(record.id, record.profile):
             return None
         stack.pop_all()
     return Locks(tuple(locks))

@@ -145,10 +145,16 @@ class Journal:
         write_durably(self.path("journal.json"), self.record.to_json())
 
     def reload(self) -> None:
-        """Read the record of another process, unless this one knows more than it could write."""
+        """Read the record of another process, unless this one knows more than it could write.
+
+        An end is final, however much this process has written before it knew of that.
+        """
         with contextlib.suppress(Error):
             on_disk = load(self.directory)
-            if on_disk is not None and on_disk.record.revision >= self.record.revision:
+            if on_disk is None:
+                return
+            has_ended = on_disk.record.step in FINAL and self.record.step not in FINAL
+            if has_ended or on_disk.record.revision >= self.record.revision:
                 self.record = on_disk.record
 
     def drop_roots(self) -> None:

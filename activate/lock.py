@@ -8,6 +8,7 @@ another descriptor of that file.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
@@ -18,6 +19,7 @@ from typing import Callable, Optional
 from activate.environment import cache_home
 
 DEPLOYMENT_TIMEOUT = 4 * 3600.0  # seconds to wait for another deployment
+TRIES = 20  # at a directory that is deleted meanwhile
 POLL = 0.05  # seconds between two attempts to take a lock
 OFD = hasattr(fcntl, "F_OFD_SETLK")
 FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length, pid
@@ -80,8 +82,11 @@ def take(
 
 def _open(path: str) -> Lock:
     """The file of a lock, which is not taken yet. Raises OSError."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    return Lock(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    for _ in range(TRIES):
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # its directory was deleted this very moment
+            return Lock(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    raise OSError(errno.ESTALE, "its directory is deleted again and again", path)
 
 
 def _try(fd: int) -> bool:

@@ -1,10 +1,14 @@
 """The locks of a deployment, and who holds them."""
 
+import dataclasses
 import os
 
 import pytest
 
 from activate import holder, journal, leftovers, lock
+from activate.process import Error
+from activate.switch import previous
+from activate.switch.progress import Progress
 
 pytestmark = pytest.mark.promise(1)
 
@@ -121,3 +125,67 @@ def test_a_file_that_is_deleted_between_open_and_lock(tmp_path, monkeypatch):
     taken = lock.take(path)
     assert len(tries) == 2 and taken.is_in_place()
     taken.close()
+
+
+def test_who_waits_while_the_directory_goes_gets_a_new_file(tmp_path, monkeypatch):
+    path, tries = str(tmp_path / "locks" / "a.lock"), []
+    make = os.makedirs
+
+    def make_late(*args, **kw):
+        tries.append(args)
+        if len(tries) > 1:
+            make(*args, **kw)
+
+    monkeypatch.setattr(os, "makedirs", make_late)
+    lock.take(path).close()
+    assert len(tries) == 2
+
+
+@pytest.mark.promise(5, 12)
+@pytest.mark.parametrize("step", [journal.READY, journal.ACTIVATING])
+def test_only_a_rollback_goes_on_where_no_lock_file_can_be_made(entry, tmp_path, step):
+    (tmp_path / "cache").write_text("a file")
+    (tmp_path / "state").write_text("a file")
+    entry.record = dataclasses.replace(entry.record, step=step)
+    if step == journal.READY:
+        with pytest.raises(Error, match="can't be locked"):
+            holder.take(entry)
+    else:
+        assert holder.take(entry).fds == []
+
+
+def test_an_end_on_the_disk_is_final(entry):
+    entry.enter(journal.ACTIVATING)
+    other = journal.load(entry.directory)
+    other.enter(journal.SUCCEEDED)
+    entry.record = dataclasses.replace(entry.record, revision=99)
+    entry.reload()
+    assert entry.record.step == journal.SUCCEEDED
+
+
+@pytest.mark.promise(7)
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_shutdown_uncounts_its_own_attempt_only(entry, goes_on):
+    entry.enter(journal.ROLLING_BACK, attempts=2)
+    progress = Progress(entry, None, None, None)
+    if goes_on:
+        journal.load(entry.directory).enter(journal.ROLLED_BACK)
+    progress.uncount()
+    on_disk = journal.load(entry.directory).record
+    expected = (journal.ROLLED_BACK, 2) if goes_on else (journal.ROLLING_BACK, 1)
+    assert (on_disk.step, on_disk.attempts) == expected
+
+
+@pytest.mark.promise(4)
+@pytest.mark.parametrize(("last", "counts"), [("", True), ("a", True), ("b", False)])
+def test_a_failed_rollback_does_not_count_once_another_state_directory_has_deployed(
+    entry, last, counts
+):
+    """Whatever runs then was confirmed, although this state directory does not know it."""
+    facts = {"kind": "NixOS", "profile": entry.record.profile, "confirmed": "a"}
+    entry.enter(journal.ROLLBACK_FAILED, **facts)
+    fresh = journal.Journal(
+        entry.directory + "-b", dataclasses.replace(entry.record, id=OTHER, step=journal.READY)
+    )
+    found = previous.unconfirmed(fresh, entry.record.profile, [entry], last)
+    assert found == ([entry.record] if counts else [])

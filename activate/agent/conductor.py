@@ -83,7 +83,9 @@ class Conductor:
             if action.do != recovery.ADOPT and time.monotonic() > give_up:
                 hours = f"{lock.DEPLOYMENT_TIMEOUT / 3600:.0f} hours"
                 other = f"another deployment of agent {entry.record.agent}"
-                raise Ended(journal.FAILED, f"{other} did not end within {hours}")
+                is_harmless = entry.record.step in journal.HARMLESS
+                step = journal.FAILED if is_harmless else journal.ROLLBACK_FAILED
+                raise Ended(step, f"{other} did not end within {hours}")
             self.hooks.stop.wait(ADOPTED_PAUSE)
             return
         if action.do == recovery.REPORT:

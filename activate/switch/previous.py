@@ -6,7 +6,7 @@ import contextlib
 import os
 from typing import Any, Optional
 
-from activate import byhand, history, holder, journal, kinds, lock, nix
+from activate import byhand, history, holder, journal, kinds, lock, nix, recovery
 from activate.kinds.change import Change, Lasting
 from activate.process import CommandFailed, Error, Log, Run, ask, say
 
@@ -42,13 +42,12 @@ def facts(
             f"{kind.NAME}: it was not deployed"
         )
     journals, _ = history.load_all(entry.state)
-    previous = confirmed(
-        state, nix.generation(profile), profile, unconfirmed(entry, profile, journals)
-    )
+    last = holder.last_confirmed(profile)
+    suspects = unconfirmed(entry, profile, journals, last)
+    previous = confirmed(state, nix.generation(profile), profile, suspects)
     paths = (previous["previous_running"], previous["previous_profile"])
     add_roots([path for path in paths if path], entry, log, timeout)
     sequence = history.next_sequence([*journals, entry])
-    last = holder.last_confirmed(profile)
     own = {"kind": kind.NAME, "profile": profile, "sequence": sequence, "confirmed": last}
     return {**own, **previous}
 
@@ -59,11 +58,12 @@ def observe(kind: kinds.Kind, profile: str) -> State:
 
 
 def unconfirmed(
-    entry: journal.Journal, profile: str, journals: list[journal.Journal]
+    entry: journal.Journal, profile: str, journals: list[journal.Journal], last: str = ""
 ) -> list[journal.Record]:
     """The deployments that may have left this machine on their path, latest first.
 
-    None of them is older than the last one that was confirmed or rolled back.
+    None of them is older than the last one that was confirmed or rolled back, here or, as `last`
+    says, in another state directory.
     """
     records = [other.record for other in reversed(journals)]
     machine_lock, found = lock.machine_path(profile), []
@@ -74,7 +74,7 @@ def unconfirmed(
             continue
         if record.step in (journal.SUCCEEDED, journal.ROLLED_BACK):
             break
-        if record.step in UNCONFIRMED:
+        if record.step in UNCONFIRMED and not recovery.is_settled_elsewhere(record, last):
             found.append(record)
     return found
 

@@ -99,6 +99,14 @@ class Progress:
             self.log.settle()  # the agent takes the log's end for itself
         self.agent.report(step, reason or "")
 
+    def uncount(self) -> None:
+        """Do not count this attempt, which a shutdown ends, unless another process went on."""
+        entry, revision = self.journal, self.journal.record.revision
+        entry.reload()
+        if entry.record.revision == revision:
+            with contextlib.suppress(OSError):
+                entry.enter(entry.record.step, attempts=max(0, entry.record.attempts - 1))
+
     def check_stopping(self, step: str = "") -> None:
         """Raise Stopping if there must be no further step."""
         if self.stop.is_set() or (step in journal.EFFECTS and machine.is_stopping()):
