@@ -820,6 +820,7 @@ def test_an_unknown_agent_is_refused_with_a_list_of_the_others(activate: Any) ->
     assert "which has db, web" in result.err
 
 
+@pytest.mark.slow
 def test_a_specification_of_100_000_agents(activate: Any) -> None:
     """It is read at once, and no message names them all. A slow way would take minutes."""
     spec = {"agents": {f"host-{number}": SYSTEM for number in range(100_000)}}

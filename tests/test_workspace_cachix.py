@@ -244,6 +244,7 @@ def test_an_agent_whose_report_is_lost(impatient: Peer) -> None:
     assert lost["status"] == "Failed" and "gave no sign of life" in lost["reason"]
 
 
+@pytest.mark.slow
 def test_a_lost_deployment_is_sent_again(impatient: Peer) -> None:
     replay, deployment = lose_the_report(impatient)
     for number in set(replay.connections) - {1}:
@@ -255,6 +256,7 @@ def test_a_lost_deployment_is_sent_again(impatient: Peer) -> None:
     assert impatient.report("agentl", deployment, "Succeeded").json()["status"] == "Succeeded"
 
 
+@pytest.mark.slow
 def test_a_deployment_goes_on_while_the_workspace_restarts(impatient: Peer) -> None:
     """Cachix's agent is back on /ws at once, and its log socket a second later."""
     agent = impatient.registered("web")

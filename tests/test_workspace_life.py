@@ -155,6 +155,7 @@ def test_our_agent_that_is_gone_has_lost_its_deployment_for_now(peer: Peer) -> N
     assert peer.status(deployment)["lostSince"] is None
 
 
+@pytest.mark.slow
 def test_the_open_websocket_of_another_agent_is_no_sign(peer: Peer) -> None:
     agent = peer.registered("foreign")
     first = order(peer, "foreign")
@@ -169,6 +170,7 @@ def test_the_open_websocket_of_another_agent_is_no_sign(peer: Peer) -> None:
     assert f"deployment {2} was waiting" in peer.status(first)["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["/ws-deployment", "/api/v1/deploy/log/{}"])
 def test_the_sockets_of_its_deployment_are(peer: Peer, path: str) -> None:
     name = f"foreign-{len(path)}"
@@ -183,6 +185,7 @@ def test_the_sockets_of_its_deployment_are(peer: Peer, path: str) -> None:
     assert sent(agent) == (deployment, True) and time.monotonic() - began > 0.5
 
 
+@pytest.mark.slow
 def test_log_lines_by_requests_are(peer: Peer) -> None:
     agent = peer.registered("lines")
     deployment = order(peer, "lines")

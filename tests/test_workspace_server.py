@@ -30,6 +30,7 @@ from workspace_support import (
 from cachix_workspace.settings import Settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_all_sockets_are_closed_before_a_restart(number: int) -> None:
     with running() as server:
@@ -148,6 +149,7 @@ def test_a_peer_that_does_not_answer_pings_is_closed() -> None:
         assert connection.expect_close() == 1008
 
 
+@pytest.mark.slow
 def test_a_stalled_reader_is_disconnected() -> None:
     with running(send_timeout=1) as server:
         peer = Peer(server)
@@ -174,6 +176,7 @@ def _is_established(server_port: int, peer_port: int) -> bool:
     return mine == ["01"]
 
 
+@pytest.mark.slow
 def test_a_stalled_sender_is_disconnected() -> None:
     with running(receive_timeout=1) as server:
         peer = Peer(server)
