@@ -29,7 +29,7 @@ from cachix_protocol import (
 from cachix_workspace.agents import AgentRow
 from cachix_workspace.agents import find as find_agent
 from cachix_workspace.refusal import Refusal
-from cachix_workspace.reports import TOUCHED_STEPS, UNTOUCHED_STEPS, Report, transition
+from cachix_workspace.reports import UNTOUCHED_STEPS, Report, transition
 from cachix_workspace.tables import agents, deployments
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z")
@@ -243,9 +243,10 @@ def apply_report(
     It is not if the deployment had ended differently before, or is to be cancelled and can be.
     """
     status = transition(deployment.status, report.status)
-    if status is None and _was_too_late(deployment, report):
-        status = report.status
-        deployment = _change(connection, deployment, cancel_refused=utc_now(), reason=None)
+    if status is None and deployment.status == CANCELLED and report.denies_cancellation:
+        status = report.status  # its agent did not hear of the cancellation in time
+        revived = {"cancel_refused": utc_now(), "reason": None, "finished_on": None}
+        deployment = _change(connection, deployment, **revived)
     if status is None:
         return deployment, False
     if deployment.cancel_requested is not None and report.is_before_activation:
@@ -262,12 +263,6 @@ def apply_report(
         reason = None if report.reason is None else report.reason[:MAX_REASON]
         changes.update(finished_on=time, reason=reason, outcome=report.outcome)
     return _change(connection, deployment, **changes), True
-
-
-def _was_too_late(deployment: DeploymentRow, report: Report) -> bool:
-    """Whether an agent went on with a deployment that was cancelled: it did not get the 409."""
-    began = deployment.status == CANCELLED and deployment.started_on is not None
-    return began and report.step in TOUCHED_STEPS
 
 
 def _news(deployment: DeploymentRow, report: Report) -> dict[str, Any]:
@@ -312,7 +307,7 @@ def fail_others(connection: Connection, deployment: DeploymentRow) -> None:
     index = deployment.index
     reason = f"the agent went on to deployment {index} without reporting the end of this one"
     values = {"status": FAILED, "reason": reason, "finished_on": utc_now()}
-    others = _others(deployment, IN_PROGRESS)
+    others = _others(deployment, IN_PROGRESS) & (deployments.c.index < index)
     connection.execute(update(deployments).where(others).values(**values))
 
 

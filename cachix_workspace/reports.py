@@ -70,6 +70,13 @@ class Report:
         """Whether it is too late to cancel. A report without a step says nothing."""
         return self.status in TERMINAL or not (self.step is None or self.is_before_activation)
 
+    @property
+    def denies_cancellation(self) -> bool:
+        """Whether the machine was, or may have been, changed by a deployment that was cancelled."""
+        if self.status == FAILED and self.step == "failed":
+            return self.outcome != "nothing-changed"
+        return self.status == SUCCEEDED or self.step in TOUCHED_STEPS
+
 
 def transition(current: str, reported: str) -> str | None:
     """The status after a report; None if the deployment had ended differently before."""

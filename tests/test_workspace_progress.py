@@ -200,20 +200,69 @@ def test_a_request_that_came_too_late_is_dropped(
     )
 
 
-@pytest.mark.parametrize("status", [RUNNING, SUCCEEDED, FAILED])
-def test_an_agent_that_did_not_get_the_409(peer: Peer, name: str, status: str) -> None:
-    """Its machine may run the new path: that counts more than the request."""
-    peer.registered(name, **OURS)
+# What an agent may report of a deployment that was cancelled: what leaves it cancelled, as nothing
+# was changed, and what shows that the agent went on.
+UNTOUCHED_REPORTS = [
+    *[(RUNNING, step, None) for step in (None, *reports.UNTOUCHED_STEPS)],
+    *[(FAILED, step, None) for step in (None, "ready", "cancelled", "superseded")],
+    (FAILED, "failed", "nothing-changed"),
+]
+TOUCHED_REPORTS = [
+    *[(RUNNING, step, None) for step in ("activating", "checking", "committing", "rolling-back")],
+    *[(SUCCEEDED, step, None) for step in (None, "succeeded")],
+    *[(FAILED, step, step) for step in ("rolled-back", "rollback-failed")],
+    *[(FAILED, "failed", outcome) for outcome in (None, "changed-by-others", "state-lost")],
+]
+
+
+@pytest.mark.parametrize("how", ["waiting", "replaced", "running"])
+def test_a_cancelled_deployment_that_the_agent_went_on_with(
+    peer: Peer, name: str, how: str
+) -> None:
+    """It heard of that too late, or never. What its machine runs counts more than the request."""
+    for number, (status, step, outcome) in enumerate(TOUCHED_REPORTS):
+        agent = f"{name}-{number}"
+        peer.registered(agent, **OURS)
+        deployment = cancelled(peer, agent, how)
+        for status_, step_, outcome_ in UNTOUCHED_REPORTS:
+            report = {"step": step_, "outcome": outcome_, "reason": "why"}
+            assert peer.report(agent, deployment, status_, **report).status_code == 409
+            assert peer.status(deployment)["status"] == CANCELLED
+        report = {"step": step, "outcome": outcome, "reason": "why"}
+        for _ in range(2):
+            assert peer.report(agent, deployment, status, **report).status_code == 200
+        told = peer.status(deployment)
+        assert (told["status"], told["outcome"]) == (status, outcome)
+        assert told["cancelRefused"] and told["cancelRequested"] is None
+        assert (told["reason"], told["finishedOn"] is None) == (
+            (None, True) if status == RUNNING else ("why", False)
+        )
+
+
+def cancelled(peer: Peer, name: str, how: str) -> str:
+    """A deployment that was cancelled while it waited, by a newer one, or by the 409."""
     deployment = order(peer, name)
-    peer.report(name, deployment, RUNNING, step="ready")
-    cancel(peer, deployment)
-    assert peer.report(name, deployment, RUNNING, step="ready").status_code == 409
-    for step in (None, "ready", "cancelled", "failed"):
-        assert peer.report(name, deployment, status, step=step).status_code == 409
-    step = {RUNNING: "committing", SUCCEEDED: "succeeded", FAILED: "rolled-back"}[status]
-    assert peer.report(name, deployment, status, step=step).status_code == 200
-    told = peer.status(deployment)
-    assert told["status"] == status and told["cancelRefused"] and told["reason"] is None
+    if how == "replaced":
+        order(peer, name, 1)
+    if how == "running":
+        peer.report(name, deployment, RUNNING, step="ready")
+    if how != "replaced":
+        assert cancel(peer, deployment)[0] == 200
+    if how == "running":
+        assert peer.report(name, deployment, RUNNING, step="ready").status_code == 409
+    assert peer.status(deployment)["status"] == CANCELLED
+    return deployment
+
+
+def test_an_older_deployment_that_comes_back_ends_no_newer_one(peer: Peer, name: str) -> None:
+    peer.registered(name, **OURS)
+    older = cancelled(peer, name, "replaced")
+    newer = peer.http("GET", f"/agents/{name}/deployments/2").json()["id"]
+    peer.report(name, newer, RUNNING, step="received")
+    assert peer.report(name, older, RUNNING, step="committing").status_code == 200
+    assert peer.status(newer)["status"] == RUNNING
+    assert peer.report(name, older, SUCCEEDED, step="succeeded").status_code == 200
+    assert peer.report(name, newer, SUCCEEDED, step="succeeded").status_code == 200
 
 
 def test_an_agent_that_says_no_step_can_not_be_cancelled(peer: Peer, name: str) -> None:

@@ -15,7 +15,8 @@ from chains import (
     system,
 )
 from hosts import wait_until
-from world import Asked
+from proxy import Proxy
+from world import ALWAYS, Asked
 
 # --- deployments that are sent again --------------------------------------------------------------
 
@@ -88,6 +89,7 @@ RESUMED = {
 }
 
 
+ENDS = {scenes.GOOD: ("succeeded", "Succeeded"), scenes.BAD: ("rolled-back", "Failed")}
 RESUMED_IN = ["downloading", "ready", "activating", "checking", "committing", "rolling-back"]
 
 
@@ -223,3 +225,35 @@ def test_a_cancellation_that_comes_too_late_changes_nothing(world, finish, point
     assert (told["cancelRefused"] is not None) == (answers == [200])
     assert world.story() == GOOD
     finish(world)
+
+
+@pytest.mark.promise(6, 14)
+@pytest.mark.parametrize("how", ["cancelled", "replaced"])
+@pytest.mark.parametrize("activation", [scenes.GOOD, scenes.BAD])
+def test_cancelled_while_no_report_gets_through(make_world, live, finish, how, activation):
+    """The workspace believes that the deployment waits, and the machine has begun to run it."""
+    with Proxy(live.url) as proxy:
+        world = make_world(url=proxy.url)
+        proxy.order("^> PUT ", "cut", ALWAYS)
+        newer = []
+
+        def cancel_it(world, visit):
+            deployment = world.asked[-1].id
+            assert world.workspace.deployment(deployment)["status"] == "Pending"
+            if how == "cancelled":
+                cancel(world, deployment)
+            else:
+                newer.append(scenes.deploy(world, "third"))
+            assert world.workspace.deployment(deployment)["status"] == "Cancelled"
+            proxy.heal()
+            return "go"
+
+        world.order("^test ", cancel_it)
+        deployment = scenes.deploy(world, "second", activation)
+        end, status = ENDS[activation]
+        assert world.ended(deployment) == end
+        told = world.workspace.deployment(deployment)
+        assert told["status"] == status and told["outcome"] == end and told["cancelRefused"]
+        for each in newer:
+            assert world.ended(each) == "succeeded"
+        finish(world)
