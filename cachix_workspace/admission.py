@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from flask import request
 
 from cachix_protocol import is_agent_name
@@ -54,6 +56,14 @@ def read_body(limit: int) -> bytes:
 def log_offset() -> int:
     """The query's `offset`, 0 by default. Raises Refusal (400)."""
     return query_number("offset", 0, 10**9 - 1)
+
+
+def query_word(name: str, words: Collection[str]) -> str | None:
+    """A word in the query, None if it is missing. Raises Refusal (400) if it is none of these."""
+    text = request.args.get(name)
+    if text is not None and text not in words:
+        raise Refusal(400, f"`{name}` must be one of {', '.join(words)}, not {text[:40]!r}")
+    return text
 
 
 def query_number(name: str, default: int, most: int) -> int:

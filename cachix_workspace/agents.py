@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from dataclasses import dataclass
 
@@ -39,8 +40,8 @@ class AgentRow:
 
 def client_of(user_agent: str) -> str | None:
     """The version of cachix-deploy that a User-Agent header names; None for any other client."""
-    program, _, version = user_agent.partition("/")
-    return version[:MAX_FACT] if program == "cachix-deploy" and version.isprintable() else None
+    match = re.match(r"cachix-deploy/(\S+)", user_agent)
+    return match[1][:MAX_FACT] if match is not None and match[1].isprintable() else None
 
 
 def register(

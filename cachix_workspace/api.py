@@ -8,20 +8,27 @@ from typing import Any
 from flask import Blueprint, Response, request
 from sqlalchemy import Connection
 
-from cachix_protocol import TERMINAL, Spec, loads
+from cachix_protocol import IN_PROGRESS, PENDING, TERMINAL, Spec, loads
 from cachix_workspace import agents, deployments, logs
-from cachix_workspace.admission import authenticate, log_offset, query_number, read_body
+from cachix_workspace.admission import (
+    authenticate,
+    log_offset,
+    query_number,
+    query_word,
+    read_body,
+)
 from cachix_workspace.answers import json_answer
 from cachix_workspace.browsers import json_wanted
 from cachix_workspace.context import current_workspace
 from cachix_workspace.deployments import DeploymentRow
-from cachix_workspace.reports import Report
+from cachix_workspace.reports import OUTCOMES, Report
 from cachix_workspace.tokens import AGENTS, CI
 
 logger = logging.getLogger(__name__)
 
 MAX_JSON = 4 << 20  # bytes of a deploy.json or a status
 MANY, MOST = 100, 1000  # deployments in one answer
+STATUSES = (PENDING, IN_PROGRESS, *sorted(TERMINAL))
 MAX_LOG = 16 << 20  # bytes of log lines in one request
 
 index_routes = Blueprint("index", __name__)
@@ -96,7 +103,11 @@ def get_deployment(deployment_id: str) -> Response:
 def get_deployments() -> Response:
     """The newest deployments, by `agent`, `status` and `outcome`; `limit` of them."""
     authenticate(CI)
-    wanted = {name: request.args.get(name) for name in ("agent", "status", "outcome")}
+    wanted = {
+        "agent": request.args.get("agent"),
+        "status": query_word("status", STATUSES),
+        "outcome": query_word("outcome", OUTCOMES),
+    }
     limit = query_number("limit", MANY, MOST)
     with current_workspace().database.read() as connection:
         found = deployments.list_some(connection, limit, **wanted)

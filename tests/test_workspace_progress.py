@@ -106,10 +106,13 @@ def test_a_running_deployment_has_no_outcome() -> None:
         ("cachix 1.11.1", None),
         ("xcachix-deploy/1", None),
         ("", None),
+        ("cachix-deploy", None),
+        ("cachix-deploy/", None),
+        ("cachix-deploy/0.2.0 (linux)", "0.2.0"),
     ],
 )
 def test_the_version_of_an_agent_of_ours(peer: Peer, user_agent: str, version: str) -> None:
-    name = f"version-{len(user_agent)}"
+    name = "version-" + re.sub("[^0-9a-z.-]", "-", user_agent)
     agent = peer.registered(name, **{"User-Agent": user_agent})
     told = peer.status(order(peer, name))
     assert (told["agent"], told["agentVersion"], told["agentOnline"]) == (name, version, True)
@@ -148,6 +151,11 @@ def test_the_newest_deployments_come_first(peer: Peer, name: str) -> None:
     for wrong in ("&limit=x", "&limit=-1", "&limit=1001"):
         refused = peer.http("GET", url + wrong)
         assert refused.status_code == 400 and "`limit` must be a number" in refused.json()["error"]
+    for word in ("status", "outcome"):
+        for wrong in ("", "pending", "nonsense"):
+            refused = peer.http("GET", f"{url}&{word}={wrong}")
+            assert refused.status_code == 400
+            assert f"`{word}` must be one of " in refused.json()["error"]
 
 
 # --- cancelling -----------------------------------------------------------------------------------
