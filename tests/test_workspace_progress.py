@@ -21,6 +21,10 @@ from cachix_workspace.settings import Settings
 
 RUNNING, SUCCEEDED, FAILED, CANCELLED = "InProgress", "Succeeded", "Failed", "Cancelled"
 DOCS = (ROOT / "docs" / "protocol.rst").read_text()
+CACHIX_FIELDS = {
+    *("id", "index", "createdOn", "startedOn", "finishedOn"),
+    *("storePath", "closureSize", "status"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,14 @@ def test_the_words_are_those_of_the_agent_and_of_the_document() -> None:
     assert set(reports.OUTCOMES) == outcomes.ALL
     for word in (*reports.STEPS, *reports.OUTCOMES):
         assert f"``{word}``" in DOCS, word
+
+
+def test_the_document_has_every_field_that_is_added(peer: Peer, name: str) -> None:
+    peer.registered(name)
+    told = set(peer.status(order(peer, name)))
+    section = DOCS.partition("For those who wait")[2].partition("Cancelling")[0]
+    assert set(re.findall(r"^``(\w+)``  ", section, re.M)) == told - CACHIX_FIELDS
+    assert told > CACHIX_FIELDS
 
 
 @pytest.mark.parametrize("outcome", reports.OUTCOMES)
