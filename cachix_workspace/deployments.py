@@ -243,7 +243,8 @@ def apply_report(
     It is not if the deployment had ended differently before, or is to be cancelled and can be.
     """
     status = transition(deployment.status, report.status)
-    if status is None and deployment.status == CANCELLED and report.denies_cancellation:
+    denied = report.denies_cancellation(says_steps=deployment.step is not None)
+    if status is None and deployment.status == CANCELLED and denied:
         status = report.status  # its agent did not hear of the cancellation in time
         revived = {"cancel_refused": utc_now(), "reason": None, "finished_on": None}
         deployment = _change(connection, deployment, **revived)

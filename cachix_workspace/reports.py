@@ -70,12 +70,15 @@ class Report:
         """Whether it is too late to cancel. A report without a step says nothing."""
         return self.status in TERMINAL or not (self.step is None or self.is_before_activation)
 
-    @property
-    def denies_cancellation(self) -> bool:
-        """Whether the machine was, or may have been, changed by a deployment that was cancelled."""
+    def denies_cancellation(self, says_steps: bool) -> bool:
+        """Whether the machine was, or may have been, changed by a deployment that was cancelled.
+
+        A success without a step says so only for an agent that never says one.
+        """
         if self.status == FAILED and self.step == "failed":
             return self.outcome != "nothing-changed"
-        return self.status == SUCCEEDED or self.step in TOUCHED_STEPS
+        is_foreign = self.step is None and not says_steps
+        return self.step in TOUCHED_STEPS or (self.status == SUCCEEDED and is_foreign)
 
 
 def transition(current: str, reported: str) -> str | None:

@@ -205,7 +205,7 @@ def test_cancellation(peer: Peer, name: str) -> None:
         assert asked.json()["cancelRequested"]
     told = peer.report(name, second, RUNNING, step="ready")
     assert told.status_code == 409 and told.json()["status"] == C
-    for status in (RUNNING, F):
+    for status in (RUNNING, S, F):
         refused = peer.report(name, second, status)
         assert refused.status_code == 409 and refused.json()["status"] == C
     assert peer.log(name, second, 0, ["still written"]).status_code == 200

@@ -242,6 +242,8 @@ def test_a_cancelled_deployment_that_the_agent_went_on_with(
 ) -> None:
     """It heard of that too late, or never. What its machine runs counts more than the request."""
     for number, (status, step, outcome) in enumerate(TOUCHED_REPORTS):
+        if how == "running" and step is None:  # an agent that has said a step says one at the end
+            continue
         agent = f"{name}-{number}"
         peer.registered(agent, **OURS)
         deployment = cancelled(peer, agent, how)
