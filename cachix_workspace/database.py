@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sqlite3
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, delete, event, insert, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from cachix_protocol import Error
+from cachix_console import tell
+from cachix_protocol import Error, __version__
 from cachix_workspace.settings import DATABASE, Settings
 from cachix_workspace.tables import meta, metadata
 
 BUSY_TIMEOUT = 10.0  # seconds that a transaction waits for another one to end
 
-ADDED_IN_2 = (
-    *[("agents", "client")],
-    *[("deployments", name) for name in ("step", "outcome", "cancel_requested", "cancel_refused")],
-)
-
-
-def _add_outcomes(connection: Connection) -> None:
-    """Schema 2: what agents of ours report, and requests to cancel."""
-    for table, column in ADDED_IN_2:
-        connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column} VARCHAR")
-
-
-# Entry N takes version N + 1 to N + 2; a new database gets the newest schema at once.
-MIGRATIONS: list[Callable[[Connection], None]] = [_add_outcomes]
-VERSION = 1 + len(MIGRATIONS)
+SCHEMA = 2  # the newest: see migrations/versions
+MIGRATIONS = Path(__file__).parent / "migrations"
 
 
 class Database:
@@ -103,8 +93,12 @@ def open_database(settings: Settings, create: bool = False) -> Database:
         _prepare_directory(path)
         database = Database(settings.database_url)
         with database.write() as connection:
-            migrate(connection)
-    except (OSError, SQLAlchemyError) as error:
+            schema = prepare(connection)
+        if schema < SCHEMA:
+            _back_up(path, schema)
+            with database.write() as connection:
+                migrate(connection)
+    except (OSError, sqlite3.Error, SQLAlchemyError) as error:
         reason = getattr(error, "orig", None) or getattr(error, "strerror", None) or error
         raise Error(f"the data directory {path} can't be used: {reason}") from None
     return database
@@ -122,22 +116,62 @@ def _prepare_directory(directory: Path) -> None:
         directory.chmod(0o700)  # whoever made it for the service may have left it open to others
 
 
-def migrate(connection: Connection) -> None:
-    """Bring the schema to VERSION. Raises Error if a newer program wrote the database."""
+def prepare(connection: Connection) -> int:
+    """Make the tables of a new database; the schema that there is.
+
+    Raises Error if a newer program wrote the database.
+    """
     if not inspect(connection).has_table("meta"):
         metadata.create_all(connection)
-        put_meta(connection, "version", str(VERSION))
-        return
-    version = int(get_meta(connection, "version") or 1)
-    if version > VERSION:
+        _note_schema(connection)
+    schema = int(get_meta(connection, "version") or 1)
+    if schema > SCHEMA:
+        newer = get_meta(connection, "program")
+        program = f"cachix-workspace {newer} or newer" if newer else "a newer cachix-workspace"
         raise Error(
-            f"the database has schema {version}, and this program knows none after {VERSION}: "
-            "use a newer cachix-workspace"
+            f"the database has schema {schema}, and this program, {__version__}, knows none after "
+            f"{SCHEMA}: use {program}"
         )
-    for step in MIGRATIONS[version - 1 :]:
-        step(connection)
-    if version < VERSION:
-        put_meta(connection, "version", str(VERSION))
+    return schema
+
+
+def migrate(connection: Connection) -> None:
+    """Bring an older schema to the newest one. Another process may have done so meanwhile."""
+    schema = prepare(connection)
+    if schema < SCHEMA:
+        _alembic("stamp", connection, schema)
+        _alembic("upgrade", connection, SCHEMA)
+        _note_schema(connection)
+
+
+def _alembic(command: str, connection: Connection, schema: int) -> None:
+    """Run a command of Alembic in the connection's transaction. It is not loaded otherwise."""
+    from alembic import command as commands
+    from alembic.config import Config
+
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    getattr(commands, command)(config, str(schema))
+
+
+def _note_schema(connection: Connection) -> None:
+    """Note the newest schema, and which program has it, for programs that are older."""
+    put_meta(connection, "version", str(SCHEMA))
+    put_meta(connection, "program", __version__)
+
+
+def _back_up(directory: Path, schema: int) -> None:
+    """Copy the database before a migration. Raises OSError or sqlite3.Error."""
+    source, target = directory / DATABASE, directory / f"{DATABASE}.schema-{schema}"
+    target.unlink(missing_ok=True)
+    os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    with contextlib.ExitStack() as stack:
+        old, new = (
+            stack.enter_context(contextlib.closing(sqlite3.connect(path)))
+            for path in (source, target)
+        )
+        old.backup(new)
+    tell(f"the database gets schema {SCHEMA}; a backup with schema {schema} is in {target}")
 
 
 def get_meta(connection: Connection, key: str) -> str | None:

@@ -45,6 +45,8 @@ MAY_IMPORT = {
     "activate.agent": f"{SHARED} activate.agent",
     "activate.switch": f"{SHARED} activate.switch",
     "cachix_workspace": "cachix_protocol cachix_console cachix_workspace cachix_workspace.cli",
+    "cachix_workspace.migrations": "cachix_workspace",
+    "cachix_workspace.migrations.versions": "",
     "cachix_workspace.cli": "cachix_protocol cachix_console cachix_workspace cachix_workspace.cli",
 }
 STANDARD_LIBRARY_ONLY = r"activate(\.|$)|cachix_protocol$|cachix_errors$"

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import sqlite3
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from sqlalchemy import Connection, inspect
-from workspace_support import OURS, ROOT, STORE_PATHS, Peer, Server, running, wait_for
+from workspace_support import OURS, ROOT, STORE_PATHS, Peer, running, wait_for
 
 from activate import journal, outcomes
-from cachix_protocol import Error
 from cachix_workspace import reports
-from cachix_workspace.database import open_database
 from cachix_workspace.reports import Report
-from cachix_workspace.settings import Settings
 
 RUNNING, SUCCEEDED, FAILED, CANCELLED = "InProgress", "Succeeded", "Failed", "Cancelled"
 DOCS = (ROOT / "docs" / "protocol.rst").read_text()
@@ -304,85 +297,3 @@ def test_a_report_without_a_step_decides_nothing(peer: Peer, name: str) -> None:
     cancel(peer, deployment)
     assert peer.report(name, deployment, RUNNING, closureSize=5).status_code == 200
     assert peer.status(deployment)["cancelRequested"]
-
-
-# --- the database of an earlier release -----------------------------------------------------------
-
-
-def earlier(data: Path) -> None:
-    """Make the database of schema 1, as its program did."""
-    data.mkdir(mode=0o700)
-    with contextlib.closing(sqlite3.connect(data / "workspace.db")) as connection:
-        connection.executescript((ROOT / "tests" / "schemas" / "1.sql").read_text())
-
-
-def structure(data: Path) -> dict[str, object]:
-    """The columns and indexes of each table."""
-    database = open_database(Settings(data), create=True)
-    found = inspect(database.engine)
-    tables = {
-        name: (
-            {
-                column["name"]: (str(column["type"]), column["nullable"], column["primary_key"])
-                for column in found.get_columns(name)
-            },
-            found.get_indexes(name),
-            found.get_unique_constraints(name),
-        )
-        for name in found.get_table_names()
-    }
-    database.close()
-    return dict(tables)
-
-
-def test_an_upgraded_database_is_like_a_new_one(tmp_path: Path) -> None:
-    earlier(tmp_path / "earlier")
-    assert structure(tmp_path / "earlier") == structure(tmp_path / "new")
-
-
-def test_an_upgrade_that_is_interrupted_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(connection: Connection, *_: object) -> None:
-        raise Error("the power failed")
-
-    data = tmp_path / "data"
-    earlier(data)
-    with contextlib.closing(sqlite3.connect(data / "workspace.db")) as connection:
-        before = list(connection.iterdump())
-    with monkeypatch.context() as patch:
-        patch.setattr("cachix_workspace.database.put_meta", fail)
-        with pytest.raises(Error, match="the power failed"):
-            open_database(Settings(data))
-    with contextlib.closing(sqlite3.connect(data / "workspace.db")) as connection:
-        assert list(connection.iterdump()) == before
-    open_database(Settings(data)).close()
-
-
-def test_a_database_of_schema_1_keeps_everything(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    earlier(data)
-    server = Server(data)
-    try:
-        peer = Peer(server)
-        failed, deployment = [
-            peer.http("GET", f"/agents/web/deployments/{index}").json() for index in (1, 2)
-        ]
-        assert (failed["status"], failed["reason"], failed["closureSize"]) == (
-            FAILED,
-            "it failed",
-            4711,
-        )
-        assert (deployment["status"], deployment["step"]) == (RUNNING, None)
-        assert (deployment["agentVersion"], deployment["agentOnline"]) == (None, False)
-        assert peer.lines(deployment["id"]) == ["a line"]
-        agent = peer.registered("web", **OURS)
-        contents = agent.expect_text()["command"]["contents"]
-        assert (contents["id"], contents["resumed"]) == (deployment["id"], True)
-        assert contents["rollbackScript"] == f"/nix/store/{'c' * 32}-script"
-        peer.report("web", deployment["id"], SUCCEEDED, outcome="succeeded")
-        told = peer.status(deployment["id"])
-        assert (told["outcome"], told["agentVersion"]) == ("succeeded", "0.1.0")
-        assert peer.status(order(peer, "web"))["index"] == 3
-    finally:
-        server.kill()
