@@ -10,7 +10,7 @@ from cachix_protocol import is_agent_name
 from cachix_workspace import tokens
 from cachix_workspace.context import current_workspace
 from cachix_workspace.refusal import Refusal
-from cachix_workspace.tokens import Token
+from cachix_workspace.tokens import AGENTS, Token
 
 
 def authenticate(kinds: frozenset[str]) -> Token:
@@ -20,6 +20,13 @@ def authenticate(kinds: frozenset[str]) -> Token:
     """
     with current_workspace().database.read() as connection:
         return tokens.authenticate(connection, request.headers.get("Authorization"), kinds)
+
+
+def authenticate_agent() -> tuple[Token, str]:
+    """The token of this request, and the agent's name, which it is for. Raises Refusal."""
+    token, name = authenticate(AGENTS), agent_name()
+    token.check_agent(name)
+    return token, name
 
 
 def agent_name() -> str:

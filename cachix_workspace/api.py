@@ -8,7 +8,7 @@ from typing import Any
 from flask import Blueprint, Response, request
 from sqlalchemy import Connection
 
-from cachix_protocol import IN_PROGRESS, PENDING, TERMINAL, Spec, loads
+from cachix_protocol import IN_PROGRESS, PENDING, TERMINAL, Spec, listed, loads
 from cachix_workspace import agents, deployments, logs
 from cachix_workspace.admission import (
     authenticate,
@@ -21,6 +21,7 @@ from cachix_workspace.answers import json_answer
 from cachix_workspace.browsers import json_wanted
 from cachix_workspace.context import current_workspace
 from cachix_workspace.deployments import DeploymentRow
+from cachix_workspace.refusal import Refusal
 from cachix_workspace.reports import OUTCOMES, Report
 from cachix_workspace.tokens import AGENTS, CI
 
@@ -66,6 +67,9 @@ def _order() -> dict[str, DeploymentRow]:
     token = authenticate(CI)
     json_wanted()
     spec = Spec.from_json(loads(read_body(MAX_JSON)))
+    others = [name for name in spec.agents if not token.allows(name)]
+    if others:
+        raise Refusal(403, f"this token is for agents {token.agents}, not for {listed(others)}")
     workspace = current_workspace()
     with workspace.database.write() as connection:
         order = deployments.order(connection, spec)
@@ -84,25 +88,26 @@ def _page_url(name: str, row: DeploymentRow) -> str:
 @deployment_routes.get("/agents/<name>/deployments/<int:index>")
 def get_page(name: str, index: int) -> Response:
     """A deployment by its agent and number."""
-    authenticate(CI)
+    token = authenticate(CI)
     with current_workspace().database.read() as connection:
         row = deployments.find_by_index(connection, name, index)
+        row = deployments.find_allowed(connection, token, row.id)
         return json_answer(_describe(connection, row))
 
 
 @deployment_routes.get("/api/v1/deploy/deployment/<deployment_id>")
 def get_deployment(deployment_id: str) -> Response:
     """A deployment by its id."""
-    authenticate(CI)
+    token = authenticate(CI)
     with current_workspace().database.read() as connection:
-        row = deployments.find(connection, deployment_id)
+        row = deployments.find_allowed(connection, token, deployment_id)
         return json_answer(_describe(connection, row))
 
 
 @deployment_routes.get("/api/v1/deploy/deployments")
 def get_deployments() -> Response:
     """The newest deployments, by `agent`, `status` and `outcome`; `limit` of them."""
-    authenticate(CI)
+    token = authenticate(CI)
     wanted = {
         "agent": request.args.get("agent"),
         "status": query_word("status", STATUSES),
@@ -112,7 +117,8 @@ def get_deployments() -> Response:
     with current_workspace().database.read() as connection:
         found = deployments.list_some(connection, limit, **wanted)
         described = [_describe(connection, row) for row in found]
-    return json_answer({"deployments": described})
+    mine = [each for each in described if token.allows(each["agent"])]
+    return json_answer({"deployments": mine})
 
 
 def _describe(connection: Connection, row: DeploymentRow) -> dict[str, Any]:
@@ -131,9 +137,10 @@ def _describe(connection: Connection, row: DeploymentRow) -> dict[str, Any]:
 @deployment_routes.post("/api/v1/deploy/deployment/<deployment_id>/cancel")
 def cancel(deployment_id: str) -> Response:
     """Cancel a deployment, or ask its agent to; 409 if it is too late."""
-    authenticate(CI)
+    token = authenticate(CI)
     workspace = current_workspace()
     with workspace.database.write() as connection:
+        deployments.find_allowed(connection, token, deployment_id)
         row, cancelled = deployments.cancel(connection, deployment_id)
     workspace.hub.wake_agent(row.agent_id)
     workspace.hub.wake_viewers(row.id)
@@ -143,12 +150,13 @@ def cancel(deployment_id: str) -> Response:
 @deployment_routes.put("/api/v1/deploy/deployment/<deployment_id>/status")
 def put_status(deployment_id: str) -> Response:
     """An agent's report; 409 if the deployment had ended differently before."""
-    authenticate(AGENTS)
+    token, name = authenticate(AGENTS), request.headers.get("name", "")
+    token.check_agent(name)
     json_wanted()
     report = Report.from_json(loads(read_body(MAX_JSON)))
     workspace = current_workspace()
     with workspace.database.write() as connection:
-        before = deployments.find_own(connection, request.headers.get("name"), deployment_id)
+        before = deployments.find_own(connection, name, deployment_id)
         row, accepted = deployments.apply_report(connection, before, report)
     if row != before:
         workspace.note_report(row)
@@ -163,11 +171,12 @@ def put_status(deployment_id: str) -> Response:
 @log_routes.put("/api/v1/deploy/log/<deployment_id>")
 def put_log(deployment_id: str) -> Response:
     """Append an agent's log lines; 416 if lines were left out before them."""
-    authenticate(AGENTS)
+    token, name = authenticate(AGENTS), request.headers.get("name", "")
+    token.check_agent(name)
     offset, lines = log_offset(), logs.decode_many(read_body(MAX_LOG))
     workspace = current_workspace()
     with workspace.database.write() as connection:
-        row = deployments.find_own(connection, request.headers.get("name"), deployment_id)
+        row = deployments.find_own(connection, name, deployment_id)
         try:
             following = logs.append(connection, row, offset, lines)
         except logs.Gap as gap:
@@ -181,10 +190,9 @@ def put_log(deployment_id: str) -> Response:
 @log_routes.get("/api/v1/deploy/log/<deployment_id>")
 def get_log(deployment_id: str) -> Response:
     """Some of the log lines from `offset` on."""
-    authenticate(CI)
-    offset = log_offset()
+    token, offset = authenticate(CI), log_offset()
     with current_workspace().database.read() as connection:
-        row = deployments.find(connection, deployment_id)
+        row = deployments.find_allowed(connection, token, deployment_id)
         lines = logs.read(connection, row.id, offset)
     # the lines are JSON already, about a million characters of it
     body = f'{{"next":{offset + len(lines)},"lines":[{",".join(lines)}]}}\n'

@@ -57,7 +57,7 @@ def get_file(name: str, file_name: str) -> Response:
     """A narinfo or a NAR."""
     row = _find(name)
     if not row.public:
-        authenticate(ANY)
+        authenticate(ANY).check_cache(row.id)
     path = cache.path_of(current_workspace().settings, row.name, file_name)
     if not cache.is_file_name(file_name) or not path.is_file():
         raise Refusal(404, f"there is no {file_name[:300]!r} in the cache {name}")
@@ -67,8 +67,8 @@ def get_file(name: str, file_name: str) -> Response:
 @cache_routes.put("/cache/<name>/<path:file_name>")
 def put_file(name: str, file_name: str) -> Response:
     """Upload a narinfo or a NAR."""
-    authenticate(CI)
-    row = _find(name)
+    token, row = authenticate(CI), _find(name)
+    token.check_cache(row.id)
     if not cache.is_file_name(file_name):
         raise Refusal(405, "a cache takes HASH.narinfo and nar/HASH.nar, compressed or not")
     path = cache.path_of(current_workspace().settings, row.name, file_name)

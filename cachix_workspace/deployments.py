@@ -28,9 +28,11 @@ from cachix_protocol import (
 )
 from cachix_workspace.agents import AgentRow
 from cachix_workspace.agents import find as find_agent
+from cachix_workspace.agents import get as get_agent
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.reports import UNTOUCHED_STEPS, Report, transition
 from cachix_workspace.tables import agents, deployments
+from cachix_workspace.tokens import Token
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z")
 MAX_REASON = 1 << 16  # characters
@@ -164,6 +166,14 @@ def find(connection: Connection, deployment_id: str, lock: bool = False) -> Depl
     if row is None:
         raise Refusal(404, f"there is no deployment {deployment_id[:64]}")
     return DeploymentRow(**row._mapping)
+
+
+def find_allowed(connection: Connection, token: Token, deployment_id: str) -> DeploymentRow:
+    """The deployment, if the token is for its agent. Raises Refusal (404), as if there was none."""
+    row = find(connection, deployment_id)
+    if not token.allows(get_agent(connection, row.agent_id).name):
+        raise Refusal(404, f"there is no deployment {deployment_id[:64]}")
+    return row
 
 
 def find_by_index(connection: Connection, name: str, index: int) -> DeploymentRow:

@@ -24,14 +24,14 @@ from cachix_protocol import (
     encode_to_agent,
 )
 from cachix_workspace import agents, cache, deployments, life, logs
-from cachix_workspace.admission import agent_name, authenticate
+from cachix_workspace.admission import authenticate, authenticate_agent
 from cachix_workspace.agents import AgentRow
 from cachix_workspace.context import Workspace, current_workspace
 from cachix_workspace.deployments import DeploymentRow
 from cachix_workspace.life import Decision, Sent
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.reports import Report
-from cachix_workspace.tokens import AGENTS, CI, Token
+from cachix_workspace.tokens import CI, Token
 from cachix_workspace.websocket import COMPLETE, INTERNAL_ERROR, MAX_MESSAGE, Socket
 
 logger = logging.getLogger(__name__)
@@ -51,14 +51,14 @@ Handler = Callable[[Workspace, Socket], None]
 @socket_routes.route("/ws", websocket=True)
 def agent_socket() -> Response:
     """The socket on which an agent gets its deployments."""
-    token, name = authenticate(AGENTS), agent_name()
+    token, name = authenticate_agent()
     return serve(token, lambda workspace, sock: serve_agent(workspace, sock, token, name))
 
 
 @socket_routes.route("/ws-deployment", websocket=True)
 def report_socket() -> Response:
     """The socket on which Cachix's agent reports."""
-    token, name = authenticate(AGENTS), agent_name()
+    token, name = authenticate_agent()
     return serve(token, lambda workspace, sock: receive_reports(workspace, sock, name))
 
 
@@ -67,7 +67,7 @@ def log_socket(deployment_id: str) -> Response:
     """The socket of a viewer (`view=true`), or of Cachix's agent that writes a log."""
     if request.args.get("view") == "true":
         return _view_socket(deployment_id)
-    token, name = authenticate(AGENTS), agent_name()
+    token, name = authenticate_agent()
     with current_workspace().database.read() as connection:
         log_id = deployments.find_own(connection, name, deployment_id).id
     return serve(
@@ -81,7 +81,7 @@ def log_socket(deployment_id: str) -> Response:
 def _view_socket(deployment_id: str) -> Response:
     token = authenticate(CI)
     with current_workspace().database.read() as connection:
-        log_id = deployments.find(connection, deployment_id).id
+        log_id = deployments.find_allowed(connection, token, deployment_id).id
     return serve(token, lambda workspace, sock: send_log(workspace, sock, log_id), log_id=log_id)
 
 

@@ -50,6 +50,7 @@ tokens = Table(
     Column("created_on", String, nullable=False),
     Column("expires_on", String),
     Column("revoked_on", String),
+    Column("agents", String),  # patterns of names, separated by commas; null for any agent
 )
 
 agents = Table(

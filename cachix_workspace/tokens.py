@@ -7,12 +7,13 @@ import binascii
 import datetime
 import hashlib
 import hmac
+import re
 import secrets
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, or_, select, update
 
-from cachix_protocol import utc_now
+from cachix_protocol import UsageError, utc_now
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.tables import tokens
 
@@ -21,6 +22,7 @@ KINDS = (AGENT, ACTIVATE, ADMIN)
 ANY = frozenset(KINDS)
 CI = frozenset({ACTIVATE, ADMIN})  # may deploy, follow logs and push to caches
 AGENTS = frozenset({AGENT})
+PATTERN = re.compile(r"[0-9A-Za-z*][0-9A-Za-z._*-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,45 @@ class Token:
     created_on: str
     expires_on: str | None
     revoked_on: str | None
+    agents: str | None = None
+
+    def allows(self, name: str) -> bool:
+        """Whether the token is for the agent of this name."""
+        return self.agents is None or any(
+            _matches(pattern, name) for pattern in self.agents.split(",")
+        )
+
+    def check_agent(self, name: str) -> None:
+        """Raises Refusal (403) unless an agent of this name may use the token."""
+        if not self.allows(name):
+            is_one = "*" not in str(self.agents) and "," not in str(self.agents)
+            owner = f"belongs to agent {self.agents}" if is_one else f"is for agents {self.agents}"
+            raise Refusal(403, f"this token {owner}, and not for {name[:128]!r}")
+
+    def check_cache(self, cache_id: int) -> None:
+        """Raises Refusal (403) unless the token may use this cache."""
+        if self.cache_id not in (None, cache_id):
+            raise Refusal(403, "this token is for another cache")
 
     def state(self, now: str) -> str:
         """valid, expired or revoked."""
         if self.revoked_on is not None:
             return "revoked"
         return "expired" if self.expires_on is not None and self.expires_on <= now else "valid"
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a name fits a pattern, in which `*` stands for any characters."""
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) is not None
+
+
+def checked_patterns(text: str, option: str) -> str:
+    """Patterns of agents' names, separated by commas. Raises UsageError that names the option."""
+    patterns = [part.strip(" ") for part in text.split(",")]
+    if not all(PATTERN.fullmatch(pattern) for pattern in patterns):
+        example = "names such as web,db-*"
+        raise UsageError(f"{option} must be {example}, not {text[:100]!r}")
+    return ",".join(dict.fromkeys(patterns))
 
 
 def digest(secret: str) -> str:
@@ -58,10 +93,12 @@ def create(
     expires_in: float | None = None,
     cache_id: int | None = None,
     secret: str | None = None,
+    agents: str | None = None,
 ) -> tuple[int, str]:
     """Create a token; its number and its secret.
 
-    `expires_in` is in days. Only tests choose the `secret`.
+    `expires_in` is in days, `agents` are checked patterns of names, None for any agent. Only tests
+    choose the `secret`.
     """
     secret = secret or f"{kind}-{secrets.token_urlsafe(32)}"
     query = insert(tokens).values(
@@ -69,6 +106,7 @@ def create(
         hash=digest(secret),
         description=description,
         cache_id=cache_id,
+        agents=agents,
         created_on=utc_now(),
         expires_on=None if expires_in is None else _in_days(expires_in),
     )

@@ -6,13 +6,13 @@ import re
 from typing import Any
 
 from cachix_console import positive, tell
-from cachix_protocol import Error, UsageError, utc_now
+from cachix_protocol import Error, UsageError, is_agent_name, utc_now
 from cachix_workspace import cache, tokens
 from cachix_workspace.cli.output import show, show_json, show_table
 from cachix_workspace.cli.place import open_workspace
 
 MAX_DAYS = 36_500
-JSON_FIELDS = ("id", "kind", "description", "created_on", "expires_on", "revoked_on")
+JSON_FIELDS = ("id", "kind", "description", "agents", "created_on", "expires_on", "revoked_on")
 
 
 def run(options: dict[str, Any]) -> None:
@@ -28,6 +28,7 @@ def run(options: dict[str, Any]) -> None:
 def create(options: dict[str, Any]) -> None:
     """Create a token and print its secret."""
     kind = next(kind for kind in tokens.KINDS if options[kind])
+    agents = agents_of(options)
     days = positive(options, "--expires", "days", MAX_DAYS) if options["--expires"] else None
     database, _ = open_workspace(options, create=True)
     with database.write() as connection:
@@ -35,9 +36,25 @@ def create(options: dict[str, Any]) -> None:
         if options["--cache"]:
             cache_id = cache.find_named(connection, options["--cache"]).id
         description = options["--description"] or ""
-        number, secret = tokens.create(connection, kind, description, days, cache_id)
+        number, secret = tokens.create(connection, kind, description, days, cache_id, agents=agents)
     tell(f"{kind} token {number}, which is not shown again:")
     show(secret)
+
+
+def agents_of(options: dict[str, Any]) -> str | None:
+    """The agents that a token is for; None for any. Raises UsageError."""
+    given = [option for option in ("--name", "--names", "--agents") if options[option] is not None]
+    if not given:
+        return None
+    (option,), text = given, str(options[given[0]])
+    if (option == "--agents") == bool(options["agent"]):
+        right = "--name or --names" if options["agent"] else "--agents"
+        raise UsageError(f"{option} does not fit this kind of token: use {right}")
+    if option != "--name":
+        return tokens.checked_patterns(text, option)
+    if not is_agent_name(text):
+        raise UsageError(f"--name must be an agent's name, not {text[:100]!r}")
+    return text
 
 
 def revoke(options: dict[str, Any]) -> None:
@@ -61,12 +78,15 @@ def list_all(options: dict[str, Any]) -> None:
     if options["--json"]:
         show_json([_facts(token, now) for token in rows])
         return
-    table = [["ID", "KIND", "STATE", "CREATED", "EXPIRES", "DESCRIPTION"]]
+    some = any(token.agents for token in rows)
+    table = [["ID", "KIND", "STATE", *["AGENTS"] * some, "CREATED", "EXPIRES", "DESCRIPTION"]]
     for token in rows:
-        created, expires = token.created_on[:10], (token.expires_on or "-")[:10]
-        table.append(
-            [str(token.id), token.kind, token.state(now), created, expires, token.description]
-        )
+        # whoever has a shared one can be any agent
+        is_shared = token.kind == tokens.AGENT and token.agents is None
+        kind = "agent, shared" if is_shared else token.kind
+        dates = [token.created_on[:10], (token.expires_on or "-")[:10]]
+        agents = [token.agents or "any"] * some
+        table.append([str(token.id), kind, token.state(now), *agents, *dates, token.description])
     show_table(table)
 
 

@@ -15,6 +15,7 @@ Usage:
   cachix-workspace serve [--listen=ADDRESS] [--public-url=URL] [--data=DIR] [--max-connections=N]
   cachix-workspace token create (agent | activate | admin) [--description=TEXT]
                                 [--expires=DAYS] [--cache=NAME] [--data=DIR]
+                                [--name=NAME | --names=PATTERNS | --agents=PATTERNS]
   cachix-workspace token list [--json] [--data=DIR]
   cachix-workspace token revoke ID [--data=DIR]
   cachix-workspace agent list [--json] [--data=DIR]
@@ -43,7 +44,11 @@ Options:
                        [default: 4096].
   --description=TEXT   What the token is for.
   --expires=DAYS       The token expires after so many days. By default it never does.
-  --cache=NAME         The binary cache for agents with this token. Default: the oldest cache.
+  --name=NAME          The only agent that an agent token is for. By default any may use it.
+  --names=PATTERNS     The agents that an agent token is for, such as web,db-*.
+  --agents=PATTERNS    The agents that another token may deploy to. By default it may to all.
+  --cache=NAME         The only binary cache that the token is for. Agents use it; by default they
+                       use the oldest one.
   --private            Only requests with a token may read the cache.
   --json               Print JSON.
   -h --help            Show this text.

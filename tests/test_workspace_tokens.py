@@ -1,0 +1,224 @@
+"""Whose a token is: each endpoint for tokens of one agent, of some, of any, and of CI for some."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+from workspace_support import STORE_PATHS, Connection, Peer, command, handshake, running
+
+from cachix_protocol import UsageError
+from cachix_workspace import tokens
+from cachix_workspace.tokens import Token
+
+RUNNING, SUCCEEDED = "InProgress", "Succeeded"
+
+
+def token(agents: str | None, cache_id: int | None = None) -> Token:
+    return Token(1, "agent", "", "", cache_id, "", None, None, agents)
+
+
+@pytest.mark.parametrize(
+    ("agents", "allowed", "refused"),
+    [
+        (None, ["web", "x.y"], []),
+        ("*", ["web", "x.y"], []),
+        ("web", ["web"], ["web2", "we", "", "WEB", "web\n", "xweb"]),
+        ("web,db", ["web", "db"], ["web,db", "w"]),
+        ("web-*", ["web-1", "web-"], ["web", "xweb-1"]),
+        ("*-db", ["a-db", "-db"], ["db", "a-dbx"]),
+        ("a*b*c", ["abc", "axxbyyc"], ["ab", "acb", "abcd"]),
+        ("w.b", ["w.b"], ["web"]),  # a dot is a dot
+    ],
+)
+def test_the_names_that_a_token_is_for(
+    agents: str | None, allowed: list[str], refused: list[str]
+) -> None:
+    assert all(token(agents).allows(name) for name in allowed)
+    assert not any(token(agents).allows(name) for name in refused)
+
+
+@pytest.mark.parametrize("text", ["", ",", "a,", "a b", "../x", "a;b", "ü", "-a", "a" * 129, "a\n"])
+def test_patterns_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="--names must be names such as"):
+        tokens.checked_patterns(text, "--names")
+
+
+def test_patterns_are_kept_once() -> None:
+    assert tokens.checked_patterns("web, db-*,web", "--names") == "web,db-*"
+
+
+# --- a workspace with tokens of every kind --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def peer() -> Iterator[Peer]:
+    with running("--public-url=http://ws.test") as server:
+        yield Peer(server)
+
+
+@pytest.fixture(scope="module")
+def secrets(peer: Peer) -> dict[str, str]:
+    """Tokens: of web, of some agents, and of CI for web alone. The peer's own are for any."""
+
+    def create(*arguments: str) -> str:
+        return peer.server.command("token", "create", *arguments).strip()
+
+    return {
+        "web": create("agent", "--name=web"),
+        "some": create("agent", "--names=db-*,mail"),
+        "ci-web": create("activate", "--agents=web"),
+        "admin-web": create("admin", "--agents=web"),
+    }
+
+
+@pytest.fixture(scope="module")
+def running_deployments(peer: Peer) -> dict[str, str]:
+    """A deployment for each of two agents, which they have begun."""
+    found = {}
+    for name in ("web", "db-1"):
+        peer.registered(name).close()
+        found[name] = peer.activate({name: STORE_PATHS[0]})[name]
+        assert peer.report(name, found[name], RUNNING).status_code == 200
+    return found
+
+
+def open_as(peer: Peer, secret: str, path: str, name: str) -> str:
+    """Try a websocket; the status of the answer."""
+    connection = Connection(peer.server.port)
+    connection.send(handshake(path, secret, name=name))
+    status = connection.read_head().split()[1]
+    connection.close()
+    return status
+
+
+@pytest.mark.parametrize(
+    ("secret", "name", "allowed"),
+    [
+        ("web", "web", True),
+        ("web", "db-1", False),
+        ("web", "new", False),
+        ("some", "db-1", True),
+        ("some", "web", False),
+    ],
+)
+def test_every_endpoint_of_an_agent(
+    peer: Peer,
+    secrets: dict[str, str],
+    running_deployments: dict[str, str],
+    secret: str,
+    name: str,
+    allowed: bool,
+) -> None:
+    """Also where the deployment is the token's own: the name decides."""
+    own = running_deployments["web" if secret == "web" else "db-1"]
+    for deployment in (running_deployments.get(name, own), own):
+        log = f"/api/v1/deploy/log/{deployment}"
+        status = f"/api/v1/deploy/deployment/{deployment}/status"
+        fits = allowed and running_deployments[name] == deployment
+        headers = {"name": name}
+        body = {"status": RUNNING, "time": "T"}
+        answers = [
+            peer.http("PUT", status, secrets[secret], json=body, headers=headers).status_code,
+            peer.http("PUT", f"{log}?offset=0", secrets[secret], headers=headers).status_code,
+        ]
+        assert answers == [200 if fits else 403] * 2
+        assert open_as(peer, secrets[secret], log, name) == ("101" if fits else "403")
+        for path in ("/ws", "/ws-deployment"):
+            assert open_as(peer, secrets[secret], path, name) == ("101" if allowed else "403")
+
+
+def test_the_sentence_names_the_agent(peer: Peer, secrets: dict[str, str]) -> None:
+    def sentence(secret: str) -> str:
+        path = f"/api/v1/deploy/log/{'0' * 8}-0000-4000-8000-{'0' * 12}"
+        answer = peer.http("PUT", path, secrets[secret], headers={"name": "other"})
+        assert answer.status_code == 403
+        return str(answer.json()["error"])
+
+    assert sentence("web") == "this token belongs to agent web, and not for 'other'"
+    assert sentence("some") == "this token is for agents db-*,mail, and not for 'other'"
+
+
+@pytest.mark.parametrize("secret", ["ci-web", "admin-web"])
+def test_every_endpoint_of_ci(
+    peer: Peer, secrets: dict[str, str], running_deployments: dict[str, str], secret: str
+) -> None:
+    for name, deployment in running_deployments.items():
+        fits = name == "web"
+        found = 200 if fits else 404
+        for path in (
+            f"/api/v1/deploy/deployment/{deployment}",
+            f"/api/v1/deploy/log/{deployment}?offset=0",
+            f"/agents/{name}/deployments/1",
+        ):
+            assert peer.http("GET", path, secrets[secret]).status_code == found, path
+        cancel = f"/api/v1/deploy/deployment/{deployment}/cancel"
+        expected = 409 if fits else 404  # it has started
+        assert peer.http("POST", cancel, secrets[secret]).status_code == expected
+        view = f"/api/v1/deploy/log/{deployment}?view=true"
+        assert open_as(peer, secrets[secret], view, "") == ("101" if fits else "404")
+    listed = peer.http("GET", "/api/v1/deploy/deployments", secrets[secret]).json()["deployments"]
+    assert {each["agent"] for each in listed} == {"web"}
+
+
+def test_ci_for_one_agent_deploys_to_no_other(
+    peer: Peer, secrets: dict[str, str], running_deployments: dict[str, str]
+) -> None:
+    def order(*names: str) -> tuple[int, str]:
+        spec = {"agents": dict.fromkeys(names, STORE_PATHS[1])}
+        answer = peer.http("POST", "/api/v2/deploy/activate", secrets["ci-web"], json=spec)
+        return answer.status_code, answer.text
+
+    status, text = order("web", "db-1")
+    assert status == 403 and "this token is for agents web, not for db-1" in text
+    assert order("web")[0] == 200
+
+
+def test_a_token_for_one_cache(peer: Peer) -> None:
+    for name in ("one", "two"):
+        peer.server.command("cache", "create", name, "--private")
+
+    def create(kind: str) -> str:
+        return peer.server.command("token", "create", kind, "--cache=one").strip()
+
+    narinfo = f"{'a' * 32}.narinfo"
+    for kind in ("agent", "activate", "admin"):
+        secret = create(kind)
+        assert peer.http("GET", f"/cache/one/{narinfo}", secret).status_code == 404
+        refused = peer.http("GET", f"/cache/two/{narinfo}", secret)
+        assert refused.status_code == 403 and "another cache" in refused.json()["error"]
+        nar = f"nar/{'1' * 52}.nar"
+        expected = [403, 403] if kind == "agent" else [400, 403]
+        assert [
+            peer.http("PUT", f"/cache/{name}/{nar}", secret, data=b"x").status_code
+            for name in ("one", "two")
+        ] == expected
+
+
+def test_the_list_says_whose_a_token_is(peer: Peer, secrets: dict[str, str]) -> None:
+    listed = json.loads(peer.server.command("token", "list", "--json"))
+    by_agents = {each["agents"]: each["kind"] for each in listed}
+    assert by_agents["web"] in ("agent", "activate", "admin") and None in by_agents
+    table = peer.server.command("token", "list")
+    assert re.search(r"agent +valid +db-\*,mail ", table)
+    assert re.search(r"agent, shared +valid +any ", table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        *[
+            (["agent", f"--name={name}"], "--name must be an agent's name")
+            for name in ("", "*", "a,b")
+        ],
+        (["agent", "--names=a b"], "--names must be names such as"),
+        (["agent", "--agents=web"], "--agents does not fit this kind of token: use --name or"),
+        (["activate", "--name=web"], "--name does not fit this kind of token: use --agents"),
+        (["admin", "--names=web"], "--names does not fit this kind of token: use --agents"),
+    ],
+)
+def test_options_that_do_not_fit(peer: Peer, arguments: list[str], sentence: str) -> None:
+    data = f"--data={peer.server.data}"
+    assert sentence in command("token", "create", *arguments, data, status=64).stderr
