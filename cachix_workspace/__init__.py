@@ -5,9 +5,10 @@
     __main__  cli                             the command line
     server  app                               gunicorn; the application, put together
     api  cache_api  sockets                   requests on deployments and logs; caches; websockets
-    admission  answers                        who asks, how much; JSON, errors
+    admission  answers  browsers              who asks, how much; JSON, errors; other sites
     context  hub  websocket                   shared by requests; the open sockets; one of them
     logs  deployments  agents  cache  tokens  decisions and queries
+    reports  life  narinfo  audit             what is reported, sent, pushed; who did what
     database                                  transactions, migrations
     tables  settings  refusal                 the schema; options; the error of a refused request
 

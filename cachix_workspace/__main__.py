@@ -42,6 +42,10 @@ def _run(options: dict[str, Any]) -> int:
         from cachix_workspace.cli import cache
 
         cache.run(options)
+    elif options["audit"]:
+        from cachix_workspace.cli import audit
+
+        audit.run(options)
     else:
         from cachix_workspace.cli import agent
 

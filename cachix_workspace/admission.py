@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Collection
 
 from flask import request
+from sqlalchemy.exc import SQLAlchemyError
 
-from cachix_protocol import is_agent_name
-from cachix_workspace import tokens
-from cachix_workspace.context import current_workspace
+from cachix_protocol import Error, is_agent_name, utc_now
+from cachix_workspace import audit, tokens
+from cachix_workspace.context import Workspace, current_workspace
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.tokens import AGENTS, Token
+
+logger = logging.getLogger(__name__)
 
 
 def authenticate(kinds: frozenset[str]) -> Token:
@@ -18,8 +23,25 @@ def authenticate(kinds: frozenset[str]) -> Token:
 
     Raises Refusal: 401 without a valid token, 403 if the token's kind is not among `kinds`.
     """
-    with current_workspace().database.read() as connection:
-        return tokens.authenticate(connection, request.headers.get("Authorization"), kinds)
+    workspace = current_workspace()
+    try:
+        with workspace.database.read() as connection:
+            token = tokens.authenticate(connection, request.headers.get("Authorization"), kinds)
+    except Refusal as refusal:
+        _note_refusal(workspace, str(refusal))
+        raise
+    workspace.used[token.id] = utc_now()
+    return token
+
+
+def _note_refusal(workspace: Workspace, reason: str) -> None:
+    """Note that a token was refused, but not each time."""
+    address = request.remote_addr or ""
+    if "Authorization" in request.headers and workspace.refusals.is_due(address):
+        logger.warning("refused a token from %s: %s", address or "nowhere", reason)
+        failures = contextlib.suppress(Error, SQLAlchemyError)  # the answer is the same
+        with failures, workspace.database.write() as connection:
+            audit.record(connection, "?", "token refused", reason, address)
 
 
 def authenticate_agent() -> tuple[Token, str]:

@@ -9,7 +9,7 @@ from flask import Blueprint, Response, request
 from sqlalchemy import Connection
 
 from cachix_protocol import IN_PROGRESS, PENDING, TERMINAL, Spec, listed, loads
-from cachix_workspace import agents, deployments, logs
+from cachix_workspace import agents, audit, deployments, logs
 from cachix_workspace.admission import (
     authenticate,
     log_offset,
@@ -73,6 +73,9 @@ def _order() -> dict[str, DeploymentRow]:
     workspace = current_workspace()
     with workspace.database.write() as connection:
         order = deployments.order(connection, spec)
+        for name, row in order.rows.items():
+            detail = f"{name}, deployment {row.index}: {row.store_path}"
+            audit.record(connection, token.label, "deploy", detail, request.remote_addr or "")
     names = ", ".join(order.rows) if len(order.rows) <= 5 else f"{len(order.rows)} agents"
     logger.info("token %d deploys to %s", token.id, names)
     for row in order.rows.values():
@@ -142,6 +145,9 @@ def cancel(deployment_id: str) -> Response:
     with workspace.database.write() as connection:
         deployments.find_allowed(connection, token, deployment_id)
         row, cancelled = deployments.cancel(connection, deployment_id)
+        name = agents.get(connection, row.agent_id).name
+        detail = f"{name}, deployment {row.index}: now {row.status}"
+        audit.record(connection, token.label, "cancel", detail, request.remote_addr or "")
     workspace.hub.wake_agent(row.agent_id)
     workspace.hub.wake_viewers(row.id)
     return json_answer(row.to_json(), 200 if cancelled else 409)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 from flask import Flask
 
@@ -20,6 +21,7 @@ from cachix_workspace.sockets import socket_routes
 
 logger = logging.getLogger(__name__)
 
+USED_INTERVAL = 60.0  # seconds between two notes of when tokens were used
 ROUTES = (index_routes, deployment_routes, log_routes, cache_routes, socket_routes)
 
 
@@ -47,8 +49,11 @@ def create_app(settings: Settings) -> Flask:
 
 
 def _watch_tokens(workspace: Workspace) -> None:
-    """Close the sockets of tokens that any process has revoked, or that have expired."""
-    pause = threading.Event()
+    """Close the sockets of tokens that any process has revoked, or that have expired.
+
+    Also write when each token was used last, now and then.
+    """
+    pause, written = threading.Event(), time.monotonic()
     while not pause.wait(workspace.settings.revocation_interval):
         try:
             used = workspace.hub.token_ids()
@@ -56,5 +61,18 @@ def _watch_tokens(workspace: Workspace) -> None:
                 with workspace.database.read() as connection:
                     invalid = tokens.invalid_ids(connection)
                 workspace.hub.revoke(used & invalid)
+            if workspace.used and time.monotonic() > written + USED_INTERVAL:
+                written = time.monotonic()
+                _write_used(workspace)
         except Exception as error:  # this thread is the only one that closes them: it must go on
             logger.warning("revoked tokens could not be looked up: %s", error)
+
+
+def _write_used(workspace: Workspace) -> None:
+    """Write when each token was used last."""
+    used = dict(workspace.used)
+    with workspace.database.write() as connection:
+        tokens.note_used(connection, used)
+    for token_id, moment in used.items():
+        if workspace.used.get(token_id) == moment:
+            del workspace.used[token_id]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flask import Flask, current_app
 
 from cachix_protocol import TERMINAL
+from cachix_workspace.audit import Refusals
 from cachix_workspace.database import Database
 from cachix_workspace.deployments import DeploymentRow
 from cachix_workspace.hub import Hub
@@ -24,6 +25,8 @@ class Workspace:
     database: Database
     hub: Hub
     signs: Signs
+    refusals: Refusals = field(default_factory=Refusals)
+    used: dict[int, str] = field(default_factory=dict)  # tokens, and when; written now and then
 
     def note_report(self, row: DeploymentRow) -> None:
         """Let everybody know that an agent has reported, and how the deployment stands now."""

@@ -23,7 +23,7 @@ from cachix_protocol import (
     decode_from_agent,
     encode_to_agent,
 )
-from cachix_workspace import agents, cache, deployments, life, logs
+from cachix_workspace import agents, audit, cache, deployments, life, logs
 from cachix_workspace.admission import authenticate, authenticate_agent
 from cachix_workspace.agents import AgentRow
 from cachix_workspace.context import Workspace, current_workspace
@@ -128,7 +128,11 @@ def serve_agent(workspace: Workspace, sock: Socket, token: Token, name: str) -> 
     system, version, host = (request.headers.get(key, "") for key in ("system", "version", "Host"))
     client = agents.client_of(request.headers.get("User-Agent", ""))
     with workspace.database.write() as connection:
+        is_new = not agents.find_id(connection, name)
         agent = agents.register(connection, name, system, version, client)
+        if is_new:
+            address = request.remote_addr or ""
+            audit.record(connection, token.label, "agent", f"{name} connected first", address)
         its_cache = cache.find_for_agent(connection, token.cache_id, workspace.settings, host)
     workspace.hub.register(agent.id, sock)
     workspace.signs.note(agent.id)

@@ -50,6 +50,7 @@ tokens = Table(
     Column("created_on", String, nullable=False),
     Column("expires_on", String),
     Column("revoked_on", String),
+    Column("used_on", String),  # within some minutes
     Column("agents", String),  # patterns of names, separated by commas; null for any agent
 )
 
@@ -97,4 +98,15 @@ log_chunks = Table(
     Column("first", Integer, primary_key=True),  # index of the first line
     Column("count", Integer, nullable=False),
     Column("body", Text, nullable=False),  # the lines' JSON objects, joined by newlines
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("time", String, nullable=False),
+    Column("actor", String, nullable=False),
+    Column("address", String, nullable=False),
+    Column("action", String, nullable=False),
+    Column("detail", Text, nullable=False),
 )

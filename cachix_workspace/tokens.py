@@ -38,6 +38,12 @@ class Token:
     expires_on: str | None
     revoked_on: str | None
     agents: str | None = None
+    used_on: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The token in a few words, for people."""
+        return f"token {self.id} ({self.kind}{self.description and ': '}{self.description[:60]})"
 
     def allows(self, name: str) -> bool:
         """Whether the token is for the agent of this name."""
@@ -131,6 +137,13 @@ def revoke(connection: Connection, token_id: int) -> bool:
     if row is not None and row.revoked_on is None:
         connection.execute(update(tokens).where(mine).values(revoked_on=utc_now()))
     return row is not None
+
+
+def note_used(connection: Connection, used: dict[int, str]) -> None:
+    """Note when tokens were used last, by their numbers."""
+    for token_id, moment in used.items():
+        query = update(tokens).where(tokens.c.id == token_id).values(used_on=moment)
+        connection.execute(query)
 
 
 def invalid_ids(connection: Connection) -> set[int]:

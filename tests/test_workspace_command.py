@@ -21,6 +21,7 @@ from cachix_workspace.cli.usage import USAGE, parse
 
 Captured = pytest.CaptureFixture[str]
 SECRET = "agent-S3CRET"
+THERE_ARE = "there are: serve, token, agent, cache, audit: see --help"
 
 
 @pytest.fixture
@@ -63,9 +64,9 @@ def test_the_usage_fits_a_terminal_and_lists_each_option() -> None:
             "--max-connections must be a number from 4 to 100000, not 'none'",
         ),
         (["token", "revoke", "x"], "ID is a number of `cachix-workspace token list`, not 'x'"),
-        ([], "missing command: serve, token, agent or cache: see --help"),
-        (["push"], "unknown command `push`; there are: serve, token, agent, cache: see --help"),
-        ([SECRET], "unknown command; there are: serve, token, agent, cache: see --help"),
+        ([], "missing command: serve, token, agent, cache or audit: see --help"),
+        (["push"], f"unknown command `push`; {THERE_ARE}"),
+        ([SECRET], f"unknown command; {THERE_ARE}"),
     ],
 )
 def test_one_sentence_for_wrong_usage(

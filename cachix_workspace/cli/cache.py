@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from cachix_console import tell
-from cachix_workspace import cache
+from cachix_workspace import audit, cache
 from cachix_workspace.cli.output import show, show_json, show_table
-from cachix_workspace.cli.place import open_workspace
+from cachix_workspace.cli.place import open_workspace, operator
 
 
 def run(options: dict[str, Any]) -> None:
@@ -25,6 +25,8 @@ def create(options: dict[str, Any]) -> None:
         row, secret_key = cache.create(
             connection, options["NAME"], not options["--private"], settings
         )
+        kind = "private" if options["--private"] else "public"
+        audit.record(connection, operator(), "cache create", f"{row.name} ({kind})")
     tell(f"cache {row.name} at {cache.url(settings, row.name)}, public key {row.key}")
     tell("secret key, which is not shown again:")
     show(secret_key)

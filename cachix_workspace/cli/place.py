@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,15 @@ def public_url(options: dict[str, Any]) -> str | None:
     if not text:
         return None
     return checked_url(text, "--public-url", "https://deploy.example.org", bare=True)
+
+
+def operator() -> str:
+    """Whoever runs a command, for the audit."""
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        user = str(os.geteuid())
+    return f"command of {user}"
 
 
 def open_workspace(options: dict[str, Any], create: bool = False) -> tuple[Database, Settings]:

@@ -7,12 +7,21 @@ from typing import Any
 
 from cachix_console import positive, tell
 from cachix_protocol import Error, UsageError, is_agent_name, utc_now
-from cachix_workspace import cache, tokens
+from cachix_workspace import audit, cache, tokens
 from cachix_workspace.cli.output import show, show_json, show_table
-from cachix_workspace.cli.place import open_workspace
+from cachix_workspace.cli.place import open_workspace, operator
 
 MAX_DAYS = 36_500
-JSON_FIELDS = ("id", "kind", "description", "agents", "created_on", "expires_on", "revoked_on")
+JSON_FIELDS = (
+    "id",
+    "kind",
+    "description",
+    "agents",
+    "created_on",
+    "expires_on",
+    "revoked_on",
+    "used_on",
+)
 
 
 def run(options: dict[str, Any]) -> None:
@@ -37,6 +46,9 @@ def create(options: dict[str, Any]) -> None:
             cache_id = cache.find_named(connection, options["--cache"]).id
         description = options["--description"] or ""
         number, secret = tokens.create(connection, kind, description, days, cache_id, agents=agents)
+        whose = f", for agents {agents}" if agents else ""
+        detail = f"{number} ({kind}{whose}) {description}".rstrip()
+        audit.record(connection, operator(), "token create", detail)
     tell(f"{kind} token {number}, which is not shown again:")
     show(secret)
 
@@ -66,6 +78,7 @@ def revoke(options: dict[str, Any]) -> None:
     with database.write() as connection:
         if not tokens.revoke(connection, int(number)):
             raise Error(f"there is no token {number}: see `cachix-workspace token list`")
+        audit.record(connection, operator(), "token revoke", number)
     tell(f"token {number} is revoked")
 
 

@@ -21,6 +21,7 @@ Usage:
   cachix-workspace agent list [--json] [--data=DIR]
   cachix-workspace cache create NAME [--private] [--public-url=URL] [--data=DIR]
   cachix-workspace cache show NAME [--json] [--data=DIR]
+  cachix-workspace audit [--limit=N] [--json] [--data=DIR]
   cachix-workspace --help
   cachix-workspace --version
 
@@ -34,6 +35,7 @@ Commands:
   cache create  Create a binary cache, and print the secret key to sign with. It is not shown
                 again. Whoever pushes also signs.
   cache show    Show the URL and the public key of a cache.
+  audit         Show who did what when.
 
 Options:
   --data=DIR           The directory of the workspace [default: ./cachix-workspace].
@@ -50,6 +52,7 @@ Options:
   --cache=NAME         The only binary cache that the token is for. Agents use it; by default they
                        use the oldest one.
   --private            Only requests with a token may read the cache.
+  --limit=N            The number of entries, the newest ones [default: 100].
   --json               Print JSON.
   -h --help            Show this text.
   --version            Show the version.

@@ -1,0 +1,67 @@
+"""Who did what when: written in the transaction of what was done, and never changed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, insert, select
+
+from cachix_protocol import utc_now
+from cachix_workspace.tables import audit
+
+MAX_DETAIL = 2000  # characters
+PAUSE = 60.0  # seconds between two entries on refusals of one address
+MOST_ADDRESSES = 1000  # that are remembered, and that may be noted within PAUSE
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry as the database has it. The actor is a token, or whoever ran a command."""
+
+    id: int
+    time: str
+    actor: str
+    address: str
+    action: str
+    detail: str
+
+
+def record(
+    connection: Connection, actor: str, action: str, detail: str = "", address: str = ""
+) -> None:
+    """Note that `actor` did something, from the network address if it came from there."""
+    values = {"time": utc_now(), "actor": actor, "action": action, "address": address}
+    connection.execute(insert(audit).values(**values, detail=detail[:MAX_DETAIL]))
+
+
+def list_some(connection: Connection, limit: int) -> list[Entry]:
+    """The newest entries, the oldest of them first."""
+    rows = connection.execute(select(audit).order_by(audit.c.id.desc()).limit(limit)).all()
+    return [Entry(**row._mapping) for row in reversed(rows)]
+
+
+class Refusals:
+    """Which refused tokens are worth an entry: one for an address in PAUSE seconds.
+
+    Otherwise whoever tries tokens would fill the disk.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._noted: dict[str, float] = {}
+
+    def is_due(self, address: str) -> bool:
+        """Whether to note a refusal of this address. Then the next one is not due for a while."""
+        now = time.monotonic()
+        with self._lock:
+            if self._noted.get(address, -PAUSE) > now - PAUSE:
+                return False
+            if len(self._noted) >= MOST_ADDRESSES:
+                recent = {a: at for a, at in self._noted.items() if at > now - PAUSE}
+                self._noted = recent
+                if len(recent) >= MOST_ADDRESSES:
+                    return False
+            self._noted[address] = now
+            return True
