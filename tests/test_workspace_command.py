@@ -77,13 +77,14 @@ def test_one_sentence_for_wrong_usage(
 
 
 CACHE_FORMS = """\
-  cachix-workspace cache create NAME [--private] [--public-url=URL] [--data=DIR]
+  cachix-workspace cache create NAME [--private] [--public-url=URL] [--out=FILE] [--data=DIR]
   cachix-workspace cache show NAME [--json] [--data=DIR]
 """
 CREATE_FORM = """\
   cachix-workspace token create (agent | activate | admin) [--description=TEXT]
                                 [--expires=DAYS] [--cache=NAME] [--data=DIR]
                                 [--name=NAME | --names=PATTERNS | --agents=PATTERNS]
+                                [--out=FILE | --names-from=FILE --out-dir=DIR]
 """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from workspace_support import STORE_PATHS, Connection, Peer, command, handshake, running
@@ -222,3 +223,56 @@ def test_the_list_says_whose_a_token_is(peer: Peer, secrets: dict[str, str]) -> 
 def test_options_that_do_not_fit(peer: Peer, arguments: list[str], sentence: str) -> None:
     data = f"--data={peer.server.data}"
     assert sentence in command("token", "create", *arguments, data, status=64).stderr
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def count(peer: Peer) -> int:
+    return len(json.loads(peer.server.command("token", "list", "--json")))
+
+
+def test_a_secret_in_a_file(peer: Peer, tmp_path: Path) -> None:
+    out = tmp_path / "agent.token"
+    assert peer.server.command("token", "create", "agent", "--name=web", f"--out={out}") == ""
+    assert out.stat().st_mode & 0o777 == 0o600
+    assert peer.agent("web", Authorization=f"Bearer {out.read_text().strip()}")
+    key = tmp_path / "key"
+    assert peer.server.command("cache", "create", "in-a-file", f"--out={key}") == ""
+    assert key.read_text().startswith("in-a-file.ws.test-1:") and key.stat().st_mode & 0o77 == 0
+
+
+@pytest.mark.parametrize("kind", ["exists", "link", "nowhere"])
+def test_a_token_that_can_not_be_written_is_not_made(peer: Peer, tmp_path: Path, kind: str) -> None:
+    out = tmp_path / ("no/where" if kind == "nowhere" else "out")
+    if kind == "exists":
+        out.write_text("mine")
+    if kind == "link":
+        out.symlink_to(tmp_path / "victim")
+    before = count(peer)
+    data = f"--data={peer.server.data}"
+    refused = command("token", "create", "agent", f"--out={out}", data, status=1)
+    assert "can't be written" in refused.stderr and refused.stdout == ""
+    assert count(peer) == before and not (tmp_path / "victim").exists()
+    assert kind != "exists" or out.read_text() == "mine"
+
+
+def test_tokens_for_a_list_of_agents(peer: Peer, tmp_path: Path) -> None:
+    names, directory = tmp_path / "names", tmp_path / "tokens"
+    names.write_text("web\n\ndb-1\nweb\n")
+    arguments = ("token", "create", "agent", f"--names-from={names}", f"--out-dir={directory}")
+    peer.server.command(*arguments)
+    assert sorted(path.name for path in directory.iterdir()) == ["db-1", "web"]
+    assert directory.stat().st_mode & 0o777 == 0o700
+    for name, other in (("web", "db-1"), ("db-1", "web")):
+        secret = (directory / name).read_text().strip()
+        assert open_as(peer, secret, "/ws", name) == "101"
+        assert open_as(peer, secret, "/ws", other) == "403"
+    before, data = count(peer), f"--data={peer.server.data}"
+    (directory / "db-1").unlink()
+    names.write_text("db-1\nweb\n")
+    command(*arguments, data, status=1)  # the second file is there
+    assert [path.name for path in directory.iterdir()] == ["web"]
+    names.write_text("good\nno good\n")
+    assert "not no good" in command(*arguments, data, status=1).stderr
+    assert count(peer) == before and not (directory / "good").exists()

@@ -6,7 +6,7 @@ from typing import Any
 
 from cachix_console import tell
 from cachix_workspace import audit, cache
-from cachix_workspace.cli.output import show, show_json, show_table
+from cachix_workspace.cli.output import show, show_json, show_table, write_secret
 from cachix_workspace.cli.place import open_workspace, operator
 
 
@@ -27,7 +27,12 @@ def create(options: dict[str, Any]) -> None:
         )
         kind = "private" if options["--private"] else "public"
         audit.record(connection, operator(), "cache create", f"{row.name} ({kind})")
+        if options["--out"]:  # a cache whose key could not be written is not made
+            write_secret(secret_key, options["--out"])
     tell(f"cache {row.name} at {cache.url(settings, row.name)}, public key {row.key}")
+    if options["--out"]:
+        tell(f"secret key, which is not shown again: in {options['--out']}")
+        return
     tell("secret key, which is not shown again:")
     show(secret_key)
 

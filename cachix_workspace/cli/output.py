@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from cachix_console import Screen, align
+from cachix_protocol import Error
 
 
 def show(text: str) -> None:
@@ -27,3 +29,13 @@ def show_json(value: Any) -> None:
 def show_table(rows: list[list[str]]) -> None:
     """Print rows as columns."""
     show("\n".join("  ".join(row).rstrip() for row in align(rows)))
+
+
+def write_secret(text: str, path: str) -> None:
+    """Write a secret into a new file that only this user can read. Raises Error."""
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with open(file, "w", encoding="ascii") as stream:
+            stream.write(text + "\n")
+    except OSError as error:
+        raise Error(f"{path} can't be written: {error.strerror}; name a new file") from None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from typing import Any
 
 from cachix_console import positive, tell
-from cachix_protocol import Error, UsageError, is_agent_name, utc_now
+from cachix_protocol import Error, UsageError, is_agent_name, listed, utc_now
 from cachix_workspace import audit, cache, tokens
-from cachix_workspace.cli.output import show, show_json, show_table
+from cachix_workspace.cli.output import show, show_json, show_table, write_secret
 from cachix_workspace.cli.place import open_workspace, operator
 
 MAX_DAYS = 36_500
@@ -35,22 +37,69 @@ def run(options: dict[str, Any]) -> None:
 
 
 def create(options: dict[str, Any]) -> None:
-    """Create a token and print its secret."""
-    kind = next(kind for kind in tokens.KINDS if options[kind])
-    agents = agents_of(options)
+    """Create a token and print its secret, or write it into a file."""
+    if options["--names-from"]:
+        create_many(options)
+        return
+    out = options["--out"]
+    number, secret = create_all(options, [(agents_of(options), out)])[0]
+    kind = kind_of(options)
+    if out:
+        tell(f"{kind} token {number}, which is not shown again: in {out}")
+        return
+    tell(f"{kind} token {number}, which is not shown again:")
+    show(secret)
+
+
+def create_many(options: dict[str, Any]) -> None:
+    """Create a token for each agent that a file names, a line each. Raises Error."""
+    path, directory = options["--names-from"], options["--out-dir"]
+    if not options["agent"] or not directory:
+        raise UsageError("--names-from makes tokens for agents, in files below --out-dir")
+    try:
+        with open(path, encoding="utf-8") as file:
+            names = [name for line in file if (name := line.strip())]
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise Error(f"{path} or {directory} can't be used: {error}") from None
+    wrong = [name for name in names if not is_agent_name(name)]
+    if wrong or not names:
+        raise Error(f"{path} must have an agent's name in each line, not {listed(wrong) or 'none'}")
+    create_all(options, [(name, os.path.join(directory, name)) for name in dict.fromkeys(names)])
+    tell(f"{len(set(names))} agent tokens, which are not shown again: in {directory}")
+
+
+def kind_of(options: dict[str, Any]) -> str:
+    """The kind of token that a command line names."""
+    return next(kind for kind in tokens.KINDS if options[kind])
+
+
+def create_all(
+    options: dict[str, Any], wanted: list[tuple[str | None, str | None]]
+) -> list[tuple[int, str]]:
+    """Create tokens, each for some agents and into a file, if it names one; numbers and secrets.
+
+    If one file can't be written no token is made.
+    """
+    kind, created = kind_of(options), []
     days = positive(options, "--expires", "days", MAX_DAYS) if options["--expires"] else None
+    description = options["--description"] or ""
     database, _ = open_workspace(options, create=True)
-    with database.write() as connection:
+    with contextlib.ExitStack() as written, database.write() as connection:
         cache_id = None
         if options["--cache"]:
             cache_id = cache.find_named(connection, options["--cache"]).id
-        description = options["--description"] or ""
-        number, secret = tokens.create(connection, kind, description, days, cache_id, agents=agents)
-        whose = f", for agents {agents}" if agents else ""
-        detail = f"{number} ({kind}{whose}) {description}".rstrip()
-        audit.record(connection, operator(), "token create", detail)
-    tell(f"{kind} token {number}, which is not shown again:")
-    show(secret)
+        for agents, path in wanted:
+            made = tokens.create(connection, kind, description, days, cache_id, agents=agents)
+            whose = f", for agents {agents}" if agents else ""
+            detail = f"{made[0]} ({kind}{whose}) {description}".rstrip()
+            audit.record(connection, operator(), "token create", detail)
+            if path:
+                write_secret(made[1], path)
+                written.callback(os.unlink, path)
+            created.append(made)
+        written.pop_all()
+    return created
 
 
 def agents_of(options: dict[str, Any]) -> str | None:

@@ -16,10 +16,11 @@ Usage:
   cachix-workspace token create (agent | activate | admin) [--description=TEXT]
                                 [--expires=DAYS] [--cache=NAME] [--data=DIR]
                                 [--name=NAME | --names=PATTERNS | --agents=PATTERNS]
+                                [--out=FILE | --names-from=FILE --out-dir=DIR]
   cachix-workspace token list [--json] [--data=DIR]
   cachix-workspace token revoke ID [--data=DIR]
   cachix-workspace agent list [--json] [--data=DIR]
-  cachix-workspace cache create NAME [--private] [--public-url=URL] [--data=DIR]
+  cachix-workspace cache create NAME [--private] [--public-url=URL] [--out=FILE] [--data=DIR]
   cachix-workspace cache show NAME [--json] [--data=DIR]
   cachix-workspace audit [--limit=N] [--json] [--data=DIR]
   cachix-workspace --help
@@ -49,6 +50,9 @@ Options:
   --name=NAME          The only agent that an agent token is for. By default any may use it.
   --names=PATTERNS     The agents that an agent token is for, such as web,db-*.
   --agents=PATTERNS    The agents that another token may deploy to. By default it may to all.
+  --out=FILE           Write the secret into FILE, which is made anew, and only you can read.
+  --names-from=FILE    Make a token for each agent that FILE names, a line each, in files below
+  --out-dir=DIR        DIR that have the agents' names (for sops or agenix).
   --cache=NAME         The only binary cache that the token is for. Agents use it; by default they
                        use the oldest one.
   --private            Only requests with a token may read the cache.
