@@ -563,6 +563,8 @@ def agent_command(options: AgentOptions) -> int:
     for directory in (state, os.path.join(state, "deployments")):
         try:
             os.makedirs(directory, mode=0o700, exist_ok=True)
+            if problem := files.make_private(directory):
+                tell(problem)
         except OSError as error:  # each deployment will fail with this reason: better than no agent
             hint = "set STATE_DIRECTORY to a directory that can be written"
             complain(Error(f"{directory} can't be created ({error.strerror}): {hint}"))

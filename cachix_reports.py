@@ -140,7 +140,7 @@ class Delivery:
         self.reported = replace(self.reported, time=utc_now(), **facts)
         path = self.entry.path("reported.json")
         with contextlib.suppress(OSError):
-            with open(path + ".new", "w", encoding="utf-8") as file:
+            with open(path + ".new", "w", encoding="utf-8", opener=logfile.private) as file:
                 file.write(json.dumps(asdict(self.reported)))
             os.rename(path + ".new", path)
 

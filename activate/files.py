@@ -14,7 +14,10 @@ SYNC_TIMEOUT = 300.0  # seconds
 def write_durably(path: str, content: bytes) -> None:
     """Replace a file. After a power loss it has its old content or its new one. Raises OSError."""
     temporary = f"{path}.new"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    if os.path.islink(temporary):  # none of ours
+        os.unlink(temporary)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(temporary, flags, 0o600)
     try:
         while content:
             content = content[os.write(fd, content) :]
@@ -27,6 +30,21 @@ def write_durably(path: str, content: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_private(directory: str) -> str:
+    """Let nobody else use a directory of ours; a message if others could have written there.
+
+    Raises OSError if its mode can't be changed.
+    """
+    status = os.stat(directory)
+    if status.st_uid != os.geteuid():
+        return f"{directory} belongs to user {status.st_uid}, who can change what is done here"
+    if status.st_mode & 0o077:
+        os.chmod(directory, 0o700)
+    if status.st_mode & 0o022:
+        return f"others could write to {directory}: its mode is 0700 now"
+    return ""
 
 
 def make_public(directory: str) -> None:

@@ -19,6 +19,7 @@ from typing import Callable, Optional
 from activate.environment import cache_home
 
 DEPLOYMENT_TIMEOUT = 4 * 3600.0  # seconds to wait for another deployment
+NOBODY = 65534  # the owner of everything that a user namespace does not know
 TRIES = 20  # at a directory that is deleted meanwhile
 POLL = 0.05  # seconds between two attempts to take a lock
 OFD = hasattr(fcntl, "F_OFD_SETLK")
@@ -81,11 +82,20 @@ def take(
 
 
 def _open(path: str) -> Lock:
-    """The file of a lock, which is not taken yet. Raises OSError."""
+    """The file of a lock, which is not taken yet. Raises OSError.
+
+    Neither a link is followed nor the directory of another user used: whoever owns it could let us
+    write anywhere.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     for _ in range(TRIES):
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        directory = os.path.dirname(path)
+        os.makedirs(directory, mode=0o700, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # its directory was deleted this very moment
-            return Lock(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            owner = os.stat(directory).st_uid
+            if owner not in (0, os.geteuid(), NOBODY):
+                raise PermissionError(errno.EPERM, f"{directory} belongs to user {owner}", path)
+            return Lock(path, os.open(path, flags, 0o600))
     raise OSError(errno.ESTALE, "its directory is deleted again and again", path)
 
 

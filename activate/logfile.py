@@ -14,11 +14,16 @@ LINE_BYTES = 1 << 16  # a line on the wire is at most this long
 READ_BYTES = 1 << 17  # below 1 MiB as JSON, however much is escaped: proxies refuse more
 
 
+def private(path: str, flags: int) -> int:
+    """Open a file that only this user can read; a link is not followed. Raises OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
 def open_log(entry: journal.Journal) -> int:
     """Open the log file for appending. If that fails: warn, and open /dev/null instead."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     try:
-        return os.open(entry.path("log"), flags, 0o600)
+        return private(entry.path("log"), flags)
     except OSError as error:
         print(f"the log of deployment {entry.record.id} is lost: {error}", file=sys.stderr)
         return os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)

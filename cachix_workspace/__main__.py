@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -13,6 +14,7 @@ from cachix_workspace.cli.usage import fitting_lines, parse
 def main(argv: list[str] | None = None) -> int:
     """Run a command line (sys.argv by default) and return its exit status."""
     prepare()
+    os.umask(0o077)  # the database, and whatever SQLite puts beside it, are for this user alone
     try:
         return _run(parse(sys.argv[1:] if argv is None else argv))
     except UnknownForm as error:

@@ -114,6 +114,9 @@ def _prepare_directory(directory: Path) -> None:
         )
     if directory.stat().st_mode & 0o077:
         directory.chmod(0o700)  # whoever made it for the service may have left it open to others
+    for file in directory.glob(f"{DATABASE}*"):
+        if file.stat().st_mode & 0o077:  # earlier releases did not see to it
+            file.chmod(0o600)
 
 
 def prepare(connection: Connection) -> int:
