@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import cachix_console
+import cachix_plain
 from activate.kinds.verdict import Policy
 from cachix_cache import trusted_keys
 from cachix_connection import Peer, Waits
@@ -35,6 +36,8 @@ Options:
   --host=URL                    The workspace [default: https://cachix.org].
   --hostname=URL                The same, as older releases of Cachix's client call it.
   -c --config=FILE              Cachix's own configuration: accepted, and not read.
+  --require-tls                 Refuse a workspace that is plain http on another machine
+                                (CACHIX_DEPLOY_REQUIRE_TLS=1).
   --token-file=FILE             Read the token from FILE instead of the environment
                                 (CACHIX_AGENT_TOKEN; CACHIX_ACTIVATE_TOKEN for activate).
   --trusted-key=KEY             Take the workspace's systems only with a signature by this key
@@ -92,10 +95,12 @@ def parse(argv: list[str]) -> dict[str, Any]:
 
 
 def host_of(options: dict[str, Any]) -> str:
-    """The workspace, by either name of the option."""
+    """The URL of the workspace, by either name of the option. Raises UsageError."""
     if options["--config"]:
         tell(f"{options['--config']} is not read: tokens come from the environment or --token-file")
-    return str(options["--hostname"] or options["--host"])
+    host = Peer.create(str(options["--hostname"] or options["--host"]), token="").host
+    cachix_plain.check(host, options["--require-tls"])
+    return host
 
 
 def agent_options(options: dict[str, Any]) -> AgentOptions:

@@ -35,6 +35,7 @@ from cachix_workspace.tables import agents, deployments
 from cachix_workspace.tokens import Token
 
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z")
+MAX_INDEX = (1 << 31) - 1  # more than a database's integers hold is no index
 MAX_REASON = 1 << 16  # characters
 
 
@@ -178,7 +179,7 @@ def find_allowed(connection: Connection, token: Token, deployment_id: str) -> De
 
 def find_by_index(connection: Connection, name: str, index: int) -> DeploymentRow:
     """Deployment number `index` of the agent `name`. Raises Refusal (404)."""
-    wanted = (agents.c.name == name) & (deployments.c.index == index)
+    wanted = (agents.c.name == name) & (deployments.c.index == min(index, MAX_INDEX))
     row = connection.execute(select(deployments).join(agents).where(wanted)).one_or_none()
     if row is None:
         raise Refusal(404, f"agent {name[:128]} has no deployment {index}")

@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "cachix_switch": f"cachix_orphan {FLOOR} {SHARED} activate.switch",
     "cachix_orphan": f"cachix_reports cachix_session {FLOOR} {SHARED}",
     "cachix_cache": "cachix_protocol",
-    "cachix_options": f"cachix_cache {FLOOR} {SHARED}",
+    "cachix_plain": "cachix_console cachix_protocol",
+    "cachix_options": f"cachix_cache cachix_plain {FLOOR} {SHARED}",
     "cachix_follow": f"cachix_state cachix_diagnosis {FLOOR} activate.text",
     "cachix_reports": f"cachix_channels cachix_repeats {FLOOR}"
     " activate.history activate.journal activate.lock activate.logfile activate.outcomes"

@@ -164,6 +164,14 @@ def test_the_newest_deployments_come_first(peer: Peer, name: str) -> None:
             assert f"`{word}` must be one of " in refused.json()["error"]
 
 
+@pytest.mark.parametrize("index", [0, 99, 1 << 31, 10**30])
+def test_an_index_that_there_is_not(peer: Peer, name: str, index: int) -> None:
+    peer.registered(name)
+    order(peer, name)
+    answer = peer.http("GET", f"/agents/{name}/deployments/{index}")
+    assert answer.status_code == 404 and f"no deployment {index}" in answer.json()["error"]
+
+
 # --- cancelling -----------------------------------------------------------------------------------
 
 
