@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import cachix_cache
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     import websocket
 
 STOP_TIMEOUT = 8.0  # seconds from SIGTERM to the exit, whatever hangs
+PUBLIC_CACHE = "cache.nixos.org-"  # how its keys begin: it signs whatever is in nixpkgs
 EXIT_TIMEOUT = 6.0  # seconds for a deployment to stop before "go"; `still_wanted` takes up to 5
 
 
@@ -278,21 +280,25 @@ class Worker(threading.Thread):
             if self.stop.wait(0.1):
                 raise Error("the agent is exiting")
         cache, peer = self.registered.cache, self.options.peer
+        configured = self.nix_config.get("trusted-public-keys", "").split()
+        own = tuple(key for key in configured if not key.startswith(PUBLIC_CACHE))
+        pinned = self.options.trusted_keys
         if cache is None:
             environment.proxies = for_nix()
-            yield nix.Source()
+            yield nix.Source(signers=pinned or own)
             return
         offer = cachix_cache.offer(peer.host, cache)
-        configured = self.nix_config.get("trusted-public-keys", "").split()
-        keys = tuple(dict.fromkeys([*configured, *(self.options.trusted_keys or offer.keys)]))
+        signers = pinned or tuple(dict.fromkeys([*offer.keys, *own]))
+        keys = tuple(dict.fromkeys([*configured, *signers]))
         environment.proxies = for_nix(offer.url)
+        source = nix.Source(offer.url, keys, signers=signers)
         if offer.is_public or not offer.is_near:
-            yield nix.Source(offer.url, keys, is_far=not (offer.is_public or offer.is_near))
+            yield replace(source, is_far=not (offer.is_public or offer.is_near))
             return
         others = self.nix_config.get("netrc-file", "")
         file = netrc.write_netrc(self.state, offer.url, peer.token, others)
         try:
-            yield nix.Source(offer.url, keys, file.path)
+            yield replace(source, netrc=file.path)
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(file.path)

@@ -51,7 +51,7 @@ class Source:
     `keys` are all trusted keys, `netrc` is the path of a file with credentials, `only` are the
     substituters that replace all others. `fresh`: what Nix remembers of narinfos does not count.
     `is_far`: the cache is private and on another host than the workspace, so that no token goes
-    there.
+    there. One of the keys `signers` must have signed what is deployed; without any, none must.
     """
 
     substituter: Optional[str] = None
@@ -60,6 +60,7 @@ class Source:
     only: Optional[tuple[str, ...]] = None
     fresh: bool = False
     is_far: bool = False
+    signers: tuple[str, ...] = ()
 
     def options(self) -> list[str]:
         """The options for a download. Whatever is not set here is set by the machine's nix.conf."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Optional
 
 from activate import holder, journal, kinds, logfile, machine, nix, pipe, recovery
-from activate.agent import closure, download, launch
+from activate.agent import closure, download, launch, signatures
 from activate.agent.hooks import AgentHooks
 from activate.process import Error
 from activate.text import one_line
@@ -57,8 +57,10 @@ class Attempt:
         try:
             with self.hooks.source() as source:
                 link = entry.path("new")
+                look = signatures.Look([path for path in paths if path not in previous], source)
                 rooted = download.download(paths, previous, link, source, log, timeout)
                 closure.complete(paths, source, log, timeout)
+                look.require(log)
                 if unsafe:
                     download.repair(paths, source, log, timeout)
             closure.check_programs(record.store_path, record.rollback_script)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Optional
+from typing import Any, Optional
 
 DIRECTORY = "/nix/var/nix/db"
 SCHEMA = "10"  # of every Nix since 1.8
@@ -24,6 +24,21 @@ SELECT path FROM closure JOIN ValidPaths USING (id)
 
 def requisites(paths: list[str]) -> Optional[list[str]]:
     """The paths in the closures of `paths`; None if only Nix itself can tell."""
+    rows = _query(QUERY, paths)
+    closure = [path for (path,) in rows or ()]
+    return closure if set(paths) <= set(closure) else None
+
+
+def content_addresses(paths: list[str]) -> Optional[dict[str, str]]:
+    """The content addresses of those paths that have one; None if only Nix itself can tell."""
+    rows = _query("SELECT path, ca FROM ValidPaths WHERE path IN ({})", paths)
+    if rows is None or {row[0] for row in rows} != set(paths):
+        return None
+    return {path: ca for path, ca in rows if ca}
+
+
+def _query(query: str, paths: list[str]) -> Optional[list[Any]]:
+    """The rows of a query, in which {} stands for the paths; None if it can't be made."""
     if os.environ.get("NIX_STATE_DIR") or os.environ.get("NIX_DB_DIR"):
         return None
     try:
@@ -36,8 +51,6 @@ def requisites(paths: list[str]) -> Optional[list[str]]:
                 return None
         name = f"file:{DIRECTORY}/db.sqlite?mode=ro"
         with contextlib.closing(sqlite3.connect(name, uri=True, timeout=TIMEOUT)) as connection:
-            rows = connection.execute(QUERY.format(",".join("?" * len(paths))), paths).fetchall()
+            return connection.execute(query.format(",".join("?" * len(paths))), paths).fetchall()
     except (OSError, ValueError, sqlite3.Error):
         return None
-    closure = [path for (path,) in rows]
-    return closure if set(paths) <= set(closure) else None
