@@ -18,14 +18,21 @@ LOOK_UP = 5.0  # seconds for the name server; an address that is not known count
 def check(host: str, require_tls: bool) -> None:
     """Warn if the workspace at URL `host` is plain http on another machine.
 
-    Raises UsageError instead if TLS is required.
+    Raises UsageError instead if TLS is required. Nobody waits for a mere warning.
     """
-    if not host.startswith("http://") or is_this_machine(host):
+    if not host.startswith("http://"):
         return
     problem = f"{host} is plain http: anybody on the way can read the token and change deployments"
     if require_tls or os.environ.get(VARIABLE, "0") not in ("", "0"):
-        raise UsageError(f"{problem}; --require-tls forbids that: use https://")
-    tell(f"warning: {problem}; use https://")
+        if not is_this_machine(host):
+            raise UsageError(f"{problem}; --require-tls forbids that: use https://")
+        return
+
+    def warn() -> None:
+        if not is_this_machine(host):
+            tell(f"warning: {problem}; use https://")
+
+    threading.Thread(target=warn, name="plain", daemon=True).start()
 
 
 def is_this_machine(host: str) -> bool:

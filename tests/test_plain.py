@@ -1,6 +1,7 @@
 """Workspaces that are reached without encryption."""
 
 import socket
+import threading
 
 import pytest
 
@@ -45,12 +46,13 @@ def test_plain_http_to_another_machine(monkeypatch, capsys, host, addresses, pla
             cachix_plain.check(host, by == "option")
         return
     cachix_plain.check(host, by == "option")
+    for thread in threading.enumerate():
+        if thread.name == "plain":
+            thread.join(10)
     assert ("is plain http" in capsys.readouterr().err) == plain
 
 
 def test_a_name_server_that_hangs_does_not_hold_up_the_start(monkeypatch):
-    import threading
-
     hang = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_: hang.wait(60) and [])
     monkeypatch.setattr(cachix_plain, "LOOK_UP", 0.1)
