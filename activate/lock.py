@@ -64,11 +64,14 @@ def take(
     more. A file that was deleted while it was waited for is made anew. Raises OSError if the file
     can't be opened.
     """
-    lock = _open(path)
+    lock, replaced = _open(path), 0
     deadline = time.monotonic() + timeout
     while not (taken := _try(lock.fd)) or not lock.is_in_place():
         if taken:
             lock.close()
+            replaced += 1
+            if replaced > TRIES:  # or the file system does not keep the numbers of its inodes
+                raise OSError(errno.ESTALE, "it is replaced again and again", path)
             lock = _open(path)
             continue
         if time.monotonic() >= deadline or not wanted():

@@ -189,3 +189,11 @@ def test_a_failed_rollback_does_not_count_once_another_state_directory_has_deplo
     )
     found = previous.unconfirmed(fresh, entry.record.profile, [entry], last)
     assert found == ([entry.record] if counts else [])
+
+
+def test_a_file_that_never_stays_in_place_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock.Lock, "is_in_place", lambda _: False)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="again and again"):
+        lock.take(str(tmp_path / "a.lock"))
+    assert len(os.listdir("/proc/self/fd")) == before
