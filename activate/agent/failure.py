@@ -53,12 +53,15 @@ VAGUE = re.compile("build of .* failed$|some substitutes for the outputs of deri
 
 
 class DownloadFailed(Error):
-    """A closure could not be downloaded. `detail` has the last lines of Nix's output."""
+    """A closure could not be downloaded. `detail` has the last lines of Nix's output.
 
-    def __init__(self, reason: str, output: str = "") -> None:
+    Nix that has said nothing may have been ended by a signal.
+    """
+
+    def __init__(self, reason: str, output: Optional[str] = None) -> None:
         super().__init__(reason)
-        self.detail = last_lines(output)
-        self.is_clear = not output or bool(classify(output))
+        self.detail = last_lines(output or "")
+        self.is_clear = output is None or bool(classify(output))
 
 
 def classify(text: str) -> str:

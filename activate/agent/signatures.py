@@ -56,8 +56,7 @@ class Look:
         keys = " ".join(self.source.signers)
         raise DownloadFailed(
             f"the signature of {' or '.join(self.paths)} is by none of the keys {keys}: push it, "
-            "signed by one of them (by `nix copy --refresh` if the push copies 0 paths)",
-            "",
+            "signed by one of them (by `nix copy --refresh` if the push copies 0 paths)"
         )
 
 
