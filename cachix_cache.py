@@ -44,7 +44,7 @@ def offer(host: str, cache: Cache) -> Offer:
         raise refusal(f"`cacheName` is {cache.name[:100]!r}, which is no label of a host name")
     url = derived_url(host, cache.name) if cache.uri is None else cache.uri
     if not is_url(url):
-        raise refusal(f"{url[:200]!r} is not http(s)://HOST[:PORT][/PATH]")
+        raise refusal("its `uri` is not http(s)://HOST[:PORT][/PATH]")
     keys = (named_key(host, cache),) if is_key(cache.public_key) else words(cache.public_key)
     bad = next((key for key in keys if not is_named_key(key)), None if keys else "")
     if bad is not None:
