@@ -656,6 +656,7 @@ def run(argv: list[str]) -> int:
         options = parse(argv)
         cachix_console.verbose = options["--verbose"]
         if options["agent"]:
+            signal.signal(signal.SIGTERM, lambda *_: exit_now(0))  # nothing has begun yet
             return agent_command(agent_options(options))
         return activate_command(options)
     except Error as error:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import string
 import subprocess
 import sys
@@ -43,6 +44,9 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path / "state"))
     monkeypatch.setattr(cachix_deploy, "agent_command", lambda options: 0)
     monkeypatch.setattr(cachix_console, "verbose", False)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 def refusal(capsys, *argv, status=64):
