@@ -139,8 +139,9 @@ def test_the_disk_is_full(minder, point):
 def test_the_output_is_more_than_the_disk_takes(minder, finish, how, source):
     """It does not take the journal's room: the deployment ends as it would with another disk."""
     world = minder("1m")
-    flood = closures.long_line(3_000_000) if source == "activation" else "setsid yes & sleep 0.5"
-
+    # long lines: it takes a slow machine minutes to report hundreds of thousands of short ones
+    service = f"setsid yes {'y' * 2000} & sleep 0.5"
+    flood = closures.long_line(3_000_000) if source == "activation" else service
     after = f"{flood}\n{MINDS}; {scenes._visit('test.end')}; {MINDS}"
     after += "; exit 1" if how == scenes.BAD else ""
     after_boot = f"{MINDS}; {scenes._visit('boot.end')}"
