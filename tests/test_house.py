@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "cachix_dial": "cachix_proxy cachix_errors",
     "cachix_proxy": "cachix_protocol cachix_errors",
     "cachix_websocket": "",
+    "cachix_ed25519": "",
     "cachix_repeats": "",
     "cachix_console": "cachix_protocol activate.startup",
     "cachix_protocol": "activate.text cachix_errors",
