@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Optional
 
 from activate.text import clean, format_size
@@ -30,7 +30,9 @@ from cachix_protocol import (
     listed,
     uuid_field,
 )
+from cachix_signed import Signer
 
+HOSTED = "https://cachix.org"
 ORDER_PATIENCE = 10.0  # seconds without any answer to the order, as --host may be wrong
 NAME_COLOURS = ("36", "33", "35", "34", "96", "93", "95", "94")
 STATUS_COLOURS = {SUCCEEDED: "32", FAILED: "31", CANCELLED: "33"}
@@ -46,6 +48,7 @@ class ActivateOptions:
     agents: tuple[str, ...] = ()
     asynchronous: bool = False
     timeout: Optional[float] = None
+    signer: Optional[Signer] = None
 
 
 # --- deploy.json ----------------------------------------------------------------------------------
@@ -98,6 +101,15 @@ def read_spec(options: ActivateOptions) -> Spec:
     return Spec(agents, spec.rollback_scripts)
 
 
+def sign(spec: Spec, host: str, signer: Signer) -> Spec:
+    """Sign all deployments, if the workspace can hand the signatures on."""
+    if host == HOSTED:
+        tell(f"warning: {host} has no place for signatures: nothing is signed")
+        return spec
+    signatures = signer.sign_all(host, spec.agents, spec.rollback_scripts)
+    return replace(spec, signatures=signatures)
+
+
 # --- the order ------------------------------------------------------------------------------------
 
 
@@ -131,7 +143,7 @@ def post_order(peer: Peer, path: str, spec: Spec, deadline: float) -> Answer:
 
 def maybe_started(peer: Peer) -> str:
     """What is to be said where the answer to the order did not come."""
-    place = "https://app.cachix.org" if peer.host == "https://cachix.org" else peer.host
+    place = "https://app.cachix.org" if peer.host == HOSTED else peer.host
     return f"the deployments may have been started: look at {place}"
 
 
@@ -229,6 +241,8 @@ def activate_command(options: ActivateOptions) -> int:
     timeout = float("inf") if options.timeout is None else options.timeout
     deadline = time.monotonic() + timeout
     peer, spec = Peer.create(options.host, options.token), read_spec(options)
+    if options.signer is not None:
+        spec = sign(spec, peer.host, options.signer)
     orders: dict[str, tuple[str, str]] = {}
     try:
         with interruptible():

@@ -41,7 +41,8 @@ from cachix_connection import (
     reach,
 )
 from cachix_console import complain, debug, exit_now, positive, read_token, tell
-from cachix_options import AgentOptions, agent_options, host_of, parse
+from cachix_gate import Gate, remark
+from cachix_options import AgentOptions, agent_options, create_key, host_of, parse, signer
 from cachix_protocol import (
     IN_PROGRESS,
     AgentRegistered,
@@ -161,6 +162,7 @@ class Worker(threading.Thread):
             reach=lambda timeout: reach(peer, timeout),
         )
         self.conductor = conductor.Conductor(self.hooks)
+        self.gate = Gate(state, options.deployment_keys, options.unsigned_rollback, tell)
 
     def run(self) -> None:
         self.nix_config = nix.show_config()
@@ -214,6 +216,7 @@ class Worker(threading.Thread):
             rollback_script=deployment.rollback_script,
             profile_name=self.options.profile,
             sequence=history.next_sequence(history.load_all(self.state)[0]),
+            signature=deployment.signature,
         )
         entry = journal.Journal(directory, record)
         self.reporter.add(entry)
@@ -240,6 +243,12 @@ class Worker(threading.Thread):
             self.conductor.end(entry, end)
             return
         tell(f"deployment {deployment.index}: {deployment.store_path}")
+        before, _ = history.load_all(self.state)
+        if problem := self.gate.problem(entry.record, before):
+            self.conductor.end(entry, Ended(journal.FAILED, problem))
+            return
+        if words := remark(entry.record, before):
+            tell(words)
         self.conductor.settle(entry)
         self.deployed.set()
 
@@ -321,6 +330,7 @@ class Worker(threading.Thread):
             raise Ended(journal.SUPERSEDED, reason)
         if self.stop.is_set():
             raise Error("the agent is exiting")
+        self.gate.pass_through(entry.record, history.load_all(self.state)[0])
 
 
 # --- agent ----------------------------------------------------------------------------------------
@@ -637,6 +647,7 @@ def activate_command(options: dict[str, Any]) -> int:
         agents=tuple(options["--agent"]),
         asynchronous=options["--async"],
         timeout=None if timeout is None else positive(options, "--timeout", "seconds"),
+        signer=signer(options),
     )
     return cachix_ci.activate_command(command_line)
 
@@ -658,7 +669,7 @@ def run(argv: list[str]) -> int:
         if options["agent"]:
             signal.signal(signal.SIGTERM, lambda *_: exit_now(0))  # nothing has begun yet
             return agent_command(agent_options(options))
-        return activate_command(options)
+        return create_key(options) if options["key"] else activate_command(options)
     except Error as error:
         complain(error)
         return error.status

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from activate.text import BASE32 as BASE32
@@ -190,7 +190,8 @@ class Deployment:
     """The order to run `store_path`.
 
     `resumed`, our own addition, says that the workspace believes that the agent had it already.
-    The paths are checked where they are used, so that a bad one is reported instead of dropped.
+    Another one is the `signature` of CI. It and the paths are checked where they are used, so that
+    a bad one is reported instead of dropped.
     """
 
     store_path: str
@@ -198,6 +199,7 @@ class Deployment:
     index: int
     rollback_script: Optional[str] = None
     resumed: bool = False
+    signature: Any = None
 
     @classmethod
     def from_json(cls, record: Any) -> Deployment:
@@ -207,10 +209,12 @@ class Deployment:
             index=checked_field(record, "index", int),
             rollback_script=checked_field(record, "rollbackScript", str, optional=True),
             resumed=bool(checked_field(record, "resumed", bool, optional=True)),
+            signature=record.get("signature"),
         )
 
     def to_json(self) -> dict[str, Any]:
-        extra = {"resumed": True} if self.resumed else {}
+        extra: dict[str, Any] = {"resumed": True} if self.resumed else {}
+        extra.update({} if self.signature is None else {"signature": self.signature})
         fixed = {"storePath": self.store_path, "id": self.id, "index": self.index}
         return {**fixed, "rollbackScript": self.rollback_script, **extra}
 
@@ -318,6 +322,7 @@ def decode_from_agent(text: Union[str, bytes]) -> FromAgent:
 
 EXAMPLE_SPEC = '{"agents": {"NAME": "/nix/store/..."}}'
 EXAMPLE_SCRIPTS = '{"x86_64-linux": "/nix/store/..."}'
+MAX_SIGNATURE = 1 << 16  # characters
 MAX_LISTED = 20  # wrong values that one message names
 
 
@@ -333,6 +338,15 @@ def _brief(value: Any) -> str:
     return json.dumps(value)[:200]
 
 
+def _is_signature(value: Any) -> bool:
+    """Whether a value may be stored and sent: JSON in ASCII, not too long. Agents read it."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and text.isascii() and len(text) <= MAX_SIGNATURE
+
+
 def listed(items: list[str]) -> str:
     """The first items for a message, and how many more there are."""
     more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
@@ -341,10 +355,14 @@ def listed(items: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Spec:
-    """A deploy.json: the store path for each agent, and a rollback script for each system."""
+    """A deploy.json: the store path for each agent, and a rollback script for each system.
+
+    `signatures`, our own addition, are those of an order's deployments, by agent.
+    """
 
     agents: dict[str, str]
     rollback_scripts: dict[str, str]
+    signatures: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, record: Any) -> Spec:
@@ -366,8 +384,15 @@ class Spec:
         bad = [f"{at[:200]} is {_brief(path)}" for at, path in values if not is_store_path(path)]
         if bad:
             raise Undecodable(f"not a store path (/nix/store/HASH-NAME): {listed(bad)}")
-        return cls(agents, scripts)
+        signatures = checked_field(record, "signatures", dict, optional=True) or {}
+        bad = [_brief(name) for name in signatures if name not in agents]
+        bad += [_brief(name) for name, one in signatures.items() if not _is_signature(one)]
+        if bad:
+            raise Undecodable(f"these `signatures` are no agent's, or no objects: {listed(bad)}")
+        return cls(agents, scripts, signatures)
 
     def to_json(self) -> dict[str, Any]:
-        extra = {"rollbackScript": self.rollback_scripts} if self.rollback_scripts else {}
+        extra: dict[str, Any] = {}
+        extra.update({"rollbackScript": self.rollback_scripts} if self.rollback_scripts else {})
+        extra.update({"signatures": self.signatures} if self.signatures else {})
         return {"agents": self.agents, **extra}

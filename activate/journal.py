@@ -20,7 +20,7 @@ from activate.process import Error
 VERSION = 2  # increase it with every new key
 NEVER = 1 << 30  # for a key that may be missing
 # the version that brought a key; all others are as old as VERSION 1
-ADDED = {"sequence": 2, "outcome": NEVER, "confirmed": NEVER}
+ADDED = {"sequence": 2, "outcome": NEVER, "confirmed": NEVER, "signature": NEVER}
 RECEIVED, DOWNLOADING, READY = "received", "downloading", "ready"
 ACTIVATING, CHECKING, COMMITTING = "activating", "checking", "committing"
 ROLLING_BACK, ROLLED_BACK, ROLLBACK_FAILED = "rolling-back", "rolled-back", "rollback-failed"
@@ -69,6 +69,7 @@ class Record:
     detail: Optional[str] = None
     outcome: Optional[str] = None
     confirmed: Optional[str] = None
+    signature: Any = None  # as it was received: see cachix_gate
     times: dict[str, float] = field(default_factory=dict)
     log_size: Optional[int] = None
     version: int = VERSION

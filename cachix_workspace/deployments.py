@@ -24,6 +24,8 @@ from cachix_protocol import (
     TERMINAL,
     Deployment,
     Spec,
+    dumps,
+    loads,
     utc_now,
 )
 from cachix_workspace.agents import AgentRow
@@ -62,6 +64,7 @@ class DeploymentRow:
     outcome: str | None = None
     cancel_requested: str | None = None
     cancel_refused: str | None = None
+    signature: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The answer of protocol.md section 4, and our own additions: see docs/protocol.rst."""
@@ -79,6 +82,7 @@ class DeploymentRow:
             "outcome": self.outcome,
             "cancelRequested": self.cancel_requested,
             "cancelRefused": self.cancel_refused,
+            "signature": None if self.signature is None else loads(self.signature),
         }
 
 
@@ -109,13 +113,19 @@ def order(connection: Connection, spec: Spec) -> Order:
     replaced: list[str] = []
     for name, agent in targets.items():
         script = spec.rollback_scripts.get(agent.system)
-        created[name] = _create(connection, agent, spec.agents[name], script)
+        signature = spec.signatures.get(name)
+        signed = None if signature is None else dumps(signature)
+        created[name] = _create(connection, agent, spec.agents[name], script, signed)
         replaced += _replace_others(connection, created[name])
     return Order(created, replaced)
 
 
 def _create(
-    connection: Connection, agent: AgentRow, store_path: str, rollback_script: str | None
+    connection: Connection,
+    agent: AgentRow,
+    store_path: str,
+    rollback_script: str | None,
+    signature: str | None,
 ) -> DeploymentRow:
     index = agent.last_index + 1
     connection.execute(update(agents).where(agents.c.id == agent.id).values(last_index=index))
@@ -132,6 +142,7 @@ def _create(
         started_on=None,
         finished_on=None,
         log_next=0,
+        signature=signature,
     )
     connection.execute(insert(deployments).values(**vars(deployment)))
     return deployment
@@ -220,6 +231,7 @@ def to_wire(row: DeploymentRow) -> Deployment:
         index=row.index,
         rollback_script=row.rollback_script,
         resumed=row.status == IN_PROGRESS,
+        signature=None if row.signature is None else loads(row.signature),
     )
 
 

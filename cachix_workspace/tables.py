@@ -87,6 +87,7 @@ deployments = Table(
     Column("outcome", String),
     Column("cancel_requested", String),  # when, while the agent has not answered
     Column("cancel_refused", String),  # when the agent said that it was too late
+    Column("signature", Text),  # of CI, as JSON
     UniqueConstraint("agent_id", "index"),
     Index("deployments_by_status", "agent_id", "status"),
 )

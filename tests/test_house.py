@@ -16,15 +16,18 @@ SHARED = "activate activate.kinds"
 FLOOR = "cachix_connection cachix_console cachix_protocol"
 MAY_IMPORT = {
     "cachix_deploy": f"cachix_ci cachix_options cachix_reports cachix_channels cachix_cache {FLOOR}"
-    " cachix_proxy cachix_repeats"
+    " cachix_proxy cachix_repeats cachix_gate"
     f" {SHARED} activate.agent",
-    "cachix_ci": f"cachix_follow {FLOOR} activate.text",
+    "cachix_ci": f"cachix_follow cachix_signed {FLOOR} activate.text",
+    "cachix_gate": "cachix_signed cachix_ed25519 cachix_protocol activate",
+    "cachix_signed": "cachix_ed25519 cachix_protocol",
+    "cachix_ed25519": "",
     "cachix_state": "cachix_protocol activate.text",
     "cachix_switch": f"cachix_orphan {FLOOR} {SHARED} activate.switch",
     "cachix_orphan": f"cachix_reports cachix_session {FLOOR} {SHARED}",
     "cachix_cache": "cachix_protocol",
     "cachix_plain": "cachix_console cachix_protocol",
-    "cachix_options": f"cachix_cache cachix_plain {FLOOR} {SHARED}",
+    "cachix_options": f"cachix_cache cachix_plain cachix_signed {FLOOR} {SHARED}",
     "cachix_follow": f"cachix_state cachix_diagnosis {FLOOR} activate.text",
     "cachix_reports": f"cachix_channels cachix_repeats {FLOOR}"
     " activate.history activate.journal activate.lock activate.logfile activate.outcomes"
@@ -37,7 +40,6 @@ MAY_IMPORT = {
     "cachix_dial": "cachix_proxy cachix_errors",
     "cachix_proxy": "cachix_protocol cachix_errors",
     "cachix_websocket": "",
-    "cachix_ed25519": "",
     "cachix_repeats": "",
     "cachix_console": "cachix_protocol activate.startup",
     "cachix_protocol": "activate.text cachix_errors",

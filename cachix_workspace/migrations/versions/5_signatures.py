@@ -1,0 +1,12 @@
+"""What CI signed."""
+
+from alembic import op
+from sqlalchemy import Column, Text
+
+revision = "5"
+down_revision = "4"
+
+
+def upgrade() -> None:
+    """Add a column that may be null."""
+    op.add_column("deployments", Column("signature", Text))
