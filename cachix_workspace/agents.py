@@ -31,6 +31,10 @@ class AgentRow:
     connected: bool
     last_index: int
     client: str | None
+    owner_id: int | None = None
+    token_id: int | None = None
+    token_since: str | None = None
+    enrolled_by: int | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -76,6 +80,12 @@ def find(connection: Connection, name: str | None) -> AgentRow:
             "the header `name` must be that of an agent that has connected to /ws",
         )
     return AgentRow(**row._mapping)
+
+
+def find_known(connection: Connection, name: str) -> AgentRow | None:
+    """The agent of this name; None if it has never connected."""
+    row = connection.execute(select(agents).where(agents.c.name == name)).one_or_none()
+    return None if row is None else AgentRow(**row._mapping)
 
 
 def find_id(connection: Connection, name: str) -> str:

@@ -37,6 +37,8 @@ caches = Table(
     Column("key_name", String, nullable=False),
     Column("public_key", String, nullable=False),  # base64, without the name
     Column("created_on", String, nullable=False),
+    Column("old_key_name", String),  # the former key, until it is retired
+    Column("old_public_key", String),
 )
 
 tokens = Table(
@@ -52,6 +54,9 @@ tokens = Table(
     Column("revoked_on", String),
     Column("used_on", String),  # within some minutes
     Column("agents", String),  # patterns of names, separated by commas; null for any agent
+    Column("issued_by", Integer),  # the enrolment token that an agent got this one for
+    Column("most", Integer),  # agents that may enrol
+    Column("replaces", Integer),  # the token that this one is the successor of
 )
 
 agents = Table(
@@ -66,6 +71,10 @@ agents = Table(
     Column("connected", Boolean, nullable=False),
     Column("last_index", Integer, nullable=False),
     Column("client", String),  # the version of cachix-deploy; null for any other agent
+    Column("owner_id", Integer),  # the token of its own that the name is bound to
+    Column("token_id", Integer),  # that it connected with last
+    Column("token_since", String),
+    Column("enrolled_by", Integer),  # the token that counts it
 )
 
 deployments = Table(
