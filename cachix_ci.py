@@ -158,7 +158,11 @@ def order(peer: Peer, spec: Spec, deadline: float) -> dict[str, tuple[str, str]]
     if answer.status == 404:
         raise Unreachable(f"{peer.host} is not a workspace: it has no deploy API (HTTP 404)")
     try:
-        records = checked_field(decode_answer(peer, answer), "agents", dict)
+        record = decode_answer(peer, answer)
+        records = checked_field(record, "agents", dict)
+        expires = checked_field(record, "tokenExpires", str, optional=True)
+        if expires:
+            tell(f"warning: the token of CI expires on {clean(expires)[:10]}")
         return {agent: _id_and_url(records, agent) for agent in spec.agents}
     except Undecodable as problem:
         raise no_workspace(peer, problem) from None

@@ -85,9 +85,12 @@ def backoff(failures: int, waits: Waits) -> float:
 # --- the workspace --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Peer:
-    """A workspace, and a token for it. `name` is the agent's; CI has none."""
+    """A workspace, and a token for it. `name` is the agent's; CI has none.
+
+    An agent may get another token while it runs: see cachix_secret.
+    """
 
     host: str
     token: str

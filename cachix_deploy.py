@@ -59,6 +59,7 @@ from cachix_protocol import (
 from cachix_proxy import for_nix
 from cachix_repeats import Repeats
 from cachix_reports import Reported, Reporter
+from cachix_secret import OwnToken
 
 if TYPE_CHECKING:
     import websocket
@@ -340,6 +341,10 @@ class Stopped(Exception):
     """The agent exits, because the workspace asks it to or another one has taken over."""
 
 
+class Renewed(Exception):
+    """The agent has got a token of its own, and comes again with that."""
+
+
 class Agent:
     """The main thread, which keeps the agent connected to its workspace."""
 
@@ -347,6 +352,7 @@ class Agent:
         self.options, self.state, self.waits = options, state, options.waits
         self.stop = threading.Event()
         self.reporter = Reporter(options.peer, options.waits)
+        self.token = OwnToken(state, options.peer, not options.bootstrap, tell)
         self.worker = Worker(options, state, self.reporter, self.stop)
         self.socket: Optional[websocket.WebSocket] = None
         self.pending: list[Deployment] = []
@@ -367,7 +373,12 @@ class Agent:
                 self.serve(self.socket)
             except Stopped:
                 break
+            except Renewed:
+                self.pause(0)
+                continue
             except Refused as error:
+                if self.token.try_other():
+                    continue
                 if first:
                     raise
                 slowest = True
@@ -490,6 +501,8 @@ class Agent:
             tell(f"skipped a message from the workspace: {error}")
             return
         if isinstance(message, AgentRegistered):
+            if self.token.keep(message.secret):
+                raise Renewed
             self.register(message)
         else:
             self.pending.append(message)
@@ -502,7 +515,10 @@ class Agent:
         """Take note of our registration, also in a file that switch processes watch."""
         tell(f"{self.options.name} is connected to {self.options.peer.host}")
         self.replaced = False
-        self.worker.registered = message
+        self.worker.hooks.config["token"] = self.options.peer.token
+        if message.expires:
+            tell(f"warning: this agent's token expires on {message.expires[:10]}")
+        self.worker.registered = replace(message, secret=None)
         self.reporter.register(message)
         known = AgentRegistered(message.id, None, message.reports).to_json()
         self.worker.hooks.config["registered"] = known

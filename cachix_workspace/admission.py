@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from flask import request
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from cachix_protocol import Error, is_agent_name, utc_now
-from cachix_workspace import audit, tokens
+from cachix_workspace import audit, owners, tokens
 from cachix_workspace.context import Workspace, current_workspace
 from cachix_workspace.refusal import Refusal
-from cachix_workspace.tokens import AGENTS, Token
+from cachix_workspace.tokens import AGENT, AGENTS, Token
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +25,35 @@ def authenticate(kinds: frozenset[str]) -> Token:
     Raises Refusal: 401 without a valid token, 403 if the token's kind is not among `kinds`.
     """
     workspace = current_workspace()
+    with _reading(workspace) as connection:
+        token = tokens.authenticate(connection, request.headers.get("Authorization"), kinds)
+    workspace.used[token.id] = utc_now()
+    if token.replaces is not None and token.kind != AGENT:
+        _end_predecessor(workspace, token)
+    return token
+
+
+def _end_predecessor(workspace: Workspace, token: Token) -> None:
+    """End the token that this one of CI replaces, at its first use."""
+    with workspace.database.read() as connection:
+        former = tokens.get(connection, token.replaces or 0)
+    if former is not None and former.revoked_on is None:
+        with workspace.database.write() as connection:
+            tokens.note_first_use(connection, token)
+            detail = f"{former.id}, which token {token.id} replaces"
+            address = request.remote_addr or ""
+            audit.record(connection, token.label, "token revoke", detail, address)
+
+
+@contextlib.contextmanager
+def _reading(workspace: Workspace) -> Iterator[Connection]:
+    """Read the database to decide about a token; a refusal is noted."""
     try:
         with workspace.database.read() as connection:
-            token = tokens.authenticate(connection, request.headers.get("Authorization"), kinds)
+            yield connection
     except Refusal as refusal:
         _note_refusal(workspace, str(refusal))
         raise
-    workspace.used[token.id] = utc_now()
-    return token
 
 
 def _note_refusal(workspace: Workspace, reason: str) -> None:
@@ -45,9 +67,18 @@ def _note_refusal(workspace: Workspace, reason: str) -> None:
 
 
 def authenticate_agent() -> tuple[Token, str]:
-    """The token of this request, and the agent's name, which it is for. Raises Refusal."""
+    """The token of an agent that connects, and its name. Raises Refusal."""
     token, name = authenticate(AGENTS), agent_name()
-    token.check_agent(name)
+    with _reading(current_workspace()) as connection:
+        owners.check(connection, token, name)
+    return token, name
+
+
+def authenticate_report(deployment_id: str | None = None) -> tuple[Token, str]:
+    """The token of an agent that reports, and its name. Raises Refusal."""
+    token, name = authenticate(AGENTS), agent_name()
+    with _reading(current_workspace()) as connection:
+        owners.check_report(connection, token, name, deployment_id)
     return token, name
 
 

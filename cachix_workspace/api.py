@@ -9,9 +9,10 @@ from flask import Blueprint, Response, request
 from sqlalchemy import Connection
 
 from cachix_protocol import IN_PROGRESS, PENDING, TERMINAL, Spec, listed, loads
-from cachix_workspace import agents, audit, deployments, logs
+from cachix_workspace import agents, audit, deployments, logs, tokens
 from cachix_workspace.admission import (
     authenticate,
+    authenticate_report,
     log_offset,
     query_number,
     query_word,
@@ -22,8 +23,8 @@ from cachix_workspace.browsers import json_wanted
 from cachix_workspace.context import current_workspace
 from cachix_workspace.deployments import DeploymentRow
 from cachix_workspace.refusal import Refusal
-from cachix_workspace.reports import OUTCOMES, Report
-from cachix_workspace.tokens import AGENTS, CI
+from cachix_workspace.reports import OUTCOMES, Report, check_signatures
+from cachix_workspace.tokens import CI, Token
 
 logger = logging.getLogger(__name__)
 
@@ -50,23 +51,25 @@ def get_index() -> Response:
 @deployment_routes.post("/api/v1/deploy/activate")
 def order_v1() -> Response:
     """Order the deployments of a deploy.json; the answer has their URLs."""
-    rows = _order()
+    rows, _ = _order()
     return json_answer({"agents": {name: _page_url(name, row) for name, row in rows.items()}})
 
 
 @deployment_routes.post("/api/v2/deploy/activate")
 def order_v2() -> Response:
     """Order the deployments of a deploy.json; the answer has their ids and URLs."""
-    rows = _order()
+    rows, token = _order()
     links = {name: {"id": row.id, "url": _page_url(name, row)} for name, row in rows.items()}
-    return json_answer({"agents": links})
+    expires = token.expires_on if tokens.days_left(token) <= max(tokens.WARN) else None
+    return json_answer({"agents": links, **({"tokenExpires": expires} if expires else {})})
 
 
-def _order() -> dict[str, DeploymentRow]:
-    """Order the deployments of the request's deploy.json; the new ones by agent."""
+def _order() -> tuple[dict[str, DeploymentRow], Token]:
+    """Order the deployments of the request's deploy.json; the new ones by agent, and the token."""
     token = authenticate(CI)
     json_wanted()
     spec = Spec.from_json(loads(read_body(MAX_JSON)))
+    check_signatures(spec)
     others = [name for name in spec.agents if not token.allows(name)]
     if others:
         raise Refusal(403, f"this token is for agents {token.agents}, not for {listed(others)}")
@@ -81,7 +84,7 @@ def _order() -> dict[str, DeploymentRow]:
     for row in order.rows.values():
         workspace.hub.wake_agent(row.agent_id)
     workspace.hub.wake_viewers(*order.replaced)
-    return order.rows
+    return order.rows, token
 
 
 def _page_url(name: str, row: DeploymentRow) -> str:
@@ -156,8 +159,7 @@ def cancel(deployment_id: str) -> Response:
 @deployment_routes.put("/api/v1/deploy/deployment/<deployment_id>/status")
 def put_status(deployment_id: str) -> Response:
     """An agent's report; 409 if the deployment had ended differently before."""
-    token, name = authenticate(AGENTS), request.headers.get("name", "")
-    token.check_agent(name)
+    _, name = authenticate_report(deployment_id)
     json_wanted()
     report = Report.from_json(loads(read_body(MAX_JSON)))
     workspace = current_workspace()
@@ -177,8 +179,7 @@ def put_status(deployment_id: str) -> Response:
 @log_routes.put("/api/v1/deploy/log/<deployment_id>")
 def put_log(deployment_id: str) -> Response:
     """Append an agent's log lines; 416 if lines were left out before them."""
-    token, name = authenticate(AGENTS), request.headers.get("name", "")
-    token.check_agent(name)
+    _, name = authenticate_report(deployment_id)
     offset, lines = log_offset(), logs.decode_many(read_body(MAX_LOG))
     workspace = current_workspace()
     with workspace.database.write() as connection:

@@ -8,7 +8,8 @@ import time
 
 from flask import Flask
 
-from cachix_workspace import agents, browsers, cache, tokens
+from cachix_protocol import listed
+from cachix_workspace import agents, browsers, cache, owners, tokens
 from cachix_workspace.answers import register_error_handlers
 from cachix_workspace.api import deployment_routes, index_routes, log_routes
 from cachix_workspace.cache_api import ByHost, cache_routes
@@ -21,6 +22,7 @@ from cachix_workspace.sockets import socket_routes
 
 logger = logging.getLogger(__name__)
 
+EXPIRY_INTERVAL = 600.0  # seconds between two looks for tokens that expire soon
 USED_INTERVAL = 60.0  # seconds between two notes of when tokens were used
 ROUTES = (index_routes, deployment_routes, log_routes, cache_routes, socket_routes)
 
@@ -54,6 +56,7 @@ def _watch_tokens(workspace: Workspace) -> None:
     Also write when each token was used last, now and then.
     """
     pause, written = threading.Event(), time.monotonic()
+    looked, warned = -EXPIRY_INTERVAL, set[tuple[int, int]]()
     while not pause.wait(workspace.settings.revocation_interval):
         try:
             used = workspace.hub.token_ids()
@@ -64,8 +67,25 @@ def _watch_tokens(workspace: Workspace) -> None:
             if workspace.used and time.monotonic() > written + USED_INTERVAL:
                 written = time.monotonic()
                 _write_used(workspace)
+            if time.monotonic() > looked + EXPIRY_INTERVAL:
+                looked = time.monotonic()
+                _warn_of_expiry(workspace, warned)
         except Exception as error:  # this thread is the only one that closes them: it must go on
             logger.warning("revoked tokens could not be looked up: %s", error)
+
+
+def _warn_of_expiry(workspace: Workspace, warned: set[tuple[int, int]]) -> None:
+    """Log which tokens expire soon, once for each of the days in `tokens.WARN`."""
+    with workspace.database.read() as connection:
+        found = [(token, tokens.days_left(token)) for token in tokens.expiring(connection)]
+        users = {token.id: owners.users(connection, token.id) for token, _ in found}
+    for token, left in found:
+        due = {(token.id, days) for days in tokens.WARN if left <= days}
+        if due - warned:
+            who = f"; used by {listed(users[token.id])}" if users[token.id] else ""
+            hint = f"`cachix-workspace token rotate {token.id}` makes its successor"
+            logger.warning("%s expires in %.1f days%s: %s", token.label, left, who, hint)
+        warned |= due
 
 
 def _write_used(workspace: Workspace) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, insert, select, update
 
 from cachix_protocol import BASE32, Cache, Error, utc_now
 from cachix_workspace import narinfo
@@ -48,6 +48,8 @@ class CacheRow:
     key_name: str
     public_key: str
     created_on: str
+    old_key_name: str | None = None
+    old_public_key: str | None = None
 
     @property
     def key(self) -> str:
@@ -57,7 +59,14 @@ class CacheRow:
     @property
     def keys(self) -> dict[str, bytes]:
         """The public keys by their names: a narinfo must be signed by one."""
-        return {self.key_name: base64.b64decode(self.public_key)}
+        named = {self.key_name: self.public_key, self.old_key_name: self.old_public_key}
+        return {name: base64.b64decode(key) for name, key in named.items() if name and key}
+
+    @property
+    def all_keys(self) -> str:
+        """The public keys in Nix's form, separated by blanks: an old one last."""
+        old = f" {self.old_key_name}:{self.old_public_key}" if self.old_key_name else ""
+        return f"{self.key}{old}"
 
 
 def create(
@@ -84,6 +93,41 @@ def create(
     )
     row = connection.execute(query.returning(*caches.c)).one()
     return CacheRow(**row._mapping), f"{key_name}:{base64.b64encode(seed + public_key).decode()}"
+
+
+def rotate(connection: Connection, name: str) -> tuple[CacheRow, str]:
+    """Make a new key for a cache; the cache, and the secret key in Nix's form.
+
+    The former key counts as well, until it is retired. Raises Error if there is one before it.
+    """
+    row = find_named(connection, name)
+    if row.old_key_name is not None:
+        hint = f"`cachix-workspace cache key retire {name}`"
+        raise Error(f"the old key {row.old_key_name} of {name} counts still: drop it by {hint}")
+    seed, public_key = _key_pair()
+    base, _, number = row.key_name.rpartition("-")
+    key_name = f"{base}-{int(number) + 1}" if number.isdigit() else f"{row.key_name}-2"
+    values = {
+        "key_name": key_name,
+        "public_key": base64.b64encode(public_key).decode(),
+        "old_key_name": row.key_name,
+        "old_public_key": row.public_key,
+    }
+    connection.execute(update(caches).where(caches.c.id == row.id).values(**values))
+    secret = f"{key_name}:{base64.b64encode(seed + public_key).decode()}"
+    return find_named(connection, name), secret
+
+
+def retire(connection: Connection, name: str) -> CacheRow:
+    """Drop the old key of a cache. Raises Error if there is none."""
+    row = find_named(connection, name)
+    if row.old_key_name is None:
+        raise Error(
+            f"cache {name} has one key only: `cachix-workspace cache key rotate` makes another"
+        )
+    values = {"old_key_name": None, "old_public_key": None}
+    connection.execute(update(caches).where(caches.c.id == row.id).values(**values))
+    return find_named(connection, name)
 
 
 def _key_pair() -> tuple[bytes, bytes]:
@@ -114,12 +158,17 @@ def url(settings: Settings, name: str) -> str:
 
 
 def find_for_agent(
-    connection: Connection, cache_id: int | None, settings: Settings, host: str
+    connection: Connection,
+    cache_id: int | None,
+    settings: Settings,
+    host: str,
+    is_ours: bool = True,
 ) -> Cache | None:
     """The cache that an agent is to use: its token's, else the first; None if there is none.
 
     Cachix's agent derives the key's name from the cache's name and `host`, the host that it was
-    given. If that gives the right name it is sent the bare key, as it expects. Ours takes both.
+    given. If that gives the right name it is sent the bare key, as it expects. Ours takes both. To
+    Cachix's an old key is sent as long as it counts, if that is the one of the right name.
     """
     query = select(caches).order_by(caches.c.id).limit(1)
     if cache_id:
@@ -128,10 +177,14 @@ def find_for_agent(
     if row is None:
         return None
     cache = CacheRow(**row._mapping)
-    derived = f"{cache.name}.{host_name(host)}-1"
+    derived, key = f"{cache.name}.{host_name(host)}-1", cache.all_keys
+    if cache.key_name == derived and (not is_ours or cache.old_key_name is None):
+        key = cache.public_key
+    elif cache.old_key_name == derived and not is_ours:
+        key = str(cache.old_public_key)
     return Cache(
         name=cache.name,
-        public_key=cache.public_key if cache.key_name == derived else cache.key,
+        public_key=key,
         is_public=cache.public,
         uri=url(settings, cache.name),
     )

@@ -5,10 +5,19 @@ docs/protocol.rst has the steps and the outcomes. An agent that knows others is 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
-from cachix_protocol import FAILED, IN_PROGRESS, SUCCEEDED, TERMINAL, Undecodable
+from cachix_protocol import (
+    FAILED,
+    IN_PROGRESS,
+    SUCCEEDED,
+    TERMINAL,
+    Spec,
+    Undecodable,
+    listed,
+)
 
 UNTOUCHED_STEPS = ("received", "downloading", "ready")  # the machine is as it was
 TOUCHED_STEPS = (
@@ -20,6 +29,24 @@ OUTCOMES = (
     *("succeeded", "nothing-changed", "rolled-back", "rollback-failed"),
     *("changed-by-others", "state-lost", "reboot-needed"),
 )
+MAX_SIGNATURE = 1 << 16  # characters
+
+
+def check_signatures(spec: Spec) -> None:
+    """Raises Undecodable for signatures that can't be stored and sent. Agents read the rest."""
+    bad = [name for name, value in spec.signatures.items() if not _is_signature(value)]
+    bad += [name for name in spec.signatures if name not in spec.agents]
+    if bad:
+        names = listed([json.dumps(name[:128]) for name in bad])
+        raise Undecodable(f"`signatures` has no usable object, or no agent, for {names}")
+
+
+def _is_signature(value: Any) -> bool:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and text.isascii() and len(text) <= MAX_SIGNATURE
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from cachix_protocol import (
     decode_from_agent,
     encode_to_agent,
 )
-from cachix_workspace import agents, audit, cache, deployments, life, logs
-from cachix_workspace.admission import authenticate, authenticate_agent
+from cachix_workspace import agents, audit, cache, deployments, life, logs, owners, tokens
+from cachix_workspace.admission import authenticate, authenticate_agent, authenticate_report
 from cachix_workspace.agents import AgentRow
 from cachix_workspace.context import Workspace, current_workspace
 from cachix_workspace.deployments import DeploymentRow
@@ -32,7 +32,7 @@ from cachix_workspace.life import Decision, Sent
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.reports import Report
 from cachix_workspace.tokens import CI, Token
-from cachix_workspace.websocket import COMPLETE, INTERNAL_ERROR, MAX_MESSAGE, Socket
+from cachix_workspace.websocket import COMPLETE, INTERNAL_ERROR, MAX_MESSAGE, REVOKED, Socket
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def agent_socket() -> Response:
 @socket_routes.route("/ws-deployment", websocket=True)
 def report_socket() -> Response:
     """The socket on which Cachix's agent reports."""
-    token, name = authenticate_agent()
+    token, name = authenticate_report()
     return serve(token, lambda workspace, sock: receive_reports(workspace, sock, name))
 
 
@@ -67,7 +67,7 @@ def log_socket(deployment_id: str) -> Response:
     """The socket of a viewer (`view=true`), or of Cachix's agent that writes a log."""
     if request.args.get("view") == "true":
         return _view_socket(deployment_id)
-    token, name = authenticate_agent()
+    token, name = authenticate_report(deployment_id)
     with current_workspace().database.read() as connection:
         log_id = deployments.find_own(connection, name, deployment_id).id
     return serve(
@@ -110,6 +110,8 @@ def serve(
         with workspace.hub.track(sock, log_id):
             try:
                 handle(workspace, sock)
+            except Refusal as refusal:  # another agent was faster after the handshake
+                sock.end(REVOKED[0], str(refusal))
             except (OSError, LocalProtocolError) as error:
                 logger.debug("a websocket ended: %s", error)  # the peer is gone, or is closing
             except Exception:
@@ -130,14 +132,20 @@ def serve_agent(workspace: Workspace, sock: Socket, token: Token, name: str) -> 
     with workspace.database.write() as connection:
         is_new = not agents.find_id(connection, name)
         agent = agents.register(connection, name, system, version, client)
+        address = request.remote_addr or ""
         if is_new:
-            address = request.remote_addr or ""
             audit.record(connection, token.label, "agent", f"{name} connected first", address)
-        its_cache = cache.find_for_agent(connection, token.cache_id, workspace.settings, host)
+        secret = owners.admit(connection, token, agent)
+        if token.issued_by is not None and agent.owner_id is None:
+            audit.record(connection, token.label, "agent", f"{name} is bound to it", address)
+        place = (token.cache_id, workspace.settings, host, agent.is_ours)
+        its_cache = cache.find_for_agent(connection, *place)
     workspace.hub.register(agent.id, sock)
     workspace.signs.note(agent.id)
+    expires = token.expires_on if tokens.days_left(token) <= max(tokens.WARN) else None
     try:
-        sock.send_texts([encode_to_agent(AgentRegistered(agent.id, its_cache, "http"))])
+        hello = AgentRegistered(agent.id, its_cache, "http", secret, expires)
+        sock.send_texts([encode_to_agent(hello)])
         with workspace.signs.open(agent.id) if agent.is_ours else contextlib.nullcontext():
             _send_all(workspace, sock, agent)
     finally:

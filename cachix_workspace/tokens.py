@@ -22,6 +22,8 @@ KINDS = (AGENT, ACTIVATE, ADMIN)
 ANY = frozenset(KINDS)
 CI = frozenset({ACTIVATE, ADMIN})  # may deploy, follow logs and push to caches
 AGENTS = frozenset({AGENT})
+OVERLAP = 7.0  # days for which a token is valid beside its successor, unless that is used
+WARN = (14, 3)  # days before a token expires
 PATTERN = re.compile(r"[0-9A-Za-z*][0-9A-Za-z._*-]{0,127}")
 
 
@@ -39,6 +41,15 @@ class Token:
     revoked_on: str | None
     agents: str | None = None
     used_on: str | None = None
+    issued_by: int | None = None
+    most: int | None = None
+    replaces: int | None = None
+
+    @property
+    def is_enrolment(self) -> bool:
+        """Whether agents of many names may use it, each of which gets a token of its own."""
+        is_one = self.agents is None or not any(sign in self.agents for sign in "*,")
+        return self.kind == AGENT and not is_one
 
     @property
     def label(self) -> str:
@@ -100,11 +111,12 @@ def create(
     cache_id: int | None = None,
     secret: str | None = None,
     agents: str | None = None,
+    **more: int | None,
 ) -> tuple[int, str]:
     """Create a token; its number and its secret.
 
     `expires_in` is in days, `agents` are checked patterns of names, None for any agent. Only tests
-    choose the `secret`.
+    choose the `secret`. `more` has the columns `issued_by`, `most` and `replaces`.
     """
     secret = secret or f"{kind}-{secrets.token_urlsafe(32)}"
     query = insert(tokens).values(
@@ -115,6 +127,7 @@ def create(
         agents=agents,
         created_on=utc_now(),
         expires_on=None if expires_in is None else _in_days(expires_in),
+        **more,
     )
     return int(connection.execute(query.returning(tokens.c.id)).scalar_one()), secret
 
@@ -137,6 +150,67 @@ def revoke(connection: Connection, token_id: int) -> bool:
     if row is not None and row.revoked_on is None:
         connection.execute(update(tokens).where(mine).values(revoked_on=utc_now()))
     return row is not None
+
+
+def get(connection: Connection, token_id: int) -> Token | None:
+    """The token of this number, if there is one."""
+    row = connection.execute(select(tokens).where(tokens.c.id == token_id)).one_or_none()
+    return None if row is None else Token(**row._mapping)
+
+
+def rotate(connection: Connection, token: Token) -> tuple[int, str]:
+    """Create a token's successor; its number and its secret.
+
+    Both are valid until the new one is used, or for OVERLAP days. See `owners` for agents.
+    """
+    lasts = _in_days(OVERLAP)
+    made = create(
+        connection,
+        token.kind,
+        token.description,
+        cache_id=token.cache_id,
+        agents=token.agents,
+        most=token.most,
+        replaces=token.id,
+    )
+    ends = lasts if token.expires_on is None else min(lasts, token.expires_on)
+    connection.execute(update(tokens).where(tokens.c.id == token.id).values(expires_on=ends))
+    return made
+
+
+def successor(connection: Connection, token_id: int) -> Token | None:
+    """The valid token that replaces this one, if there is one."""
+    query = select(tokens).where((tokens.c.replaces == token_id) & tokens.c.revoked_on.is_(None))
+    row = connection.execute(query.limit(1)).one_or_none()
+    return None if row is None else Token(**row._mapping)
+
+
+def note_first_use(connection: Connection, token: Token) -> None:
+    """End the token that this one, which is of CI, replaces."""
+    mine = (tokens.c.id == token.replaces) & tokens.c.revoked_on.is_(None)
+    connection.execute(update(tokens).where(mine).values(revoked_on=utc_now()))
+
+
+def revoke_issued(connection: Connection, token_id: int) -> int:
+    """Revoke the tokens that agents got for an enrolment token; how many there were."""
+    theirs = (tokens.c.issued_by == token_id) & tokens.c.revoked_on.is_(None)
+    query = update(tokens).where(theirs).values(revoked_on=utc_now())
+    return int(connection.execute(query).rowcount)
+
+
+def expiring(connection: Connection) -> list[Token]:
+    """The valid tokens that expire within the longest of WARN days."""
+    soon = (tokens.c.expires_on > utc_now()) & (tokens.c.expires_on <= _in_days(max(WARN)))
+    rows = connection.execute(select(tokens).where(soon & tokens.c.revoked_on.is_(None)))
+    return [Token(**row._mapping) for row in rows]
+
+
+def days_left(token: Token) -> float:
+    """The days until a token expires."""
+    if token.expires_on is None:
+        return float("inf")
+    end = datetime.datetime.fromisoformat(token.expires_on.replace("Z", "+00:00"))
+    return (end - datetime.datetime.now(datetime.timezone.utc)).total_seconds() / 86_400
 
 
 def note_used(connection: Connection, used: dict[int, str]) -> None:

@@ -16,10 +16,11 @@ SHARED = "activate activate.kinds"
 FLOOR = "cachix_connection cachix_console cachix_protocol"
 MAY_IMPORT = {
     "cachix_deploy": f"cachix_ci cachix_options cachix_reports cachix_channels cachix_cache {FLOOR}"
-    " cachix_proxy cachix_repeats cachix_gate"
+    " cachix_proxy cachix_repeats cachix_gate cachix_secret"
     f" {SHARED} activate.agent",
     "cachix_ci": f"cachix_follow cachix_signed {FLOOR} activate.text",
     "cachix_gate": "cachix_signed cachix_ed25519 cachix_protocol activate",
+    "cachix_secret": "cachix_connection activate",
     "cachix_signed": "cachix_ed25519 cachix_protocol",
     "cachix_ed25519": "",
     "cachix_state": "cachix_protocol activate.text",

@@ -13,6 +13,7 @@ from hosts import clean_environment, command, wait_until
 
 from cachix_protocol import Spec, Undecodable, UsageError
 from cachix_signed import SecretKey, Signature, Statement, deployment_keys, plain_host
+from cachix_workspace.reports import check_signatures
 
 TOKEN = "agent-token"
 FAST = {"CACHIX_DEPLOY_WAITS": '{"backoff": 0.05}'}
@@ -168,7 +169,7 @@ def test_options_that_need_a_key_say_so(tmp_path):
 )
 def test_an_order_whose_signatures_can_not_be_sent_is_refused(signatures):
     with pytest.raises(Undecodable):
-        Spec.from_json({"agents": {"web": SCRIPT}, "signatures": signatures})
+        check_signatures(Spec.from_json({"agents": {"web": SCRIPT}, "signatures": signatures}))
 
 
 # --- what an agent runs ---------------------------------------------------------------------------

@@ -79,21 +79,26 @@ def test_one_sentence_for_wrong_usage(
 CACHE_FORMS = """\
   cachix-workspace cache create NAME [--private] [--public-url=URL] [--out=FILE] [--data=DIR]
   cachix-workspace cache show NAME [--json] [--data=DIR]
+  cachix-workspace cache key (rotate | retire) NAME [--out=FILE] [--data=DIR]
 """
 CREATE_FORM = """\
   cachix-workspace token create (agent | activate | admin) [--description=TEXT]
                                 [--expires=DAYS] [--cache=NAME] [--data=DIR]
                                 [--name=NAME | --names=PATTERNS | --agents=PATTERNS]
-                                [--out=FILE | --names-from=FILE --out-dir=DIR]
+                                [--out=FILE | --names-from=FILE --out-dir=DIR] [--count=N]
 """
 
 
 @pytest.mark.parametrize(
     ("argv", "sentence", "forms"),
     [
-        (["cache", "list"], "unknown command `cache list`; cache has: create, show", CACHE_FORMS),
-        (["cache", SECRET], "unknown command; cache has: create, show", CACHE_FORMS),
-        (["cache"], "missing command after `cache`; cache has: create, show", CACHE_FORMS),
+        (
+            ["cache", "list"],
+            "unknown command `cache list`; cache has: create, show, key",
+            CACHE_FORMS,
+        ),
+        (["cache", SECRET], "unknown command; cache has: create, show, key", CACHE_FORMS),
+        (["cache"], "missing command after `cache`; cache has: create, show, key", CACHE_FORMS),
         (["token", "create"], "missing or unexpected arguments for `token create`", CREATE_FORM),
         (
             ["token", "create", "root", "--expires", "3"],

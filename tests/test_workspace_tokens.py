@@ -203,7 +203,7 @@ def test_the_list_says_whose_a_token_is(peer: Peer, secrets: dict[str, str]) -> 
     by_agents = {each["agents"]: each["kind"] for each in listed}
     assert by_agents["web"] in ("agent", "activate", "admin") and None in by_agents
     table = peer.server.command("token", "list")
-    assert re.search(r"agent +valid +db-\*,mail ", table)
+    assert re.search(r"agent, enrols +valid +db-\*,mail ", table)
     assert re.search(r"agent, shared +valid +any ", table)
 
 

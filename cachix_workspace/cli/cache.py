@@ -1,4 +1,4 @@
-"""The commands `cache create` and `cache show`."""
+"""The commands `cache create`, `cache show` and `cache key`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ def run(options: dict[str, Any]) -> None:
     """Run one of the commands. Raises Error."""
     if options["create"]:
         create(options)
+    elif options["rotate"]:
+        rotate(options)
+    elif options["retire"]:
+        retire(options)
     else:
         show_cache(options)
 
@@ -35,6 +39,35 @@ def create(options: dict[str, Any]) -> None:
         return
     tell("secret key, which is not shown again:")
     show(secret_key)
+
+
+def rotate(options: dict[str, Any]) -> None:
+    """Make a new key, and print the secret one."""
+    database, _ = open_workspace(options)
+    with database.write() as connection:
+        row, secret_key = cache.rotate(connection, options["NAME"])
+        audit.record(connection, operator(), "cache key rotate", f"{row.name}, now {row.key}")
+        if options["--out"]:
+            write_secret(secret_key, options["--out"])
+    tell(f"cache {row.name} has the new public key {row.key}")
+    tell(f"sign with the new secret key; drop the old one by `cache key retire {row.name}`")
+    if options["--out"]:
+        tell(f"secret key, which is not shown again: in {options['--out']}")
+        return
+    tell("secret key, which is not shown again:")
+    show(secret_key)
+
+
+def retire(options: dict[str, Any]) -> None:
+    """Drop the old key."""
+    database, settings = open_workspace(options)
+    with database.write() as connection:
+        row = cache.retire(connection, options["NAME"])
+        audit.record(connection, operator(), "cache key retire", f"{row.name}, left {row.key}")
+    tell(f"cache {row.name} has one key, {row.key}")
+    if paths := cache.unsigned(settings, row):
+        count = f"{len(paths)} paths have no signature by it, and no agent takes them any more"
+        tell(f"{count}: push them again (`cachix-workspace cache show {row.name}` lists them)")
 
 
 def show_cache(options: dict[str, Any]) -> None:

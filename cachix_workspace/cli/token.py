@@ -1,4 +1,4 @@
-"""The commands `token create`, `token list` and `token revoke`."""
+"""The commands `token create`, `token list`, `token rotate` and `token revoke`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from cachix_console import positive, tell
 from cachix_protocol import Error, UsageError, is_agent_name, listed, utc_now
-from cachix_workspace import audit, cache, tokens
+from cachix_workspace import audit, cache, owners, tokens
 from cachix_workspace.cli.output import show, show_json, show_table, write_secret
 from cachix_workspace.cli.place import open_workspace, operator
 
@@ -23,6 +23,9 @@ JSON_FIELDS = (
     "expires_on",
     "revoked_on",
     "used_on",
+    "issued_by",
+    "most",
+    "replaces",
 )
 
 
@@ -30,6 +33,8 @@ def run(options: dict[str, Any]) -> None:
     """Run one of the commands. Raises Error."""
     if options["create"]:
         create(options)
+    elif options["rotate"]:
+        rotate(options)
     elif options["revoke"]:
         revoke(options)
     else:
@@ -81,7 +86,7 @@ def create_all(
 
     If one file can't be written no token is made.
     """
-    kind, created = kind_of(options), []
+    kind, created, most = kind_of(options), [], count_of(options)
     days = positive(options, "--expires", "days", MAX_DAYS) if options["--expires"] else None
     description = options["--description"] or ""
     database, _ = open_workspace(options, create=True)
@@ -90,7 +95,9 @@ def create_all(
         if options["--cache"]:
             cache_id = cache.find_named(connection, options["--cache"]).id
         for agents, path in wanted:
-            made = tokens.create(connection, kind, description, days, cache_id, agents=agents)
+            made = tokens.create(
+                connection, kind, description, days, cache_id, agents=agents, most=most
+            )
             whose = f", for agents {agents}" if agents else ""
             detail = f"{made[0]} ({kind}{whose}) {description}".rstrip()
             audit.record(connection, operator(), "token create", detail)
@@ -118,17 +125,63 @@ def agents_of(options: dict[str, Any]) -> str | None:
     return text
 
 
-def revoke(options: dict[str, Any]) -> None:
-    """Revoke a token."""
+def count_of(options: dict[str, Any]) -> int | None:
+    """The number of agents that may enrol; None for any. Raises UsageError."""
+    text = options["--count"]
+    if text is None:
+        return None
+    if options["--names"] is None or not re.fullmatch("[1-9][0-9]{0,6}", text):
+        raise UsageError("--count is a number of agents, and goes with --names")
+    return int(text)
+
+
+def number_of(options: dict[str, Any]) -> int:
+    """The number of the token that a command is about. Raises UsageError."""
     number = options["ID"]
     if not re.fullmatch("[0-9]{1,18}", number):
         raise UsageError(f"ID is a number of `cachix-workspace token list`, not {number[:20]!r}")
+    return int(number)
+
+
+def rotate(options: dict[str, Any]) -> None:
+    """Create a token's successor."""
+    number = number_of(options)
     database, _ = open_workspace(options)
     with database.write() as connection:
-        if not tokens.revoke(connection, int(number)):
+        token = tokens.get(connection, number)
+        if token is None or token.state(utc_now()) != "valid":
+            raise Error(f"there is no valid token {number}: see `cachix-workspace token list`")
+        if token.issued_by is not None:
+            move = f"`cachix-workspace agent move {token.agents}`"
+            raise Error(f"token {number} is kept by the agent itself: {move} lets it get another")
+        if tokens.successor(connection, number) is not None:
+            raise Error(
+                f"token {number} has a successor already: see `cachix-workspace token list`"
+            )
+        successor, secret = tokens.rotate(connection, token)
+        if options["--out"]:
+            write_secret(secret, options["--out"])
+        audit.record(connection, operator(), "token rotate", f"{number}, now {successor}")
+    ends = f"token {number} ends when this one is used, in {tokens.OVERLAP:.0f} days at the latest"
+    place = f": in {options['--out']}" if options["--out"] else ":"
+    tell(f"{token.kind} token {successor}, which is not shown again ({ends}){place}")
+    if not options["--out"]:
+        show(secret)
+
+
+def revoke(options: dict[str, Any]) -> None:
+    """Revoke a token."""
+    number = number_of(options)
+    database, _ = open_workspace(options)
+    issued = 0
+    with database.write() as connection:
+        if not tokens.revoke(connection, number):
             raise Error(f"there is no token {number}: see `cachix-workspace token list`")
-        audit.record(connection, operator(), "token revoke", number)
-    tell(f"token {number} is revoked")
+        if options["--and-agents"]:
+            issued = tokens.revoke_issued(connection, number)
+        also = f" and {issued} of its agents" if options["--and-agents"] else ""
+        audit.record(connection, operator(), "token revoke", f"{number}{also}")
+    tell(f"token {number}{also} is revoked" if not also else f"token {number}{also} are revoked")
 
 
 def list_all(options: dict[str, Any]) -> None:
@@ -136,20 +189,35 @@ def list_all(options: dict[str, Any]) -> None:
     database, _ = open_workspace(options)
     with database.read() as connection:
         rows = tokens.list_all(connection)
+        users = {token.id: owners.users(connection, token.id) for token in rows}
     now = utc_now()
     if options["--json"]:
-        show_json([_facts(token, now) for token in rows])
+        show_json([_facts(token, now) | {"used_by": users[token.id]} for token in rows])
         return
     some = any(token.agents for token in rows)
     table = [["ID", "KIND", "STATE", *["AGENTS"] * some, "CREATED", "EXPIRES", "DESCRIPTION"]]
     for token in rows:
-        # whoever has a shared one can be any agent
-        is_shared = token.kind == tokens.AGENT and token.agents is None
-        kind = "agent, shared" if is_shared else token.kind
+        kind = _kind(token)
         dates = [token.created_on[:10], (token.expires_on or "-")[:10]]
         agents = [token.agents or "any"] * some
         table.append([str(token.id), kind, token.state(now), *agents, *dates, token.description])
     show_table(table)
+    replaced = {token.replaces: token.id for token in rows if token.replaces is not None}
+    for token in rows:
+        if token.id in replaced and token.state(now) == "valid":
+            still = f", which {listed(users[token.id])} still use" if users[token.id] else ""
+            tell(f"token {token.id} is replaced by token {replaced[token.id]}{still}")
+
+
+def _kind(token: tokens.Token) -> str:
+    """A token's kind for people: whoever has a shared one can be any agent."""
+    if token.kind != tokens.AGENT:
+        return token.kind
+    if token.issued_by is not None:
+        return "agent's own"
+    if token.is_enrolment:
+        return "agent, enrols"
+    return "agent" if token.agents else "agent, shared"
 
 
 def _facts(token: tokens.Token, now: str) -> dict[str, Any]:

@@ -16,12 +16,15 @@ Usage:
   cachix-workspace token create (agent | activate | admin) [--description=TEXT]
                                 [--expires=DAYS] [--cache=NAME] [--data=DIR]
                                 [--name=NAME | --names=PATTERNS | --agents=PATTERNS]
-                                [--out=FILE | --names-from=FILE --out-dir=DIR]
+                                [--out=FILE | --names-from=FILE --out-dir=DIR] [--count=N]
   cachix-workspace token list [--json] [--data=DIR]
-  cachix-workspace token revoke ID [--data=DIR]
+  cachix-workspace token rotate ID [--out=FILE] [--data=DIR]
+  cachix-workspace token revoke ID [--and-agents] [--data=DIR]
   cachix-workspace agent list [--json] [--data=DIR]
+  cachix-workspace agent move NAME [--data=DIR]
   cachix-workspace cache create NAME [--private] [--public-url=URL] [--out=FILE] [--data=DIR]
   cachix-workspace cache show NAME [--json] [--data=DIR]
+  cachix-workspace cache key (rotate | retire) NAME [--out=FILE] [--data=DIR]
   cachix-workspace audit [--limit=N] [--json] [--data=DIR]
   cachix-workspace --help
   cachix-workspace --version
@@ -31,11 +34,17 @@ Commands:
   token create  Create a token for agents, for CI (activate) or for everything (admin), and print
                 it. It is not shown again.
   token list    List the tokens, without their secrets.
+  token rotate  Create the successor of a token, and print it. The old one ends when the new one is
+                used first (one of agents: for each agent by itself), after 7 days at the latest.
   token revoke  Revoke a token. A running server closes its connections within seconds.
   agent list    List the agents that have ever connected.
+  agent move    Let another machine have the name of an agent that keeps a token of its own, because
+                the former machine was reinstalled or is gone.
   cache create  Create a binary cache, and print the secret key to sign with. It is not shown
                 again. Whoever pushes also signs.
-  cache show    Show the URL and the public key of a cache.
+  cache show    Show the URL and the public keys of a cache.
+  cache key     rotate: make a new key for a cache, and print the secret one. Both keys count until
+                the old one is retired: then no agent takes what only that has signed.
   audit         Show who did what when.
 
 Options:
@@ -48,7 +57,11 @@ Options:
   --description=TEXT   What the token is for.
   --expires=DAYS       The token expires after so many days. By default it never does.
   --name=NAME          The only agent that an agent token is for. By default any may use it.
-  --names=PATTERNS     The agents that an agent token is for, such as web,db-*.
+  --names=PATTERNS     The agents that an agent token is for, such as web,db-* or *. It is an
+                       enrolment token: each agent of cachix-deploy that comes with it gets a token
+                       of its own, keeps it, and from then on nobody else can use its name.
+  --count=N            The number of agents that may enrol; by default any.
+  --and-agents         Also revoke the tokens that agents got for this enrolment token.
   --agents=PATTERNS    The agents that another token may deploy to. By default it may to all.
   --out=FILE           Write the secret into FILE, which is made anew, and only you can read.
   --names-from=FILE    Make a token for each agent that FILE names, a line each, in files below
