@@ -3,7 +3,7 @@
 `cachix-workspace serve` (or `python -m cachix_workspace serve`) runs it. Imports point down only:
 
     __main__  cli                             the command line
-    server  app                               gunicorn; the application, put together
+    server  tls  app                          gunicorn; certificates; the application, put together
     api  cache_api  sockets                   requests on deployments and logs; caches; websockets
     admission  answers  browsers              who asks, how much; JSON, errors; other sites
     context  hub  websocket                   shared by requests; the open sockets; one of them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import resource
@@ -21,6 +22,7 @@ from cachix_workspace.app import create_app
 from cachix_workspace.context import Workspace, workspace_of
 from cachix_workspace.database import open_database
 from cachix_workspace.settings import Settings
+from cachix_workspace.tls import Certificate
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +54,16 @@ def bind(address: str) -> socket.socket:
     return listener
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
     """The URL of a listening socket."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def is_exposed(listener: socket.socket) -> bool:
+    """Whether other machines reach a listening socket."""
+    host = str(listener.getsockname()[0]).partition("%")[0]
+    return not ipaddress.ip_address(host).is_loopback
 
 
 class Answer(wsgi.Response):
@@ -138,8 +146,11 @@ def _linger(sock: socket.socket) -> None:
 class Server(BaseApplication):
     """The workspace under gunicorn, on a socket that is listening already."""
 
-    def __init__(self, settings: Settings, listener: socket.socket) -> None:
-        self.settings, self.listener, self.url = settings, listener, url_of(listener)
+    def __init__(
+        self, settings: Settings, listener: socket.socket, certificate: Certificate | None
+    ) -> None:
+        self.settings, self.listener, self.certificate = settings, listener, certificate
+        self.url = url_of(listener, "http" if certificate is None else "https")
         super().__init__()
 
     def load_config(self) -> None:
@@ -160,6 +171,11 @@ class Server(BaseApplication):
             "forwarded_allow_ips": "",
             "post_worker_init": lambda _worker: tell(f"listening on {self.url}"),
         }
+        if self.certificate is not None:
+            context = self.certificate.context
+            config["certfile"] = str(self.certificate.certificate)
+            config["keyfile"] = str(self.certificate.key)
+            config["ssl_context"] = lambda _config, _default: context()
         for name, value in config.items():
             if name in self.cfg.settings:  # older releases lack some
                 self.cfg.set(name, value)
@@ -168,8 +184,10 @@ class Server(BaseApplication):
         return create_app(self.settings)
 
 
-def serve(settings: Settings, listener: socket.socket) -> int:
-    """Serve until SIGTERM, SIGINT or SIGQUIT; the exit status.
+def serve(
+    settings: Settings, listener: socket.socket, certificate: Certificate | None = None
+) -> int:
+    """Serve until SIGTERM, SIGINT or SIGQUIT, by TLS if there is a certificate; the exit status.
 
     Raises Error if the data directory can't be used.
     """
@@ -179,7 +197,7 @@ def serve(settings: Settings, listener: socket.socket) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     os.environ.pop("GUNICORN_CMD_ARGS", None)
     try:
-        Server(settings, listener).run()
+        Server(settings, listener, certificate).run()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     return 0

@@ -37,7 +37,7 @@ class Workspace:
         kw = {"env": self.environment, "stdin": subprocess.DEVNULL, "cwd": self.directory}
         output = self.directory / f"workspace-{time.monotonic_ns()}.out"
         self.program = Program(argv, output, subprocess.Popen, **kw)
-        self.url = self.program.wait_for(r"listening on (http://\S+)")[1].rstrip("/")
+        self.url = self.program.wait_for(r"listening on (https?://\S+)")[1].rstrip("/")
 
     def stop(self) -> int:
         """Send SIGTERM, and return its exit status."""

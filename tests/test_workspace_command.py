@@ -124,7 +124,7 @@ def test_serve_with_an_argument_shows_its_form(capsys: Captured) -> None:
     assert main(["serve", SECRET]) == 64
     out, err = capsys.readouterr()
     assert not out and SECRET not in err
-    first, second = err.splitlines()
+    first, second, *_ = err.splitlines()
     assert first == "error: missing or unexpected arguments for `serve`"
     assert second.startswith("  cachix-workspace serve [--listen=ADDRESS]")
 

@@ -5,20 +5,39 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cachix_console import number
+from cachix_console import number, tell
+from cachix_protocol import UsageError
 from cachix_workspace import server
 from cachix_workspace.cli.place import public_url
 from cachix_workspace.settings import Settings
+from cachix_workspace.tls import Certificate
 
 
 def run(options: dict[str, Any]) -> int:
     """Serve until a signal; the exit status. Raises Error."""
     url = public_url(options)
     connections = int(number(options, "--max-connections", 4, 100_000))
+    certificate = certificate_of(options)
     listener = server.bind(options["--listen"])
     settings = Settings(
         data=Path(options["--data"]).absolute(),
-        public_url=url or server.url_of(listener),
+        public_url=url or server.url_of(listener, "http" if certificate is None else "https"),
         max_connections=connections,
     )
-    return server.serve(settings, listener)
+    if certificate is None and server.is_exposed(listener):
+        tell(
+            f"warning: --listen={options['--listen']} is plain http, and other machines reach it: "
+            "anybody on the way can read tokens and change deployments; use --certificate and "
+            "--key, or listen on 127.0.0.1 behind a proxy that speaks TLS"
+        )
+    return server.serve(settings, listener, certificate)
+
+
+def certificate_of(options: dict[str, Any]) -> Certificate | None:
+    """The certificate to speak TLS with, if one is named. Raises Error."""
+    certificate, key = options["--certificate"], options["--key"]
+    if not (certificate or key):
+        return None
+    if not (certificate and key):
+        raise UsageError("--certificate and --key must be given together")
+    return Certificate(Path(certificate).absolute(), Path(key).absolute())

@@ -13,6 +13,7 @@ The self-hosted workspace of Cachix Deploy.
 
 Usage:
   cachix-workspace serve [--listen=ADDRESS] [--public-url=URL] [--data=DIR] [--max-connections=N]
+                         [--certificate=FILE --key=FILE]
   cachix-workspace token create (agent | activate | admin) [--description=TEXT]
                                 [--expires=DAYS] [--cache=NAME] [--data=DIR]
                                 [--name=NAME | --names=PATTERNS | --agents=PATTERNS]
@@ -52,6 +53,9 @@ Options:
   --listen=ADDRESS     HOST:PORT; port 0 picks a free one [default: 127.0.0.1:8080].
   --public-url=URL     The URL by which agents and CI reach the workspace. `serve` defaults to the
                        address it listens on, `cache create` to the URL that `serve` last used.
+  --certificate=FILE   Speak TLS, without a proxy: a PEM file with the certificate and the ones
+                       that it is signed by. A renewed file is used at once.
+  --key=FILE           Its private key, a PEM file without a password.
   --max-connections=N  Connections at a time. Three quarters of them may be websockets
                        [default: 4096].
   --description=TEXT   What the token is for.
