@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import Any
 
 from flask import Flask
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from cachix_protocol import listed
 from cachix_workspace import agents, browsers, cache, owners, tokens
@@ -42,12 +44,23 @@ def create_app(settings: Settings) -> Flask:
     browsers.protect(app)
     for routes in ROUTES:
         app.register_blueprint(routes)
-    app.wsgi_app = ByHost(app.wsgi_app, settings)  # type: ignore[method-assign]
+    inner = ByHost(app.wsgi_app, settings)
+    app.wsgi_app = outermost(inner, settings)  # type: ignore[method-assign]
     watch = threading.Thread(
         target=_watch_tokens, args=(workspace,), name="revocations", daemon=True
     )
     watch.start()
     return app
+
+
+def outermost(app: Any, settings: Settings) -> Any:
+    """The WSGI application that sees the client's address, scheme and host first of all.
+
+    They are the connection's own, unless proxies of ours stand in front: each adds to the right
+    what it has seen, and what stands further to the left is the client's own invention.
+    """
+    trusted = settings.behind_proxy
+    return ProxyFix(app, x_for=trusted, x_proto=trusted, x_host=trusted) if trusted else app
 
 
 def _watch_tokens(workspace: Workspace) -> None:

@@ -166,9 +166,10 @@ def find_for_agent(
 ) -> Cache | None:
     """The cache that an agent is to use: its token's, else the first; None if there is none.
 
-    Cachix's agent derives the key's name from the cache's name and `host`, the host that it was
-    given. If that gives the right name it is sent the bare key, as it expects. Ours takes both. To
-    Cachix's an old key is sent as long as it counts, if that is the one of the right name.
+    Its URL has the host that the agent came by, if that is one of ours: the agent's token goes to
+    no other one. Cachix's agent derives the key's name from the cache's name and `host`, the host
+    that it was given. If that gives the right name it is sent the bare key, as it expects. Ours
+    takes both. To Cachix's an old key is sent while it counts, if that is the one of that name.
     """
     query = select(caches).order_by(caches.c.id).limit(1)
     if cache_id:
@@ -186,7 +187,7 @@ def find_for_agent(
         name=cache.name,
         public_key=key,
         is_public=cache.public,
-        uri=url(settings, cache.name),
+        uri=f"{settings.url_by(host)}/cache/{cache.name}",
     )
 
 

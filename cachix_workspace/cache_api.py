@@ -20,18 +20,18 @@ cache_routes = Blueprint("cache", __name__)
 
 
 class ByHost:
-    """WSGI middleware: a request to NAME.<public host> is one to /cache/NAME.
+    """WSGI middleware: a request to NAME.<one of our hosts> is one to /cache/NAME.
 
     Cachix's agent expects caches there.
     """
 
     def __init__(self, app: Any, settings: Settings) -> None:
-        self.app, self.suffix = app, "." + settings.public_host
+        self.app, self.hosts = app, settings.hosts
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         host = cache.host_name(environ.get("HTTP_HOST", ""))
-        name = host[: -len(self.suffix)]
-        if host.endswith(self.suffix) and cache.NAME.fullmatch(name):
+        name, _, rest = host.partition(".")
+        if rest in self.hosts and cache.NAME.fullmatch(name):
             environ = {**environ, "PATH_INFO": f"/cache/{name}{environ.get('PATH_INFO', '/')}"}
         return self.app(environ, start_response)  # type: ignore[no-any-return]
 

@@ -10,12 +10,23 @@ DATABASE = "workspace.db"  # the file in the data directory
 DEFAULT_URL = "http://127.0.0.1:8080"
 
 
+def host_and_port(url: str) -> tuple[str, int | None]:
+    """The host and the port in a URL; no host if it has none, or is no URL."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.hostname or "", parts.port
+    except ValueError:
+        return "", None
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a workspace is served. Times are in seconds."""
 
     data: Path
     public_url: str = DEFAULT_URL
+    also_known_as: tuple[str, ...] = ()  # further URLs
+    behind_proxy: int = 0  # proxies whose X-Forwarded headers are believed
     max_connections: int = 4096
     send_timeout: float = 20.0  # a peer that takes nothing for so long is disconnected
     receive_timeout: float = 60.0  # so is a peer that stops in the middle of a request
@@ -28,6 +39,25 @@ class Settings:
     def database_url(self) -> str:
         """The database as SQLAlchemy names it."""
         return f"sqlite:///{self.data / DATABASE}"
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """All URLs of this workspace, the public one first."""
+        return (self.public_url, *self.also_known_as)
+
+    def url_by(self, host: str) -> str:
+        """This workspace's URL that has the host by which a client came: a Host header.
+
+        The public one if it has none of our names: whoever invents one is not believed.
+        """
+        came = host_and_port(f"//{host}")
+        same = [url for url in self.urls if host_and_port(url)[0] == came[0]]
+        return next((url for url in same if host_and_port(url) == came), (same or self.urls)[0])
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The hosts in all URLs, the public one first."""
+        return tuple(dict.fromkeys(host_and_port(url)[0] for url in self.urls))
 
     @property
     def public_host(self) -> str:

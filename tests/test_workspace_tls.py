@@ -258,7 +258,7 @@ def test_plain_http_that_others_reach_is_warned_of_once(
 ) -> None:
     tls = [f"--certificate={pair[0]}", f"--key={pair[1]}"]
     is_exposed = listen in ("0.0.0.0:0", "[::]:0")
-    for options, is_warned in (([], is_exposed), (tls, False)):
+    for options, is_warned in (([], is_exposed), (["--behind-proxy=1"], False), (tls, False)):
         workspace = Workspace(tmp_path / "workspace")
         try:
             workspace.serve(*options, listen=listen)

@@ -20,6 +20,12 @@ def public_url(options: dict[str, Any]) -> str | None:
     return checked_url(text, "--public-url", "https://deploy.example.org", bare=True)
 
 
+def further_urls(options: dict[str, Any]) -> tuple[str, ...]:
+    """The values of --also-known-as. Raises UsageError."""
+    option, example = "--also-known-as", "http://deploy.lan:8080"
+    return tuple(checked_url(text, option, example, bare=True) for text in options[option])
+
+
 def operator() -> str:
     """Whoever runs a command, for the audit."""
     try:

@@ -8,7 +8,7 @@ from typing import Any
 from cachix_console import number, tell
 from cachix_protocol import UsageError
 from cachix_workspace import server
-from cachix_workspace.cli.place import public_url
+from cachix_workspace.cli.place import further_urls, public_url
 from cachix_workspace.settings import Settings
 from cachix_workspace.tls import Certificate
 
@@ -16,19 +16,22 @@ from cachix_workspace.tls import Certificate
 def run(options: dict[str, Any]) -> int:
     """Serve until a signal; the exit status. Raises Error."""
     url = public_url(options)
+    proxies = int(number(options, "--behind-proxy", 0, 9))
     connections = int(number(options, "--max-connections", 4, 100_000))
     certificate = certificate_of(options)
     listener = server.bind(options["--listen"])
     settings = Settings(
         data=Path(options["--data"]).absolute(),
         public_url=url or server.url_of(listener, "http" if certificate is None else "https"),
+        also_known_as=further_urls(options),
+        behind_proxy=proxies,
         max_connections=connections,
     )
-    if certificate is None and server.is_exposed(listener):
+    if certificate is None and not proxies and server.is_exposed(listener):
         tell(
             f"warning: --listen={options['--listen']} is plain http, and other machines reach it: "
             "anybody on the way can read tokens and change deployments; use --certificate and "
-            "--key, or listen on 127.0.0.1 behind a proxy that speaks TLS"
+            "--key, or a proxy that speaks TLS and --behind-proxy=1"
         )
     return server.serve(settings, listener, certificate)
 

@@ -13,7 +13,8 @@ The self-hosted workspace of Cachix Deploy.
 
 Usage:
   cachix-workspace serve [--listen=ADDRESS] [--public-url=URL] [--data=DIR] [--max-connections=N]
-                         [--certificate=FILE --key=FILE]
+                         [--certificate=FILE --key=FILE] [--behind-proxy=N]
+                         [--also-known-as=URL]...
   cachix-workspace token create (agent | activate | admin) [--description=TEXT]
                                 [--expires=DAYS] [--cache=NAME] [--data=DIR]
                                 [--name=NAME | --names=PATTERNS | --agents=PATTERNS]
@@ -53,6 +54,12 @@ Options:
   --listen=ADDRESS     HOST:PORT; port 0 picks a free one [default: 127.0.0.1:8080].
   --public-url=URL     The URL by which agents and CI reach the workspace. `serve` defaults to the
                        address it listens on, `cache create` to the URL that `serve` last used.
+  --also-known-as=URL  A further URL of the workspace, such as one inside of the network. May be
+                       repeated. Agents get the URL of their cache with the host that they came by,
+                       if it is in one of these, else the public one.
+  --behind-proxy=N     N proxies stand in front, and each adds what it has seen to X-Forwarded-For,
+                       X-Forwarded-Proto and X-Forwarded-Host. With 0 nobody's are believed
+                       [default: 0].
   --certificate=FILE   Speak TLS, without a proxy: a PEM file with the certificate and the ones
                        that it is signed by. A renewed file is used at once.
   --key=FILE           Its private key, a PEM file without a password.
