@@ -27,13 +27,15 @@ EXAMPLE_KEY = "main.example.org-1:BASE64"
 class Offer:
     """A workspace's cache as Nix is to use it. `keys` are NAME:BASE64, as the workspace says.
 
-    Only if the cache `is_near` it may have the agent's token.
+    Only if the cache `is_near` it may have the agent's token. `is_elsewhere`: its host is neither
+    the workspace's nor below it.
     """
 
     url: str
     keys: tuple[str, ...]
     is_public: bool
     is_near: bool
+    is_elsewhere: bool = False
 
 
 def offer(host: str, cache: Cache) -> Offer:
@@ -50,7 +52,7 @@ def offer(host: str, cache: Cache) -> Offer:
     if bad is not None:
         wanted = f"NAME:KEY with {KEY_SIZE} bytes in base64"
         raise refusal(f"`publicKey` holds {bad[:100]!r} in place of {wanted}")
-    return Offer(url, keys, cache.is_public, is_near(host, url))
+    return Offer(url, keys, cache.is_public, is_near(host, url), not is_below(host, url))
 
 
 def refusal(problem: str) -> Error:
@@ -99,10 +101,14 @@ def named_key(host: str, cache: Cache) -> str:
 
 def is_near(host: str, url: str) -> bool:
     """Whether a cache may have the token: on the workspace's host or below, as encrypted as it."""
-    ours, theirs = urllib.parse.urlsplit(host), urllib.parse.urlsplit(url)
-    name, other = (part.hostname or "" for part in (ours, theirs))
-    is_below = other == name or other.endswith(f".{name}")
-    return is_below and not (ours.scheme == "https" and theirs.scheme == "http")
+    is_weaker = host.startswith("https:") and not url.startswith("https:")
+    return is_below(host, url) and not is_weaker
+
+
+def is_below(host: str, url: str) -> bool:
+    """Whether a cache is on the workspace's host or below it."""
+    name, other = (urllib.parse.urlsplit(each).hostname or "" for each in (host, url))
+    return other == name or other.endswith(f".{name}")
 
 
 def trusted_keys(options: list[str], variable: Optional[str]) -> tuple[str, ...]:

@@ -301,7 +301,8 @@ class Worker(threading.Thread):
         signers = pinned or tuple(dict.fromkeys([*offer.keys, *own]))
         keys = tuple(dict.fromkeys([*configured, *signers]))
         environment.proxies = for_nix(offer.url)
-        source = nix.Source(offer.url, keys, signers=signers)
+        note = f"the cache is on another host than --host: {offer.url}" * offer.is_elsewhere
+        source = nix.Source(offer.url, keys, signers=signers, note=note)
         if offer.is_public or not offer.is_near:
             yield replace(source, is_far=not (offer.is_public or offer.is_near))
             return

@@ -52,6 +52,7 @@ class Source:
     substituters that replace all others. `fresh`: what Nix remembers of narinfos does not count.
     `is_far`: the cache is private and on another host than the workspace, so that no token goes
     there. One of the keys `signers` must have signed what is deployed; without any, none must.
+    `note` is a line for the log.
     """
 
     substituter: Optional[str] = None
@@ -61,6 +62,7 @@ class Source:
     fresh: bool = False
     is_far: bool = False
     signers: tuple[str, ...] = ()
+    note: str = ""
 
     def options(self) -> list[str]:
         """The options for a download. Whatever is not set here is set by the machine's nix.conf."""

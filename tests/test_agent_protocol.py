@@ -149,6 +149,28 @@ def test_a_private_cache_as_with_cachix(host: Host, cache: Cache, peer: Peer) ->
     assert not [name for name in os.listdir(host.state) if "netrc" in name]
 
 
+@pytest.mark.promise(11)
+@pytest.mark.parametrize("place", ["localhost", "127.0.0.1"])
+def test_a_cache_on_another_host_is_named_and_gets_no_token(
+    host: Host, cache: Cache, peer: Peer, place: str
+) -> None:
+    path, url = plain(cache, 1), f"http://{place}:{peer.port}"
+    key = f"{cache.key.name}:{cache.key.bare}"
+    peer.cache = {"cacheName": "c", "publicKey": key, "isPublic": False, "uri": url}
+    peer.answer(r"(GET|HEAD) /(nix-cache-info|nar/|\w{32}\.narinfo)", serve_files(cache, TOKEN))
+    start(host, peer, url=f"http://localhost:{peer.port}")
+    deployment_id = peer.deploy(path)
+    finished = peer.finished(deployment_id)
+    log = [line for line in peer.log(deployment_id) if "than --host:" in line]
+    asked = [lower(headers(head)) for head in peer.heads("/") if ".narinfo" in head]
+    assert asked and finished == (place == "localhost")
+    if place == "localhost":
+        assert not log and any("authorization" in each for each in asked)
+    else:
+        assert log == [f"the cache is on another host than --host: {url}"]
+        assert not any("authorization" in each for each in asked)
+
+
 @pytest.mark.parametrize("code", [1000, None])
 def test_it_exits_if_the_workspace_asks_it_to(host: Host, peer: Peer, code: object) -> None:
     agent = start(host, peer)

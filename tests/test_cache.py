@@ -121,23 +121,23 @@ def test_an_unreadable_cache_refuses_deployments_and_not_the_connection(cache):
 
 
 @pytest.mark.parametrize(
-    ("workspace", "url", "near"),
+    ("workspace", "url", "near", "elsewhere"),
     [
-        ("https://a.b", "https://a.b/cache/main", True),
-        ("https://a.b", "https://c.a.b", True),
-        ("https://a.b:8443", "https://A.B", True),
-        ("http://a.b", "https://a.b", True),
-        ("http://127.0.0.1:8080", "http://127.0.0.1:9000/x", True),
-        ("https://a.b", "http://a.b", False),
-        ("https://a.b", "http://c.a.b", False),
-        ("https://a.b", "https://b", False),
-        ("https://a.b", "https://xa.b", False),
-        ("https://a.b", "https://a.b.evil.org", False),
-        ("http://127.0.0.1", "http://localhost", False),
+        ("https://a.b", "https://a.b/cache/main", True, False),
+        ("https://a.b", "https://c.a.b", True, False),
+        ("https://a.b:8443", "https://A.B", True, False),
+        ("http://a.b", "https://a.b", True, False),
+        ("http://127.0.0.1:8080", "http://127.0.0.1:9000/x", True, False),
+        ("https://a.b", "http://a.b", False, False),
+        ("https://a.b", "http://c.a.b", False, False),
+        ("https://a.b", "https://b", False, True),
+        ("https://a.b", "https://xa.b", False, True),
+        ("https://a.b", "https://a.b.evil.org", False, True),
+        ("http://127.0.0.1", "http://localhost", False, True),
     ],
 )
-def test_the_token_goes_to_the_workspace_and_below_only(workspace, url, near):
-    expected = Offer(url, (OWN,), False, near)
+def test_the_token_goes_to_the_workspace_and_below_only(workspace, url, near, elsewhere):
+    expected = Offer(url, (OWN,), False, near, elsewhere)
     assert offer(workspace, wire(publicKey=OWN, isPublic=False, uri=url)) == expected
 
 

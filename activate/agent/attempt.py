@@ -11,7 +11,7 @@ from typing import Optional
 from activate import holder, journal, kinds, logfile, machine, nix, pipe, recovery
 from activate.agent import closure, download, launch, signatures
 from activate.agent.hooks import AgentHooks
-from activate.process import Error
+from activate.process import Error, say
 from activate.text import one_line
 
 SWITCH_TIMEOUT = 48 * 3600.0  # seconds for a step of a switch process; its own are shorter
@@ -56,6 +56,8 @@ class Attempt:
         log, timeout = logfile.open_log(entry), self.hooks.download_timeout
         try:
             with self.hooks.source() as source:
+                if source.note:
+                    say(log, source.note)
                 link = entry.path("new")
                 look = signatures.Look([path for path in paths if path not in previous], source)
                 rooted = download.download(paths, previous, link, source, log, timeout)
