@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import enum
 import errno
 import hashlib
 import os
@@ -217,8 +218,8 @@ def media_type(file_name: str) -> str:
     return "text/x-nix-narinfo" if file_name.endswith(".narinfo") else "application/x-nix-nar"
 
 
-def store_nar(target: Path, body: Readable, length: int | None) -> bool:
-    """Store an upload, all or nothing; whether it is new. A NAR never changes.
+def store_nar(target: Path, body: Readable, length: int | None) -> Stored:
+    """Store an upload, all or nothing. A NAR never changes.
 
     Raises Refusal if fewer than `length` bytes come, their hash is not that of the file's name, or
     the disk is full.
@@ -227,11 +228,19 @@ def store_nar(target: Path, body: Readable, length: int | None) -> bool:
         match = narinfo.NAR.fullmatch(f"nar/{target.name}")
         if match is None or match[1] != base32(digest):
             raise Refusal(400, f"nar/{target.name} is not named after the SHA-256 of its bytes")
-        return _create(temporary, target)
+        return Stored.NEW if _create(temporary, target) else Stored.KNOWN
 
 
-def store_narinfo(target: Path, body: Readable, length: int | None, cache: CacheRow) -> bool:
-    """Store a narinfo that is signed by the cache's key, and whose NAR is there; whether it is new.
+class Stored(enum.Enum):
+    """What became of an upload: the cache had nothing of its name, the same, or something else."""
+
+    NEW = enum.auto()
+    KNOWN = enum.auto()
+    DROPPED = enum.auto()
+
+
+def store_narinfo(target: Path, body: Readable, length: int | None, cache: CacheRow) -> Stored:
+    """Store a narinfo that is signed by the cache's key, and whose NAR is there.
 
     Another one of the same contents adds its signatures. One of other contents is dropped while the
     first one's NAR is there: a push that has lost a race is no failure. Raises Refusal.
@@ -241,18 +250,18 @@ def store_narinfo(target: Path, body: Readable, length: int | None, cache: Cache
         _check(info, target, cache)
         for _ in range(3):  # another push may come between the look and the change
             if _create(temporary, target):
-                return True
+                return Stored.NEW
             earlier = _read(target)
             if earlier is None or not _is_whole(earlier, target, cache):
                 os.replace(temporary, target)
-                return True
+                return Stored.NEW
             if not info.describes_the_same(earlier):
-                return False
+                return Stored.DROPPED
             if set(info.signatures) - set(earlier.signatures):
                 _rewrite(temporary, earlier.signed_also(info).text())
                 os.replace(temporary, target)
-            return False
-    return False
+            return Stored.KNOWN
+    return Stored.KNOWN
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ from typing import Any
 
 from flask import Blueprint, Response, request, send_file
 
-from cachix_workspace import cache
+from cachix_workspace import audit, cache
 from cachix_workspace.admission import BodyStream, authenticate
 from cachix_workspace.answers import json_answer
-from cachix_workspace.cache import CacheRow
+from cachix_workspace.cache import CacheRow, Stored
 from cachix_workspace.context import current_workspace
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.settings import Settings
@@ -74,7 +74,12 @@ def put_file(name: str, file_name: str) -> Response:
     path = cache.path_of(current_workspace().settings, row.name, file_name)
     body, length = BodyStream(), request.content_length
     if path.suffix == ".narinfo":
-        is_new = cache.store_narinfo(path, body, length, row)
+        stored = cache.store_narinfo(path, body, length, row)
     else:
-        is_new = cache.store_nar(path, body, length)
-    return json_answer({}, 201 if is_new else 200)
+        stored = cache.store_nar(path, body, length)
+    if stored is Stored.DROPPED:
+        with current_workspace().database.write() as connection:
+            detail = f"{path.name} of the cache {name}: another one is there, with other contents"
+            address = request.remote_addr or ""
+            audit.record(connection, token.label, "narinfo dropped", detail, address)
+    return json_answer({}, 201 if stored is Stored.NEW else 200)

@@ -85,6 +85,10 @@ def get(peer: Peer, file: str, cache: str = "open", **headers: str) -> requests.
     return requests.get(url, headers=headers, timeout=DEADLINE)
 
 
+def audit(peer: Peer) -> list[dict[str, str]]:
+    return list(json.loads(peer.server.command("audit", "--limit=1000", "--json")))
+
+
 def test_files_come_back(peer: Peer, files: Files) -> None:
     path = files.add("back", {"a": "b"})
     assert upload(peer, files, path) == [201, 201]
@@ -216,6 +220,10 @@ def test_the_first_of_two_contents_stays_while_it_is_whole(peer: Peer, files: Fi
     files.write(path, nar("another"), [])
     assert upload(peer, files, path) == [201, 200]  # a build that is not reproducible
     assert get(peer, files.narinfo(path).name).content == first
+    (dropped,) = [entry for entry in audit(peer) if entry["action"] == "narinfo dropped"]
+    name = files.narinfo(path).name
+    assert dropped["detail"].startswith(f"{name} of the cache open: another one is there")
+    assert "(activate" in dropped["actor"] and dropped["address"] == "127.0.0.1"
     stored.unlink()
     assert upload(peer, files, path) == [200, 201]
     assert get(peer, files.narinfo(path).name).content == files.narinfo(path).read_bytes()
