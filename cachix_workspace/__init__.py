@@ -6,7 +6,7 @@
     server  tls  app                          gunicorn; certificates; the application, put together
     api  cache_api  sockets                   requests on deployments and logs; caches; websockets
     admission  answers  browsers              who asks, how much; JSON, errors; other sites
-    context  hub  websocket                   shared by requests; the open sockets; one of them
+    context  hub  websocket  uploads          shared by requests; open sockets, one; open uploads
     logs  deployments  agents  cache  tokens  decisions and queries
     reports  life  narinfo  audit             what is reported, sent, pushed; who did what
     database                                  transactions, migrations

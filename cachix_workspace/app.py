@@ -64,7 +64,7 @@ def outermost(app: Any, settings: Settings) -> Any:
 
 
 def _watch_tokens(workspace: Workspace) -> None:
-    """Close the sockets of tokens that any process has revoked, or that have expired.
+    """End the sockets and uploads of tokens that any process has revoked, or that have expired.
 
     Also write when each token was used last, now and then.
     """
@@ -72,11 +72,12 @@ def _watch_tokens(workspace: Workspace) -> None:
     looked, warned = -EXPIRY_INTERVAL, set[tuple[int, int]]()
     while not pause.wait(workspace.settings.revocation_interval):
         try:
-            used = workspace.hub.token_ids()
+            used = workspace.hub.token_ids() | workspace.uploads.token_ids()
             if used:
                 with workspace.database.read() as connection:
                     invalid = tokens.invalid_ids(connection)
                 workspace.hub.revoke(used & invalid)
+                workspace.uploads.revoke(used & invalid)
             if workspace.used and time.monotonic() > written + USED_INTERVAL:
                 written = time.monotonic()
                 _write_used(workspace)

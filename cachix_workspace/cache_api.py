@@ -72,13 +72,18 @@ def put_file(name: str, file_name: str) -> Response:
     if not cache.is_file_name(file_name):
         raise Refusal(405, "a cache takes HASH.narinfo and nar/HASH.nar, compressed or not")
     path = cache.path_of(current_workspace().settings, row.name, file_name)
-    body, length = BodyStream(), request.content_length
-    if path.suffix == ".narinfo":
-        stored = cache.store_narinfo(path, body, length, row)
-    else:
-        stored = cache.store_nar(path, body, length)
+    workspace, length = current_workspace(), request.content_length
+    sock = request.environ.get("gunicorn.socket")
+    admitted = workspace.uploads.admit(
+        workspace.settings, token.id, BodyStream(), length or 0, sock
+    )
+    with admitted as body:
+        if path.suffix == ".narinfo":
+            stored = cache.store_narinfo(path, body, length, row)
+        else:
+            stored = cache.store_nar(path, body, length)
     if stored is Stored.DROPPED:
-        with current_workspace().database.write() as connection:
+        with workspace.database.write() as connection:
             detail = f"{path.name} of the cache {name}: another one is there, with other contents"
             address = request.remote_addr or ""
             audit.record(connection, token.label, "narinfo dropped", detail, address)

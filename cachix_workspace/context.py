@@ -13,6 +13,7 @@ from cachix_workspace.deployments import DeploymentRow
 from cachix_workspace.hub import Hub
 from cachix_workspace.life import Signs
 from cachix_workspace.settings import Settings
+from cachix_workspace.uploads import Uploads
 
 KEY = "workspace"  # in the application's extensions
 
@@ -25,6 +26,7 @@ class Workspace:
     database: Database
     hub: Hub
     signs: Signs
+    uploads: Uploads = field(default_factory=Uploads)
     refusals: Refusals = field(default_factory=Refusals)
     used: dict[int, str] = field(default_factory=dict)  # tokens, and when; written now and then
 

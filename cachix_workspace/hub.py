@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import threading
 from collections.abc import Iterator
@@ -16,29 +17,33 @@ class Hub:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._used = 0
+        self._used: collections.Counter[int] = collections.Counter()  # slots, by token
         self._sockets: set[Socket] = set()
         self._agents: dict[str, Socket] = {}
         self._by_log: dict[str, set[Socket]] = {}
         self._stopping = False
 
     @contextlib.contextmanager
-    def slot(self) -> Iterator[None]:
-        """Use one of the connections that sockets may have. Raises Refusal (503) if none is left.
+    def slot(self, token_id: int, most: int) -> Iterator[None]:
+        """Use one of the connections that sockets may have. Plain requests need the rest.
 
-        Plain requests need the rest.
+        Raises Refusal: 503 if none is left, 429 if the token has `most` already.
         """
         with self._lock:
             if self._stopping:
                 raise Refusal(503, "the server restarts")
-            if self._used >= self._limit:
+            if self._used.total() >= self._limit:
                 raise Refusal(503, "too many connections: try again later")
-            self._used += 1
+            if self._used[token_id] >= most:
+                raise Refusal(429, f"this token has {most} websockets already: close some of them")
+            self._used[token_id] += 1
         try:
             yield
         finally:
             with self._lock:
-                self._used -= 1
+                self._used[token_id] -= 1
+                if not self._used[token_id]:
+                    del self._used[token_id]
 
     @contextlib.contextmanager
     def track(self, sock: Socket, log_id: str | None = None) -> Iterator[None]:

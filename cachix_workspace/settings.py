@@ -28,12 +28,25 @@ class Settings:
     also_known_as: tuple[str, ...] = ()  # further URLs
     behind_proxy: int = 0  # proxies whose X-Forwarded headers are believed
     max_connections: int = 4096
+    max_nar: int = 10 << 30  # bytes
+    keep_free: int = 1 << 30  # bytes of the disk: nothing is stored beyond that
+    max_sockets: int = 10_000  # of one token
+    max_sockets_of_one: int = 100  # of a token for one agent, which needs three
     send_timeout: float = 20.0  # a peer that takes nothing for so long is disconnected
     receive_timeout: float = 60.0  # so is a peer that stops in the middle of a request
     patience: float = 15.0  # without a sign of life until a deployment is sent again
     lost_after: float = 60.0  # without one until a deployment counts as lost
     ping_interval: float = 25.0
     revocation_interval: float = 2.0  # sockets outlive their revoked or expired token by this
+
+    def most_sockets(self, is_for_one: bool) -> int:
+        """How many websockets a token may have, which may be for one agent."""
+        return self.max_sockets_of_one if is_for_one else self.max_sockets
+
+    @property
+    def max_unfinished(self) -> int:
+        """How many bytes the uploads of one token may have at a time."""
+        return 4 * self.max_nar
 
     @property
     def database_url(self) -> str:

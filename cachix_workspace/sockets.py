@@ -100,7 +100,7 @@ def serve(
     After the handshake nothing may raise: gunicorn would write an HTTP answer into the websocket.
     """
     workspace = current_workspace()
-    with workspace.hub.slot():
+    with workspace.hub.slot(token.id, workspace.settings.most_sockets(token.is_for_one)):
         try:
             sock = Socket(request.environ, token.id, workspace.settings, max_message)
         except (RemoteProtocolError, simple_websocket.ConnectionError, UnicodeError) as error:

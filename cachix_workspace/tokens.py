@@ -56,6 +56,11 @@ class Token:
         """The token in a few words, for people."""
         return f"token {self.id} ({self.kind}{self.description and ': '}{self.description[:60]})"
 
+    @property
+    def is_for_one(self) -> bool:
+        """Whether the token is for one agent only."""
+        return self.agents is not None and not set("*,") & set(self.agents)
+
     def allows(self, name: str) -> bool:
         """Whether the token is for the agent of this name."""
         return self.agents is None or any(
@@ -65,8 +70,8 @@ class Token:
     def check_agent(self, name: str) -> None:
         """Raises Refusal (403) unless an agent of this name may use the token."""
         if not self.allows(name):
-            is_one = "*" not in str(self.agents) and "," not in str(self.agents)
-            owner = f"belongs to agent {self.agents}" if is_one else f"is for agents {self.agents}"
+            one, many = f"belongs to agent {self.agents}", f"is for agents {self.agents}"
+            owner = one if self.is_for_one else many
             raise Refusal(403, f"this token {owner}, and not for {name[:128]!r}")
 
     def check_cache(self, cache_id: int) -> None:

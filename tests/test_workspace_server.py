@@ -23,6 +23,7 @@ from workspace_support import (
     Peer,
     command,
     handshake,
+    open_socket,
     running,
     wait_for,
 )
@@ -93,6 +94,45 @@ def test_the_rest_of_the_slots_is_for_plain_requests() -> None:
         assert peer.http("GET", "/").status_code == 200
         connections.pop().close()
         wait_for(lambda: _registers(peer, "web-7"))
+
+
+def test_the_sockets_of_one_token_are_limited() -> None:
+    """Whatever kind of socket they are; other tokens have their own."""
+    with running(max_sockets=5, max_sockets_of_one=2) as server:
+        peer = Peer(server)
+        connections = [peer.registered("web"), peer.registered("db")]
+        deployment = peer.activate({"web": STORE_PATHS[0]})["web"]
+        connections.append(peer.agent("web", "/ws-deployment"))
+        connections += [peer.agent("web", f"/api/v1/deploy/log/{deployment}") for _ in range(2)]
+        for path in ("/ws", "/ws-deployment", f"/api/v1/deploy/log/{deployment}"):
+            assert "5 websockets already" in _refused(peer, path, peer.agent_token, "web")
+        one = server.command("token", "create", "agent", "--name=web").strip()
+        for _ in range(2):
+            connections.append(open_socket(server, "/ws-deployment", one, name="web"))
+        assert "2 websockets already" in _refused(peer, "/ws-deployment", one, "web")
+        viewers = [peer.view(deployment) for _ in range(5)]
+        view = f"/api/v1/deploy/log/{deployment}?view=true"
+        assert "5 websockets already" in _refused(peer, view, peer.ci_token)
+        assert peer.http("GET", "/").status_code == 200
+        viewers.pop().close()
+        wait_for(lambda: _views(peer, deployment))
+
+
+def _refused(peer: Peer, path: str, token: str, name: str = "") -> str:
+    """The sentence of an answer with 429."""
+    refused = Connection(peer.server.port)
+    refused.send(handshake(path, token, name=name))
+    head = refused.read_head()
+    assert head.startswith("HTTP/1.1 429"), head
+    return refused.read_body(head).decode()
+
+
+def _views(peer: Peer, deployment: str) -> bool:
+    try:
+        peer.view(deployment)
+        return True
+    except AssertionError:
+        return False
 
 
 def _registers(peer: Peer, name: str) -> bool:

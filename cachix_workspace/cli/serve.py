@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cachix_console import number, tell
+from cachix_console import number, positive, tell
 from cachix_protocol import UsageError
 from cachix_workspace import server
 from cachix_workspace.cli.place import further_urls, public_url
 from cachix_workspace.settings import Settings
 from cachix_workspace.tls import Certificate
+
+GIB = 1 << 30
+MOST_GIB = 1 << 20
 
 
 def run(options: dict[str, Any]) -> int:
@@ -26,6 +29,8 @@ def run(options: dict[str, Any]) -> int:
         also_known_as=further_urls(options),
         behind_proxy=proxies,
         max_connections=connections,
+        max_nar=int(positive(options, "--max-nar", "GiB", MOST_GIB) * GIB),
+        keep_free=int(number(options, "--keep-free", 0, MOST_GIB) * GIB),
     )
     if certificate is None and not proxies and server.is_exposed(listener):
         tell(

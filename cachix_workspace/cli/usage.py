@@ -14,7 +14,7 @@ The self-hosted workspace of Cachix Deploy.
 Usage:
   cachix-workspace serve [--listen=ADDRESS] [--public-url=URL] [--data=DIR] [--max-connections=N]
                          [--certificate=FILE --key=FILE] [--behind-proxy=N]
-                         [--also-known-as=URL]...
+                         [--also-known-as=URL]... [--max-nar=GIB] [--keep-free=GIB]
   cachix-workspace token create (agent | activate | admin) [--description=TEXT]
                                 [--expires=DAYS] [--cache=NAME] [--data=DIR]
                                 [--name=NAME | --names=PATTERNS | --agents=PATTERNS]
@@ -65,6 +65,10 @@ Options:
   --key=FILE           Its private key, a PEM file without a password.
   --max-connections=N  Connections at a time. Three quarters of them may be websockets
                        [default: 4096].
+  --max-nar=GIB        The largest NAR that a cache takes. The unfinished uploads of one token may
+                       have four times as much [default: 10].
+  --keep-free=GIB      No cache takes anything that would leave less of the disk free. They can
+                       still be read [default: 1].
   --description=TEXT   What the token is for.
   --expires=DAYS       The token expires after so many days. By default it never does.
   --name=NAME          The only agent that an agent token is for. By default any may use it.
