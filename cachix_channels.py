@@ -16,6 +16,7 @@ from cachix_connection import (
     round_trip,
     within,
 )
+from cachix_console import tell
 from cachix_protocol import (
     IN_PROGRESS,
     SUCCEEDED,
@@ -37,6 +38,10 @@ from cachix_protocol import (
 
 if TYPE_CHECKING:
     import websocket
+
+
+class LogClosed(Error):
+    """The workspace takes no more lines of a deployment's log."""
 
 
 class HttpChannel:
@@ -76,11 +81,18 @@ class HttpChannel:
         return self.call("PUT", path, json=body).status != 409
 
     def lines(self, index: int, lines: list[str]) -> int:
-        """Append lines, the first with this index; the index that the workspace expects next."""
+        """Append lines, the first with this index; the index that the workspace expects next.
+
+        Raises LogClosed if no more lines are taken, ever.
+        """
         now = utc_now()
         body = "".join(dumps(LogLine(line, now).to_json()) + "\n" for line in lines)
         path = f"/api/v1/deploy/log/{self.id}?offset={index}"
         answer = self.call("PUT", path, data=body.encode())
+        if answer.status == 409:
+            problem = f"{self.peer.host} takes no more lines of the log of deployment {self.id}"
+            tell(problem)
+            raise LogClosed(problem)
         try:
             return int(checked_field(loads(answer.body), "next", int))
         except Undecodable:

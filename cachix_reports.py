@@ -16,7 +16,7 @@ from typing import Any, Callable, Optional
 
 from activate import history, journal, lock, logfile, outcomes
 from activate.text import printable
-from cachix_channels import Channel, HttpChannel, SocketChannel
+from cachix_channels import Channel, HttpChannel, LogClosed, SocketChannel
 from cachix_connection import Peer, Waits, backoff
 from cachix_console import complain, debug, tell
 from cachix_protocol import (
@@ -230,9 +230,11 @@ class Delivery:
     def take_answer(self, sent: Lines) -> None:
         """Go on by the answer to a call. Raises Error."""
         self.log_failed = True
-        if sent.problem is not None:
+        if isinstance(sent.problem, LogClosed):
+            self.note(logged=True)
+        elif sent.problem is not None:
             raise sent.problem
-        if sent.lines:
+        elif sent.lines:
             self.acknowledge(sent.expected, len(sent.lines), sent.offset, sent.closing)
             self.batch = min(BATCH_LINES, 2 * self.batch)
         else:
@@ -241,10 +243,7 @@ class Delivery:
         self.log_failed = False
 
     def acknowledge(self, expected: int, sent: int, offset: int, closing: bool) -> None:
-        """Go on after the `sent` lines, or back to the line that the workspace expects next.
-
-        Raises Unreachable if it took none.
-        """
+        """Go on at the line that the workspace expects next. Raises Unreachable if it took none."""
         following = self.reported.line + sent
         lost = closing and expected > following  # the workspace has lines that are lost here
         if expected >= following:

@@ -178,18 +178,20 @@ def put_status(deployment_id: str) -> Response:
 
 @log_routes.put("/api/v1/deploy/log/<deployment_id>")
 def put_log(deployment_id: str) -> Response:
-    """Append an agent's log lines; 416 if lines were left out before them."""
+    """Append an agent's log lines; 416 if some were left out before them, 409 if it is closed."""
     _, name = authenticate_report(deployment_id)
     offset, lines = log_offset(), logs.decode_many(read_body(MAX_LOG))
     workspace = current_workspace()
     with workspace.database.write() as connection:
         row = deployments.find_own(connection, name, deployment_id)
         try:
-            following = logs.append(connection, row, offset, lines)
+            following = logs.append(connection, row, offset, lines, workspace.settings.max_log)
         except logs.Gap as gap:
             return json_answer({"next": gap.next}, 416)
+        except logs.Closed as closed:
+            return json_answer({"next": closed.next}, 409)
     workspace.signs.note(row.id)
-    if following != row.log_next:
+    if following != logs.taken(row):
         workspace.hub.wake_viewers(row.id)
     return json_answer({"next": following})
 

@@ -20,7 +20,7 @@ from cachix_workspace.tables import meta, metadata
 
 BUSY_TIMEOUT = 10.0  # seconds that a transaction waits for another one to end
 
-SCHEMA = 6  # the newest: see migrations/versions
+SCHEMA = 7  # the newest: see migrations/versions
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 

@@ -45,7 +45,7 @@ MAX_REASON = 1 << 16  # characters
 class DeploymentRow:
     """A deployment as the database has it.
 
-    `closure_size` is in bytes, `log_next` is the number of log lines.
+    `closure_size` and `log_size` are in bytes, `log_next` is the number of log lines.
     """
 
     id: str
@@ -65,6 +65,9 @@ class DeploymentRow:
     cancel_requested: str | None = None
     cancel_refused: str | None = None
     signature: str | None = None
+    log_size: int | None = None
+    log_dropped: int | None = None
+    ended_on: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The answer of protocol.md section 4, and our own additions: see docs/protocol.rst."""
@@ -154,7 +157,7 @@ def _replace_others(connection: Connection, newest: DeploymentRow) -> list[str]:
     ids = list(connection.execute(select(deployments.c.id).where(others)).scalars())
     if ids:
         reason = f"replaced by deployment {newest.index}"
-        values = {"status": CANCELLED, "reason": reason, "finished_on": utc_now()}
+        values = _ended(CANCELLED, reason)
         connection.execute(update(deployments).where(others).values(**values))
     return ids
 
@@ -269,7 +272,8 @@ def apply_report(
     denied = report.denies_cancellation(says_steps=deployment.step is not None)
     if status is None and deployment.status == CANCELLED and denied:
         status = report.status  # its agent did not hear of the cancellation in time
-        revived = {"cancel_refused": utc_now(), "reason": None, "finished_on": None}
+        revived = {"cancel_refused": utc_now(), "reason": None}
+        revived.update(finished_on=None, ended_on=None)
         deployment = _change(connection, deployment, **revived)
     if status is None:
         return deployment, False
@@ -285,7 +289,7 @@ def apply_report(
         fail_others(connection, deployment)
     else:
         reason = None if report.reason is None else report.reason[:MAX_REASON]
-        changes.update(finished_on=time, reason=reason, outcome=report.outcome)
+        changes.update(_ended(status, reason), finished_on=time, outcome=report.outcome)
     return _change(connection, deployment, **changes), True
 
 
@@ -310,8 +314,13 @@ def _change(connection: Connection, deployment: DeploymentRow, **changes: Any) -
 
 def _cancelled() -> dict[str, Any]:
     """What changes when a deployment is cancelled."""
-    ended = {"status": CANCELLED, "reason": "cancelled", "finished_on": utc_now()}
-    return {**ended, "cancel_requested": None}
+    return {**_ended(CANCELLED, "cancelled"), "cancel_requested": None}
+
+
+def _ended(status: str, reason: str | None) -> dict[str, Any]:
+    """What changes when a deployment ends now."""
+    now = utc_now()
+    return {"status": status, "reason": reason, "finished_on": now, "ended_on": now}
 
 
 def give_up(connection: Connection, running: DeploymentRow, waiting: DeploymentRow) -> None:
@@ -320,7 +329,7 @@ def give_up(connection: Connection, running: DeploymentRow, waiting: DeploymentR
     reason = f"the agent gave no sign of life any more, and deployment {index} was waiting"
     current = find(connection, running.id, lock=True)
     if current.status == IN_PROGRESS:  # else its report has just come
-        _change(connection, current, status=FAILED, reason=reason, finished_on=utc_now())
+        _change(connection, current, **_ended(FAILED, reason))
 
 
 def fail_others(connection: Connection, deployment: DeploymentRow) -> None:
@@ -330,8 +339,8 @@ def fail_others(connection: Connection, deployment: DeploymentRow) -> None:
     """
     index = deployment.index
     reason = f"the agent went on to deployment {index} without reporting the end of this one"
-    values = {"status": FAILED, "reason": reason, "finished_on": utc_now()}
     others = _others(deployment, IN_PROGRESS) & (deployments.c.index < index)
+    values = _ended(FAILED, reason)
     connection.execute(update(deployments).where(others).values(**values))
 
 

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 
 from sqlalchemy import Connection, func, insert, select, update
 
-from cachix_protocol import FAILURE_LINE, SUCCESS_LINE, LogLine, Undecodable, dumps, loads
+from cachix_protocol import (
+    FAILURE_LINE,
+    SUCCESS_LINE,
+    TERMINAL,
+    LogLine,
+    Undecodable,
+    dumps,
+    loads,
+    utc_now,
+)
 from cachix_workspace.deployments import DeploymentRow
+from cachix_workspace.settings import Settings
 from cachix_workspace.tables import deployments, log_chunks
 
 CHUNK_LINES = 1000
 CHUNK_CHARACTERS = 1 << 18
 BATCH_CHARACTERS = 1 << 20  # a reader gets about so many at a time
 BATCH_ROWS = 256
+LATE = datetime.timedelta(hours=24)  # after the end of a deployment, lines are taken for so long
+MAX_CLOSING = 1 << 16  # characters of a closing line that comes beyond the limit
 
 
 class Gap(Exception):
     """Lines were left out. `next` is the offset to continue at."""
+
+    def __init__(self, next_offset: int) -> None:
+        super().__init__(next_offset)
+        self.next = next_offset
+
+
+class Closed(Exception):
+    """No more lines are taken. `next` is the offset after those that were."""
 
     def __init__(self, next_offset: int) -> None:
         super().__init__(next_offset)
@@ -47,31 +68,99 @@ def decode_many(body: bytes) -> list[str]:
 
 
 def append(
-    connection: Connection, deployment: DeploymentRow, offset: int | None, lines: Sequence[str]
+    connection: Connection,
+    deployment: DeploymentRow,
+    offset: int | None,
+    lines: Sequence[str],
+    most: int = Settings.max_log,
 ) -> int:
-    """Store the new ones of `lines`; the index that follows them. Raises Gap.
+    """Take the new ones of `lines`; the index that follows them. Raises Gap or Closed.
 
-    `offset` is the index of the first line; None if all are new. `deployment` must have been read,
-    and locked, in this transaction.
+    `offset` is the index of the first line; None if all are new. At most `most` bytes are stored,
+    and whatever else comes is dropped. `deployment` must have been read, and locked, in this
+    transaction.
     """
-    following = deployment.log_next
+    following = taken(deployment)
     if offset is not None:
         if offset > following:
             raise Gap(following)
         lines = lines[following - offset :]
-    for chunk in split(lines):
+    if not lines:
+        return following
+    if _is_closed(connection, deployment):
+        raise Closed(following)
+    kept, dropped = _kept(connection, deployment, lines, most)
+    first = deployment.log_next
+    for chunk in split(kept):
         query = insert(log_chunks).values(
-            deployment_id=deployment.id,
-            first=following,
-            count=len(chunk),
-            body="\n".join(chunk),
+            deployment_id=deployment.id, first=first, count=len(chunk), body="\n".join(chunk)
         )
         connection.execute(query)
-        following += len(chunk)
-    if lines:
-        mine = deployments.c.id == deployment.id
-        connection.execute(update(deployments).where(mine).values(log_next=following))
+        first += len(chunk)
+    following += len(lines)
+    size = (deployment.log_size or 0) + sum(map(_size, kept))
+    changes = {"log_next": first, "log_size": size}
+    if dropped:
+        changes["log_dropped"] = following - first
+    mine = deployments.c.id == deployment.id
+    connection.execute(update(deployments).where(mine).values(**changes))
     return following
+
+
+def taken(deployment: DeploymentRow) -> int:
+    """The number of lines that the agent has sent, whether they are stored or not."""
+    return deployment.log_next + (deployment.log_dropped or 0)
+
+
+def _size(line: str) -> int:
+    """The bytes that a line takes."""
+    return len(line.encode()) + 1
+
+
+def _has_end(connection: Connection, deployment: DeploymentRow) -> bool:
+    """Whether the last line that is stored is a closing one."""
+    if not deployment.log_next:
+        return False
+    return is_closing(read(connection, deployment.id, deployment.log_next - 1)[-1])
+
+
+def _is_closed(connection: Connection, deployment: DeploymentRow) -> bool:
+    """Whether the log takes no more lines: its last one is there, or the end is too long ago."""
+    if deployment.status not in TERMINAL:
+        return False
+    moment = datetime.datetime.now(datetime.timezone.utc) - LATE
+    ended = deployment.ended_on or deployment.finished_on or ""
+    is_late = ended < moment.strftime("%Y-%m-%dT%H:%M:%S")
+    return is_late or _has_end(connection, deployment)
+
+
+def _kept(
+    connection: Connection, deployment: DeploymentRow, lines: Sequence[str], most: int
+) -> tuple[list[str], bool]:
+    """The lines to store, and whether others are dropped.
+
+    A line says so, once. A closing line is stored all the same, as whoever follows waits for it.
+    """
+    kept, left = [], most - (deployment.log_size or 0)
+    is_whole = deployment.log_dropped is None
+    for line in lines if is_whole else []:
+        left -= _size(line)
+        if left < 0:
+            break
+        kept.append(line)
+    rest, end = list(lines[len(kept) :]), []
+    is_end = bool(rest) and len(rest[-1]) <= MAX_CLOSING and is_closing(rest[-1])
+    if is_end and (kept or not _has_end(connection, deployment)):
+        end = [rest.pop()]
+    note = [_note(most)] if rest and is_whole else []
+    return [*kept, *note, *end], bool(rest)
+
+
+def _note(most: int) -> str:
+    """The line that says that others are dropped."""
+    size = f"{round(most / (1 << 20), 3):g} MiB"
+    line = f"the workspace keeps {size} of a log, which this one has reached: the rest is dropped"
+    return dumps(LogLine(line, utc_now()).to_json())
 
 
 def split(lines: Sequence[str]) -> list[list[str]]:

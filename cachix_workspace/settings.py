@@ -30,6 +30,7 @@ class Settings:
     max_connections: int = 4096
     max_nar: int = 10 << 30  # bytes
     keep_free: int = 1 << 30  # bytes of the disk: nothing is stored beyond that
+    max_log: int = 256 << 20  # bytes of a deployment's log
     max_sockets: int = 10_000  # of one token
     max_sockets_of_one: int = 100  # of a token for one agent, which needs three
     send_timeout: float = 20.0  # a peer that takes nothing for so long is disconnected

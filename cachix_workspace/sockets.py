@@ -233,9 +233,9 @@ def receive_log(workspace: Workspace, sock: Socket, name: str, deployment_id: st
                 except Undecodable as error:
                     logger.warning("skipped a line of deployment %s: %s", deployment_id, error)
             if lines:
-                with workspace.database.write() as connection:
+                with workspace.database.write() as connection, contextlib.suppress(logs.Closed):
                     row = deployments.find_own(connection, name, deployment_id)
-                    logs.append(connection, row, None, lines)
+                    logs.append(connection, row, None, lines, workspace.settings.max_log)
                 workspace.hub.wake_viewers(deployment_id)
             if not messages and not sock.open:
                 return

@@ -91,12 +91,16 @@ deployments = Table(
     Column("created_on", String, nullable=False),
     Column("started_on", String),
     Column("finished_on", String),
-    Column("log_next", Integer, nullable=False),  # the number of log lines
+    Column("log_next", Integer, nullable=False),  # the number of log lines that are stored
     Column("step", String),  # that the agent reported last
     Column("outcome", String),
     Column("cancel_requested", String),  # when, while the agent has not answered
     Column("cancel_refused", String),  # when the agent said that it was too late
     Column("signature", Text),  # of CI, as JSON
+    Column("log_size", BigInteger),  # bytes; null for 0
+    # lines that the agent has sent, less those that are stored; null as long as none is dropped
+    Column("log_dropped", Integer),
+    Column("ended_on", String),  # by the server's clock; `finished_on` is by the agent's
     UniqueConstraint("agent_id", "index"),
     Index("deployments_by_status", "agent_id", "status"),
 )

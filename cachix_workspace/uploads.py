@@ -16,7 +16,7 @@ from cachix_workspace.settings import Settings
 
 def gib(size: int) -> str:
     """A number of bytes for people."""
-    return f"{size / (1 << 30):.3g} GiB"
+    return f"{round(size / (1 << 30), 3):g} GiB"
 
 
 class Uploads:

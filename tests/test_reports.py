@@ -655,6 +655,28 @@ def test_a_gap_is_no_error(server):
     assert HttpChannel(Peer(server.url, "t", "web"), ID).lines(9, ["a"]) == 3
 
 
+@pytest.mark.promise(6)
+@pytest.mark.parametrize("step", [journal.SUCCEEDED, journal.CHECKING])
+@pytest.mark.parametrize("expected", [0, 1, 9])
+def test_a_log_that_takes_no_more_lines_is_not_sent_again(make, server, capsys, step, expected):
+    """The end is reported all the same."""
+    delivery = make(b"a\nb\nc\n", step)
+    asked = []
+
+    def take(path, body):
+        asked.append(path)
+        status = 409 if "/log/" in path else 200
+        return status, OF_JSON, json.dumps({"status": "", "next": expected}).encode()
+
+    server.answer = take
+    for _ in range(5):
+        delivery.ship(HttpChannel(Peer(server.url, "t", "web"), ID))
+    assert delivery.reported.logged and delivery.reported.whole == (step == journal.SUCCEEDED)
+    assert len([path for path in asked if "/log/" in path]) == 1
+    assert not delivery.log_failed
+    assert "takes no more lines of the log" in capsys.readouterr().err
+
+
 def test_an_answer_without_end_has_a_deadline():
     """Bytes come all the time, so that no packet is ever late."""
     listener = socket.create_server(("127.0.0.1", 0))

@@ -198,7 +198,9 @@ def test_an_upload_ends_with_its_token(how: str, sending: bool) -> None:
         assert not list(server.data.glob(f"cache/main/nar/{'2' * 52}*"))
 
 
-@pytest.mark.parametrize("option", ["--max-nar=0", "--max-nar=x", "--keep-free=-1", "--keep-free="])
+@pytest.mark.parametrize(
+    "option", ["--max-nar=0", "--max-nar=x", "--keep-free=-1", "--keep-free=", "--max-log=0"]
+)
 def test_wrong_options(tmp_path: Path, option: str) -> None:
     name = option.partition("=")[0]
     refused = command("serve", option, "--listen=127.0.0.1:0", f"--data={tmp_path}/d", status=64)

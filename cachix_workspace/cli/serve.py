@@ -12,7 +12,7 @@ from cachix_workspace.cli.place import further_urls, public_url
 from cachix_workspace.settings import Settings
 from cachix_workspace.tls import Certificate
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 MOST_GIB = 1 << 20
 
 
@@ -31,6 +31,7 @@ def run(options: dict[str, Any]) -> int:
         max_connections=connections,
         max_nar=int(positive(options, "--max-nar", "GiB", MOST_GIB) * GIB),
         keep_free=int(number(options, "--keep-free", 0, MOST_GIB) * GIB),
+        max_log=int(positive(options, "--max-log", "MiB", 1 << 20) * MIB),
     )
     if certificate is None and not proxies and server.is_exposed(listener):
         tell(

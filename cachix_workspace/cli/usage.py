@@ -15,6 +15,7 @@ Usage:
   cachix-workspace serve [--listen=ADDRESS] [--public-url=URL] [--data=DIR] [--max-connections=N]
                          [--certificate=FILE --key=FILE] [--behind-proxy=N]
                          [--also-known-as=URL]... [--max-nar=GIB] [--keep-free=GIB]
+                         [--max-log=MIB]
   cachix-workspace token create (agent | activate | admin) [--description=TEXT]
                                 [--expires=DAYS] [--cache=NAME] [--data=DIR]
                                 [--name=NAME | --names=PATTERNS | --agents=PATTERNS]
@@ -69,6 +70,8 @@ Options:
                        have four times as much [default: 10].
   --keep-free=GIB      No cache takes anything that would leave less of the disk free. They can
                        still be read [default: 1].
+  --max-log=MIB        The largest log of a deployment. The rest is dropped, and the log says so
+                       [default: 256].
   --description=TEXT   What the token is for.
   --expires=DAYS       The token expires after so many days. By default it never does.
   --name=NAME          The only agent that an agent token is for. By default any may use it.
