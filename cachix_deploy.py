@@ -378,7 +378,7 @@ class Agent:
                 self.pause(0)
                 continue
             except Refused as error:
-                if self.token.try_other():
+                if self.token.try_other(error):
                     continue
                 if first:
                     raise

@@ -136,7 +136,8 @@ def handshake_problem(
     text = sentence(body)
     if status in (401, 403):
         hint = text or "check it, or create a new one"
-        return Refused(f"{host} refused the token (HTTP {status}): {hint}")
+        problem = f"{host} refused the token (HTTP {status}): {hint}"
+        return Refused(problem, is_unknown=status == 401)
     # our workspace answers a plain request for a log with its lines
     is_json = headers.get("content-type", "").startswith("application/json")
     is_log = status == 200 and path.startswith("/api/") and is_json

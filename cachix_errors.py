@@ -29,9 +29,13 @@ class Unreachable(Error):
 
 
 class Refused(Error):
-    """The workspace refuses the token."""
+    """The workspace refuses the token. `is_unknown`: it does not know it, or no more."""
 
     status = 77
+
+    def __init__(self, message: str, is_unknown: bool = False) -> None:
+        super().__init__(message)
+        self.is_unknown = is_unknown
 
 
 class AlreadyRunning(Error):

@@ -9,6 +9,7 @@ from typing import Callable, Optional
 
 from activate import files
 from cachix_connection import Peer
+from cachix_errors import Refused
 
 SECRET = re.compile(r"[\x21-\x7e]{1,512}")
 
@@ -16,8 +17,7 @@ SECRET = re.compile(r"[\x21-\x7e]{1,512}")
 class OwnToken:
     """Which token an agent uses: its own, which the workspace has sent it, or the given one.
 
-    Its own may be refused, because an operator moved the name or the workspace lost it. Then both
-    are tried in turn.
+    The workspace may have lost its own, with a database from a backup. Then both are tried in turn.
     """
 
     def __init__(self, state: str, peer: Peer, keeps: bool, tell: Callable[[str], None]) -> None:
@@ -58,10 +58,14 @@ class OwnToken:
         self.tell("this agent has a token of its own now, and its name is bound to it")
         return True
 
-    def try_other(self) -> bool:
-        """Change to the other token after a refusal; whether it has not been tried in this turn."""
-        if self.own is None:
-            return False
+    def try_other(self, error: Refused) -> bool:
+        """Change to the other token after a refusal; whether it has not been tried in this turn.
+
+        Only an unknown token is given up: an operator who moves the name to another machine wants
+        this one to stay away, and not to enrol again.
+        """
         is_own = self.peer.token == self.own
+        if self.own is None or (is_own and not error.is_unknown):
+            return False
         self.peer.token = self.given if is_own else self.own
         return is_own

@@ -24,6 +24,7 @@ CI = frozenset({ACTIVATE, ADMIN})  # may deploy, follow logs and push to caches
 AGENTS = frozenset({AGENT})
 OVERLAP = 7.0  # days for which a token is valid beside its successor, unless that is used
 WARN = (14, 3)  # days before a token expires
+MOVED = "its name is for another machine; for this one, remove secret-NAME.json from its state"
 PATTERN = re.compile(r"[0-9A-Za-z*][0-9A-Za-z._*-]{0,127}")
 
 
@@ -261,6 +262,8 @@ def authenticate(connection: Connection, authorization: str | None, kinds: froze
         raise Refusal(401, f"this token is unknown here: {remedy}")
     token = Token(**row._mapping)
     state = token.state(utc_now())
+    if state == "revoked" and token.issued_by is not None:  # else the agent would enrol again
+        raise Refusal(403, f"the token that {token.agents} kept was taken back: {MOVED}")
     if state != "valid":
         raise Refusal(401, f"this token is {state}: {remedy}")
     if token.kind not in kinds:

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     f" {SHARED} activate.agent",
     "cachix_ci": f"cachix_follow cachix_signed {FLOOR} activate.text",
     "cachix_gate": "cachix_signed cachix_ed25519 cachix_protocol activate",
-    "cachix_secret": "cachix_connection activate",
+    "cachix_secret": "cachix_connection cachix_errors activate",
     "cachix_signed": "cachix_ed25519 cachix_protocol",
     "cachix_ed25519": "",
     "cachix_state": "cachix_protocol activate.text",

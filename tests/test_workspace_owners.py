@@ -159,7 +159,7 @@ def test_a_name_that_is_moved_is_free_for_the_next_machine(peer: Peer) -> None:
     connection.expect(TEXT)
     peer.server.command("agent", "move", "web")
     assert connection.expect_close() == 4003
-    assert answer_to(peer, own, "web").startswith("401 this token is revoked")
+    assert answer_to(peer, own, "web").startswith("403 the token that web kept was taken back")
     assert enrol(peer, shared, "web") != own
     data = f"--data={peer.server.data}"
     assert "there is no agent 'no'" in command("agent", "move", "no", data, status=1).stderr
@@ -175,7 +175,7 @@ def test_revoking_an_enrolment_token_leaves_its_agents_unless_asked(peer: Peer) 
     assert answer_to(peer, shared, "new").startswith("401")
     assert answer_to(peer, own, "web") == "101"
     peer.server.command("token", "revoke", number, "--and-agents")
-    assert answer_to(peer, own, "web").startswith("401")
+    assert answer_to(peer, own, "web").startswith("403 the token that web kept was taken back")
 
 
 def test_tokens_of_earlier_releases_are_shared(tmp_path: Path) -> None:
@@ -308,7 +308,8 @@ def test_an_agent_keeps_its_own_token(host: Host, make_workspace: Any) -> None:
 def test_another_machine_is_told_whose_the_name_is(make_host: Any, make_workspace: Any) -> None:
     workspace, first, second = make_workspace(), make_host("first"), make_host("second")
     shared = workspace.token("agent", "--names=*")
-    first.agent("web", workspace.url, shared, env=FAST).wait_for("web is connected")
+    former = first.agent("web", workspace.url, shared, env=FAST)
+    former.wait_for("web is connected")
     refused = second.agent("web", workspace.url, shared, env=FAST)
     assert refused.wait() == 77
     assert (
@@ -316,6 +317,7 @@ def test_another_machine_is_told_whose_the_name_is(make_host: Any, make_workspac
         in (refused.text())
     )
     workspace.cli("agent", "move", "web")
+    former.wait_for("the token that web kept was taken back")  # and it does not enrol again
     second.agent("web", workspace.url, shared, env=FAST).wait_for("web is connected")
 
 

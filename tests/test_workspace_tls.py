@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,18 +154,19 @@ def test_bad_files_are_one_sentence_before_anything_is_started(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-def test_a_key_that_this_user_can_not_read(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_a_key_that_this_user_can_not_read(pair: tuple[Path, Path]) -> None:
     from cachix_protocol import Error
     from cachix_workspace.tls import load
 
+    place = Path(tempfile.mkdtemp())  # that others may enter
+    place.chmod(0o755)
+    pair = (Path(shutil.copy(pair[0], place)), Path(shutil.copy(pair[1], place)))
+    pair[0].chmod(0o644)
     pair[1].chmod(0)
     child = os.fork()
     if not child:
         status = 1
         with contextlib.suppress(BaseException):
-            for place in (tmp_path, *list(tmp_path.parents)[:3]):
-                with contextlib.suppress(OSError):
-                    place.chmod(0o755)
             os.setuid(65534)
             try:
                 load(*pair)
@@ -172,6 +174,7 @@ def test_a_key_that_this_user_can_not_read(tmp_path: Path, pair: tuple[Path, Pat
                 status = 0 if str(error).startswith(f"--key={pair[1]} can't be read") else 2
         os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    shutil.rmtree(place)
 
 
 def start(tmp_path: Path, pair: tuple[Path, Path]) -> Server:
