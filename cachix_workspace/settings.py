@@ -55,6 +55,12 @@ class Settings:
         return f"sqlite:///{self.data / DATABASE}"
 
     @property
+    def cache_place(self) -> Path:
+        """A directory on the file system of the caches, which may be one of their own."""
+        caches = self.data / "cache"
+        return caches if caches.exists() else self.data
+
+    @property
     def urls(self) -> tuple[str, ...]:
         """All URLs of this workspace, the public one first."""
         return (self.public_url, *self.also_known_as)

@@ -53,6 +53,7 @@ class TlsSocket(ssl.SSLSocket):
     def shutdown(self, how: int) -> None:
         """Tell the peer that nothing more will come, without waiting for its answer."""
         with contextlib.suppress(OSError, ValueError), self.turn:
+            self.setblocking(False)
             self.unwrap()
         self.ended = True
         super().shutdown(how)

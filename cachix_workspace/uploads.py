@@ -44,7 +44,7 @@ class Uploads:
     def check(self, upload: Upload, more: int) -> None:
         """Count bytes of an upload. Raises Refusal if it can't go on."""
         settings = upload.settings
-        free = shutil.disk_usage(settings.data).free
+        free = shutil.disk_usage(settings.cache_place).free
         with self._lock:
             upload.received += more
             mine = sum(each.size for each in self._all if each.token_id == upload.token_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -123,6 +124,38 @@ def test_frames_of_several_threads_stay_whole(secured: Workspace, pair: tuple[Pa
             seen += 1
     viewer.close()
     agent.close()
+
+
+def test_the_end_of_an_answer_is_no_cut(secured: Workspace, pair: tuple[Path, Path]) -> None:
+    """TLS has a farewell of its own, without which nobody knows whether more would have come."""
+    context = ssl.create_default_context(cafile=str(pair[0]))
+    port = int(secured.url.rpartition(":")[2])
+    raw = socket.create_connection(("127.0.0.1", port), DEADLINE)
+    with context.wrap_socket(
+        raw, server_hostname="localhost", suppress_ragged_eofs=False
+    ) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = b""
+        while block := connection.recv(1 << 16):  # raises if there is no farewell
+            answer += block
+    assert answer.startswith(b"HTTP/1.1 200 ") and b"cachix-deploy workspace" in answer
+
+
+def test_an_upload_ends_with_its_token(secured: Workspace, pair: tuple[Path, Path]) -> None:
+    secured.cache()
+    token = secured.token("activate", "--description=short")
+    number = json.loads(secured.cli("token", "list", "--json"))[-1]["id"]
+    context = ssl.create_default_context(cafile=str(pair[0]))
+    port = int(secured.url.rpartition(":")[2])
+    raw = socket.create_connection(("127.0.0.1", port), DEADLINE)
+    head = f"PUT /cache/main/nar/{'2' * 52}.nar HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999\r\n"
+    with context.wrap_socket(raw, server_hostname="localhost") as connection:
+        connection.sendall(f"{head}Authorization: Bearer {token}\r\n\r\n".encode() + b"x" * 300_000)
+        begun = list(wait_for(lambda: list(secured.data.glob("cache/main/nar/.upload-*"))))
+        secured.cli("token", "revoke", str(number))
+        wait_for(lambda: not begun[0].exists())
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 401 ")
+    assert not list(secured.data.glob("cache/main/nar/*"))
 
 
 def test_bad_files_are_one_sentence_before_anything_is_started(
