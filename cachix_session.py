@@ -25,6 +25,7 @@ class Session(requests.Session):
         super().__init__()
         self.trust_env = False
         self.auth = lambda request: request  # or a user in the URL would replace the token
+        self.headers["Accept-Encoding"] = "identity"
         self.dialer = Dialer(0)
         self.own_proxy: Optional[Proxy] = None  # one that `connect` goes through
         adapter = _Adapter(self)
@@ -37,7 +38,7 @@ class Session(requests.Session):
         """Make a request: status, headers and body of its answer. `options` are `request`'s.
 
         Redirects are not followed. Raises RequestException or OSError, and ValueError if the body
-        has more than `limit` bytes.
+        has more than `limit` bytes, or is compressed, which a peer may do to keep us busy.
         """
         self.own_proxy, self.proxies = None, {}
         if proxy is not None and (proxy.is_socks or proxy.scheme == "https" and url[:5] == "http:"):
@@ -48,6 +49,10 @@ class Session(requests.Session):
             response = self.request(method, url, stream=True, allow_redirects=False, **options)
         except requests.exceptions.ProxyError as error:
             raise OSError(f"by the proxy {proxy}: {root_cause(error)}") from None
+        encoding = response.headers.get("Content-Encoding", "identity")
+        if encoding.lower() != "identity":
+            raise ValueError(f"the answer is encoded as {encoding[:20]!r}, which we never ask for")
+        response.raw.chunked = False  # http.client joins the chunks: it bounds the lines between
         body = bytearray()
         for chunk in response.iter_content(1 << 16):
             body += chunk

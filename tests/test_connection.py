@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 import types
+import zlib
 
 import pytest
 from closures import nixos, plain, wait_for
@@ -615,4 +616,53 @@ def test_a_body_that_is_too_large_is_reported_as_that(monkeypatch, excess):
             cachix_connection.http(Peer(url, TOKEN), "GET", "/x", 10)
     else:
         assert len(cachix_connection.http(Peer(url, TOKEN), "GET", "/x", 10).body) == 1 << 20
+    listener.close()
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n"
+
+
+def test_a_compressed_answer_is_not_unpacked():
+    """urllib3 before 2.8 never comes to the end of this one, and no deadline ends that."""
+    packed = zlib.compress(bytes(300_000)) + b"trailing bytes"
+    head = CHUNKED + b"Content-Encoding: deflate\r\n\r\n"
+    heads = []
+
+    def serve(connection):
+        heads.append(connection.recv(1 << 16))
+        connection.sendall(head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(packed), packed))
+
+    listener, url = listen(serve)
+    with pytest.raises(Unreachable, match="the answer is encoded as 'deflate', which we never"):
+        cachix_connection.http(Peer(url, TOKEN), "GET", "/x", 10)
+    assert b"\r\nAccept-Encoding: identity\r\n" in heads[0]
+    listener.close()
+
+
+@pytest.mark.parametrize("before", [b"", b"2\r\nok\r\n"])
+def test_a_line_between_chunks_does_not_fill_the_memory(before):
+    sent = []
+
+    def serve(connection):
+        connection.recv(1 << 16)
+        connection.sendall(CHUNKED + b"\r\n" + before)
+        while sum(sent) < 1 << 28:
+            sent.append(connection.send(b"0" * (1 << 16)))
+
+    listener, url = listen(serve)
+    with pytest.raises(Unreachable):
+        cachix_connection.http(Peer(url, TOKEN), "GET", "/x", 10)
+    listener.close()
+    assert sum(sent) < 1 << 26
+
+
+def test_an_answer_in_chunks():
+    chunks = b"".join(b"%x\r\n%s\r\n" % (size, b"x" * size) for size in (1, 70_000, 300_000))
+
+    def serve(connection):
+        connection.recv(1 << 16)
+        connection.sendall(CHUNKED + b"\r\n" + chunks + b"0\r\n\r\n")
+
+    listener, url = listen(serve)
+    assert cachix_connection.http(Peer(url, TOKEN), "GET", "/x", 10).body == b"x" * 370_001
     listener.close()
