@@ -50,7 +50,7 @@ bench: setup ## measure speed and size, as ratios
 pyz: dist/cachix-deploy.pyz ## build dist/cachix-deploy.pyz: agent and CI command in one file
 
 dist/cachix-deploy.pyz: .make/venv tools/pyz.py tools/pyz_main.py $(AGENT_SOURCES)
-	@$(BIN)/python -W ignore::SyntaxWarning tools/pyz.py $@
+	@$(BIN)/python tools/pyz.py $@
 
 clean: ## remove everything that was made here (Nix stays)
 	rm -rf .venv .make build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

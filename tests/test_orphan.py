@@ -308,8 +308,7 @@ PACKAGES = ("requests", "urllib3", "idna", "certifi", "charset_normalizer", "web
 def pyz(directory):
     """The program in one file."""
     path = directory / "cachix-deploy.pyz"
-    python = [sys.executable, "-W", "ignore::SyntaxWarning"]
-    subprocess.run([*python, str(PROJECT / "tools/pyz.py"), str(path)], check=True)
+    subprocess.run([sys.executable, str(PROJECT / "tools/pyz.py"), str(path)], check=True)
     return [sys.executable, str(path)]
 
 

@@ -152,8 +152,7 @@ def python39() -> Python:
 def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The agent in one file, as `make pyz` builds it."""
     path = tmp_path_factory.mktemp("pyz") / "cachix-deploy.pyz"
-    argv = [sys.executable, "-W", "ignore::SyntaxWarning", str(PROJECT / "tools/pyz.py"), str(path)]
-    subprocess.run(argv, check=True)
+    subprocess.run([sys.executable, str(PROJECT / "tools/pyz.py"), str(path)], check=True)
     return path
 
 

@@ -1,10 +1,15 @@
 """The program in one file: it runs on when the file is replaced, and however Python is started."""
 
+import importlib.metadata
+import marshal
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import closures
 import pytest
@@ -23,9 +28,72 @@ REPLACED = {
 def built(tmp_path_factory):
     """The file that `make pyz` builds."""
     path = tmp_path_factory.mktemp("pyz") / "cachix-deploy.pyz"
-    python = [sys.executable, "-W", "ignore::SyntaxWarning"]
-    subprocess.run([*python, str(PROJECT / "tools/pyz.py"), str(path)], check=True)
+    subprocess.run([sys.executable, str(PROJECT / "tools/pyz.py"), str(path)], check=True)
     return path
+
+
+BUNDLED = "requests urllib3 idna certifi charset-normalizer websocket-client docopt"
+
+
+def another_environment(directory):
+    """Make an environment with the same dependencies that starts otherwise; return its Python."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(directory)], check=True)
+    site = next(directory.glob("lib/python*/site-packages"))
+    for name in BUNDLED.split():
+        distribution = importlib.metadata.distribution(name)
+        for path in distribution.files:
+            if ".." not in path.parts and path.suffix != ".pyc":
+                (site / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path.locate(), site / path)
+    words = sorted(set(re.findall(r"\w+", (PROJECT / "cachix_dial.py").read_text())))
+    (site / "sitecustomize.py").write_text(f"import sys; sys.kept = [*map(sys.intern, {words})]")
+    return str(directory / "bin/python")
+
+
+def another_clone(directory):
+    """Copy the project's files in any order, dated to any time; with leftovers beside them."""
+    argv = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(argv, cwd=PROJECT, capture_output=True, check=True).stdout.decode()
+    names = [name for name in names.split("\0") if (PROJECT / name).is_file()]
+    random.shuffle(names)
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(PROJECT / name, directory / name)
+        os.utime(directory / name, (0, random.randrange(1 << 31)))
+    (directory / "activate/__pycache__").mkdir()
+    (directory / "activate/__pycache__/nix.cpython-311.pyc").write_bytes(b"stale")
+    (directory / "activate/nix.pyc").write_bytes(b"stale")
+    (directory / "activate/.nix.py.swp").write_bytes(b"an editor's")
+
+
+def test_every_build_gives_the_same_bytes(built, tmp_path):
+    clone, target = tmp_path / "caf\u00e9 of another", tmp_path / "other.pyz"
+    another_clone(clone)
+    python = another_environment(tmp_path / "environment")
+    for place in ("temporary", "caches"):
+        (tmp_path / place).mkdir()
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONHASHSEED": "7",
+        "PYTHONPYCACHEPREFIX": str(tmp_path / "caches"),
+        "SOURCE_DATE_EPOCH": "1234567890",
+        "TMPDIR": str(tmp_path / "temporary"),
+        "TZ": "Asia/Tokyo",
+    }
+    command = ["sh", "-c", 'umask 077; exec "$@"', "sh", python, "-O", clone / "tools/pyz.py"]
+    subprocess.run([*command, target], check=True, env=environment, cwd=tmp_path)
+    assert target.read_bytes() == built.read_bytes()
+    assert target.stat().st_mode == built.stat().st_mode
+
+
+def test_no_path_of_the_build_is_in_the_file(built):
+    with zipfile.ZipFile(built) as archive:
+        codes = {name: archive.read(name) for name in archive.namelist() if name[-4:] == ".pyc"}
+        files = {Path(name).suffix for name in archive.namelist()}
+    assert codes and files == {".py", ".pyc", ".pem"}
+    for name, code in codes.items():
+        assert marshal.loads(code[16:]).co_filename == name[:-1]
+        assert str(PROJECT).encode() not in code and sys.prefix.encode() not in code
 
 
 class Installed:

@@ -47,8 +47,7 @@ def tree():
 def program(tmp_path_factory):
     """The agent in one file, as `make pyz` builds it."""
     path = tmp_path_factory.mktemp("program") / "cachix-deploy.pyz"
-    python = [sys.executable, "-W", "ignore::SyntaxWarning"]
-    subprocess.run([*python, str(PROJECT / "tools/pyz.py"), str(path)], check=True)
+    subprocess.run([sys.executable, str(PROJECT / "tools/pyz.py"), str(path)], check=True)
     return path
 
 
