@@ -9,7 +9,7 @@ AGENT := $(wildcard cachix_*.py) activate
 AGENT_SOURCES := $(shell find $(AGENT) -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow quick faults soak lint bench pyz clean
+.PHONY: help setup run test test-slow quick faults soak lint bench pyz relock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' Makefile | expand -t 18
@@ -52,19 +52,34 @@ pyz: dist/cachix-deploy.pyz ## build dist/cachix-deploy.pyz: agent and CI comman
 dist/cachix-deploy.pyz: .make/venv tools/pyz.py tools/pyz_main.py $(AGENT_SOURCES)
 	@$(BIN)/python tools/pyz.py $@
 
+# One file serves all Pythons, so that each package in it has one version ("fewest").
+PINNED := requirements/build.txt requirements/agent.txt requirements/tests.txt
+UV := uv pip compile --quiet --universal --python-version 3.9.2 --no-python-downloads \
+  --upgrade --generate-hashes --custom-compile-command 'make relock'
+relock: ## pin the newest versions of all dependencies, with hashes, in requirements/, by uv
+	@command -v uv >/dev/null || { echo 'error: uv is missing: `pip install uv`' >&2; exit 1; }
+	sed -n 's/^requires = \["\(.*\)"\]$$/\1/p' pyproject.toml | $(UV) - -o requirements/build.txt
+	$(UV) --fork-strategy fewest setup.py -o requirements/agent.txt
+	$(UV) setup.py --all-extras --constraint requirements/agent.txt -o requirements/tests.txt
+
 clean: ## remove everything that was made here (Nix stays)
 	rm -rf .venv .make build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# pip prints nothing unless it fails. An environment that was left unfinished is made anew.
-.make/venv: setup.cfg setup.py pyproject.toml
+# Nothing is installed but what requirements/ has a hash of. A package that must be built is built
+# by the setuptools from there: by itself, pip would take any. pip prints nothing unless it fails.
+# An environment that was left unfinished is made anew.
+INSTALL := $(BIN)/pip install --no-build-isolation --use-pep517
+.make/venv: setup.cfg setup.py pyproject.toml $(PINNED)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))' || { echo 'error: Python 3.9' \
 	  'or newer is needed: name one with `make PYTHON=...`' >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo 'error: this Python can make no' \
 	  'virtual environments: `apt-get install python3-venv`' >&2; exit 1; }
 	@echo 'setting up .venv ...'
 	@mkdir -p .make && rm -rf .venv && $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --editable '.[workspace,test]' </dev/null >.make/pip.log 2>&1 \
+	@{ $(INSTALL) --require-hashes -r requirements/build.txt && \
+	  $(INSTALL) --require-hashes -r requirements/tests.txt && \
+	  $(INSTALL) --no-deps --editable .; } </dev/null >.make/pip.log 2>&1 \
 	  || { cat .make/pip.log; exit 1; }
 	@touch $@
 

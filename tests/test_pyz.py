@@ -13,7 +13,9 @@ from pathlib import Path
 
 import closures
 import pytest
+from clones import project_files
 from hosts import PROJECT, wait_until
+from pins import pins
 
 REPLACED = {
     "cp": ["cp", "NEW", "OLD"],  # the same inode with other content
@@ -32,14 +34,11 @@ def built(tmp_path_factory):
     return path
 
 
-BUNDLED = "requests urllib3 idna certifi charset-normalizer websocket-client docopt"
-
-
 def another_environment(directory):
     """Make an environment with the same dependencies that starts otherwise; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(directory)], check=True)
     site = next(directory.glob("lib/python*/site-packages"))
-    for name in BUNDLED.split():
+    for name in pins("agent.txt"):
         distribution = importlib.metadata.distribution(name)
         for path in distribution.files:
             if ".." not in path.parts and path.suffix != ".pyc":
@@ -52,9 +51,7 @@ def another_environment(directory):
 
 def another_clone(directory):
     """Copy the project's files in any order, dated to any time; with leftovers beside them."""
-    argv = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(argv, cwd=PROJECT, capture_output=True, check=True).stdout.decode()
-    names = [name for name in names.split("\0") if (PROJECT / name).is_file()]
+    names = project_files()
     random.shuffle(names)
     for name in names:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +81,30 @@ def test_every_build_gives_the_same_bytes(built, tmp_path):
     subprocess.run([*command, target], check=True, env=environment, cwd=tmp_path)
     assert target.read_bytes() == built.read_bytes()
     assert target.stat().st_mode == built.stat().st_mode
+
+
+def test_it_is_built_of_what_is_pinned_only(tmp_path):
+    python = another_environment(tmp_path / "environment")
+    (metadata,) = tmp_path.glob("environment/lib/python*/site-packages/idna-*/METADATA")
+    pinned = pins("agent.txt")["idna"].version
+    metadata.write_text(metadata.read_text().replace(f"Version: {pinned}", "Version: 1.0", 1))
+    build = [python, PROJECT / "tools/pyz.py", tmp_path / "new.pyz"]
+    result = subprocess.run(build, capture_output=True, text=True)
+    problem = (
+        f"error: idna is 1.0 here, and requirements/agent.txt has {pinned}: run `make clean`, "
+    )
+    assert (result.returncode, result.stderr) == (1, f"{problem}then `make setup`\n")
+    shutil.rmtree(metadata.parent)
+    result = subprocess.run(build, capture_output=True, text=True)
+    assert result.returncode == 1 and result.stderr.startswith("error: idna is missing here, ")
+    assert not (tmp_path / "new.pyz").exists()
+
+
+def test_all_that_is_pinned_is_in_it(built):
+    with zipfile.ZipFile(built) as archive:
+        parts = {name.partition("/")[0].removesuffix(".py") for name in archive.namelist()}
+    names = {name.replace("-", "_") for name in pins("agent.txt")}
+    assert names - {"websocket_client"} | {"websocket"} <= parts
 
 
 def test_no_path_of_the_build_is_in_the_file(built):

@@ -6,7 +6,9 @@ The same sources, dependencies and Python give the same bytes, wherever and when
 from __future__ import annotations
 
 import glob
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OWN = ("cachix_*.py", "activate")  # patterns; an agent has no use for cachix_workspace/
 # The dependencies come from the environment that the tests run in: the same versions.
+PINNED = os.path.join("requirements", "agent.txt")
 PACKAGES = (
     "requests",
     "urllib3",
@@ -79,8 +82,25 @@ def sources() -> list[str]:
     return sorted(own) + [os.path.join(site, name) for name in PACKAGES]
 
 
+def check_versions() -> None:
+    """End with an error if anything is not as pinned, so that nothing else is ever released."""
+    with open(os.path.join(ROOT, PINNED)) as file:
+        pins = re.findall(r"^([\w.-]+)==(\S+)", file.read(), re.M)
+    for name, pinned in pins:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            version = "missing"
+        if version != pinned:
+            sys.exit(
+                f"error: {name} is {version} here, and {PINNED} has {pinned}: run `make clean`,"
+                " then `make setup`"
+            )
+
+
 def main(target: str) -> None:
     """Write the zip application `target`, which appears whole or not at all."""
+    check_versions()
     os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         for source in sources():
