@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional
 
 import cachix_dial
+from activate.text import brief, hide
 from cachix_dial import Dialer, shut_down
 from cachix_dial import ca_bundle as ca_bundle
 from cachix_dial import within as within
@@ -89,12 +90,16 @@ def backoff(failures: int, waits: Waits) -> float:
 class Peer:
     """A workspace, and a token for it. `name` is the agent's; CI has none.
 
-    An agent may get another token while it runs: see cachix_secret.
+    An agent may get another token while it runs: see cachix_secret. What is printed, logged or
+    reported shows none that was set here.
     """
 
     host: str
     token: str
     name: Optional[str] = None
+
+    def __post_init__(self) -> None:
+        hide(self.token)
 
     @classmethod
     def create(cls, host: str, token: str, name: Optional[str] = None) -> Peer:
@@ -220,7 +225,9 @@ def round_trip(sock: websocket.WebSocket, timeout: float, frames: tuple[str, ...
             if opcode == websocket.ABNF.OPCODE_CLOSE:
                 raise Unreachable("the workspace closed the connection")
     except (OSError, websocket.WebSocketException) as error:
-        raise Unreachable(f"no answer to a ping: {error or type(error).__name__}") from None
+        raise Unreachable(
+            f"no answer to a ping: {brief(str(error)) or type(error).__name__}"
+        ) from None
 
 
 def reach(peer: Peer, timeout: float) -> None:

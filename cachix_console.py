@@ -17,6 +17,7 @@ import threading
 from typing import Any, Callable, Optional, TextIO
 
 from activate import startup
+from activate.text import MOST_LINE, MOST_MESSAGE, clean
 from cachix_protocol import Error, UsageError
 
 READER_TIMEOUT = 3600.0  # seconds for which nobody reads a full stdout
@@ -129,6 +130,15 @@ class Messages(io.RawIOBase):
             self.changed.wait_for(self.is_idle, EXIT_PATIENCE)
 
 
+class Stderr(io.TextIOWrapper):
+    """Text for stderr, whoever prints it: nothing of it does anything to a terminal."""
+
+    def write(self, text: str) -> int:
+        """Write a text, cleaned line by line."""
+        super().write("\n".join(clean(line, most=MOST_LINE) for line in text.split("\n")))
+        return len(text)
+
+
 def prepare() -> None:
     """Make this process independent of who has started it, and of who reads stderr."""
     startup.open_descriptors()
@@ -138,13 +148,13 @@ def prepare() -> None:
         encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
         messages: Any = Messages(2)
         atexit.register(messages.finish)
-        sys.stderr = io.TextIOWrapper(messages, encoding, "backslashreplace", line_buffering=True)
+        sys.stderr = Stderr(messages, encoding, "backslashreplace", line_buffering=True)
 
 
 def tell(message: str) -> None:
-    """Print a message for the operator, one line on stderr. Never raises."""
+    """Print a message for the operator, one line on stderr, cleaned. Never raises."""
+    line = clean(" ".join(message.splitlines()), most=MOST_MESSAGE)
     with contextlib.suppress(OSError, ValueError):
-        line = " ".join(message.split("\n"))
         print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
@@ -169,10 +179,11 @@ def complain(error: Exception) -> None:
     """Print an error. A bug of this program comes with its traceback, with --verbose any error."""
     tell(f"error: {error or type(error).__name__}")
     if verbose or not isinstance(error, (Error, OSError)):
-        with contextlib.suppress(OSError, ValueError):
-            import traceback
+        import traceback
 
-            traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
+        trace = traceback.format_exception(type(error), error, error.__traceback__)
+        for line in "".join(trace).splitlines():  # a text of others may have more lines than one
+            tell(f"  {line}")
 
 
 class Screen:
@@ -192,8 +203,8 @@ class Screen:
         return f"\x1b[{colour}m{text}\x1b[0m" if self.colour and colour else text
 
     def print(self, line: str) -> None:
-        """Print a line. Characters that stdout can't encode are escaped."""
-        stream = sys.stdout
+        """Print a line, cleaned. Characters that stdout can't encode are escaped."""
+        stream, line = sys.stdout, clean(line, self.colour, MOST_LINE)
         encoding = getattr(stream, "encoding", None) or "utf-8"
         with self.lock:
             if self.broken or stream is None:
@@ -220,7 +231,8 @@ def _write_line(stream: TextIO, line: bytes, encoding: str) -> None:
 
 
 def align(rows: list[list[str]]) -> list[list[str]]:
-    """Pad the cells of `rows`, so that they print as columns."""
+    """Clean the cells of `rows`, and pad them, so that they print as columns."""
+    rows = [[clean(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [[cell.ljust(width) for cell, width in zip(row, widths)] for row in rows]
 

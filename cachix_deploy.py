@@ -31,6 +31,7 @@ from activate import (
 )
 from activate.agent import conductor, netrc, single
 from activate.agent.hooks import AgentHooks, Ended
+from activate.text import brief
 from cachix_channels import HttpChannel
 from cachix_connection import (
     CALL_TIMEOUT,
@@ -243,7 +244,7 @@ class Worker(threading.Thread):
             end = Ended(journal.FAILED, reason, outcome=outcomes.STATE_LOST)
             self.conductor.end(entry, end)
             return
-        tell(f"deployment {deployment.index}: {deployment.store_path}")
+        tell(f"deployment {deployment.index}: {brief(deployment.store_path)}")
         before, _ = history.load_all(self.state)
         if problem := self.gate.problem(entry.record, before):
             self.conductor.end(entry, Ended(journal.FAILED, problem))
@@ -477,7 +478,7 @@ class Agent:
         if self.stop.is_set():  # the answer to our own close
             raise Stopped
         code = int.from_bytes(data[:2], "big") if len(data) >= 2 else 1000
-        reason = data[2:].decode("utf-8", "replace")
+        reason = brief(data[2:].decode("utf-8", "replace"))
         if code == 1000:
             self.finish()
             raise Stopped
@@ -559,7 +560,7 @@ class Agent:
 
 def connection_lost(error: Exception) -> Unreachable:
     """The error for a websocket that broke."""
-    return Unreachable(f"the connection was lost: {error or type(error).__name__}")
+    return Unreachable(f"the connection was lost: {brief(str(error)) or type(error).__name__}")
 
 
 def watch_signals(agent: Agent) -> None:

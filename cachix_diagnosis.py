@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from activate.text import clean, one_line
+from activate.text import brief
 from cachix_dial import Dialer, within
 from cachix_errors import Refused, Undecodable, Unreachable
 from cachix_protocol import loads
@@ -40,7 +40,7 @@ def reason(url: str, error: BaseException, dialer: Dialer) -> str:
     if isinstance(cause, ssl.SSLCertVerificationError):
         return _certificate_problem(cause)
     if type(cause).__name__ == "CertificateError":  # older urllib3 compares the names itself
-        return f"certificate verify failed: {_printable(str(cause))}{OTHER_NAME_HINT}"
+        return f"certificate verify failed: {brief(str(cause))}{OTHER_NAME_HINT}"
     timeout = min(PROBE_TIMEOUT, dialer.deadline - time.monotonic())
     return (dialer.is_connected and other_scheme(url, timeout)) or _words(cause)
 
@@ -65,7 +65,7 @@ def _words(error: BaseException) -> str:
     # the libraries are not strict
     if isinstance(error, (IndexError, UnicodeError)) or type(error).__name__ == "BadStatusLine":
         return "its answer is not HTTP"
-    return _printable(str(error)) or type(error).__name__
+    return brief(str(error)) or type(error).__name__
 
 
 def _certificate_problem(error: ssl.SSLCertVerificationError) -> str:
@@ -121,12 +121,7 @@ def sentence(body: bytes) -> str:
         is_object = isinstance(record, dict)
         values = [record.get("error"), record.get("message")] if is_object else [record]
         text = next((value for value in values if isinstance(value, str)), text)
-    return "" if text.lstrip().startswith("<") else _printable(text)[:MAX_SENTENCE]
-
-
-def _printable(text: str) -> str:
-    """Text from elsewhere as one line that does nothing to a terminal."""
-    return one_line(clean(one_line(text)))
+    return "" if text.lstrip().startswith("<") else brief(text)[:MAX_SENTENCE]
 
 
 def handshake_problem(
@@ -154,7 +149,7 @@ def handshake_problem(
         question = "is it a workspace, and does a proxy in front of it pass the Upgrade headers?"
         hint = f": {text}" if status == 400 and text else f": {question}"
     if headers.get("location"):
-        location = _printable(headers["location"])
+        location = brief(headers["location"])
         hint = f" and points to {location}, which is not followed: give it as --host"
     return Unreachable(f"{host}{path} answered HTTP {status} instead of a websocket{hint}")
 

@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 import websocket
 
-from activate.text import clean
+from activate.text import brief
 from cachix_connection import Answer, Peer, connect, hang_up, http
 from cachix_console import Screen, debug, tell
 from cachix_diagnosis import sentence
@@ -52,7 +52,7 @@ def rejection(peer: Peer, answer: Answer) -> Error:
         problem = f"{peer.host} answered HTTP {status}{text}"
         return Unreachable(problem, pause, overloaded=True, sent=status >= 500)
     if 300 <= status < 400:
-        target = clean(answer.headers.get("Location", "another address"))
+        target = brief(answer.headers.get("Location", "another address"))
         hint = f"points to {target}, which is not followed: give it as --host (HTTP {status})"
         return UsageError(f"{peer.host} {hint}")
     return Error(f"{peer.host} refused the request (HTTP {status}){text}")
@@ -205,8 +205,7 @@ class Follower:
             self.closed = 0
         for part in [part for part in re.split(r"[\r\n]+", text) if part] or [""]:
             if not self.stopped:
-                line = f"{self.label} | {clean(part, self.screen.colour)}"
-                self.screen.print(line.rstrip(" "))
+                self.screen.print(f"{self.label} | {part}".rstrip(" "))
         if self.closed:
             self.wake.set()
 

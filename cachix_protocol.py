@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from activate.text import BASE32 as BASE32
+from activate.text import brief
 from activate.text import is_store_path as is_store_path
 from cachix_errors import AlreadyRunning as AlreadyRunning
 from cachix_errors import Error as Error
@@ -303,7 +304,7 @@ def decode_to_agent(text: Union[str, bytes]) -> ToAgent:
         return AgentRegistered.from_json(contents)
     if tag == "Deployment":
         return Deployment.from_json(contents)
-    raise Undecodable(f"unknown tag `{tag}`")
+    raise Undecodable(f"unknown tag `{brief(tag)}`")
 
 
 def encode_from_agent(agent_id: str, command: FromAgent) -> str:
@@ -320,7 +321,7 @@ def decode_from_agent(text: Union[str, bytes]) -> FromAgent:
         return DeploymentStarted.from_json(command)
     if tag == "DeploymentFinished":
         return DeploymentFinished.from_json(command)
-    raise Undecodable(f"unknown tag `{tag}`")
+    raise Undecodable(f"unknown tag `{brief(tag)}`")
 
 
 # --- deploy.json ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Callable, Optional
 
 from activate import history, journal, lock, logfile, outcomes
-from activate.text import printable
+from activate.text import MOST_MESSAGE, clean, printable
 from cachix_channels import Channel, HttpChannel, LogClosed, SocketChannel
 from cachix_connection import Peer, Waits, backoff
 from cachix_console import complain, debug, tell
@@ -186,11 +186,10 @@ class Delivery:
         """Report the end, with its reason. Raises Error."""
         if self.final and not self.reported.ended:
             record = self.entry.record
-            reason = "\n".join(text for text in (record.reason, record.detail) if text) or None
             channel.status(
                 SUCCEEDED if record.step == journal.SUCCEEDED else FAILED,
                 self.reported.size,
-                reason,
+                outcomes.reason_of(record),
                 record.step,
                 outcomes.of(record),
             )
@@ -263,8 +262,8 @@ def closing_line(record: journal.Record) -> str:
     """The last line of a log, from which Cachix's `activate` knows that the log is complete."""
     if record.step == journal.SUCCEEDED:
         return SUCCESS_LINE
-    text = " ".join(f"{FAILURE_LINE} {record.reason or ''}".split("\n")).rstrip()
-    return printable(text.encode("utf-8", "replace"))
+    text = " ".join(f"{FAILURE_LINE} {record.reason or ''}".splitlines()).rstrip()
+    return printable(clean(text, most=MOST_MESSAGE).encode("utf-8", "replace"))
 
 
 class Reporter(threading.Thread):

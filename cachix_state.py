@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from activate.text import clean, one_line
+from activate.text import brief, clean
 from cachix_protocol import FAILED, IN_PROGRESS, PENDING, SUCCEEDED, TERMINAL, checked_field
 
 PATIENCE = 30.0  # seconds until an agent that does not start is spoken of, if nothing is known
@@ -110,7 +110,7 @@ def minute(text: str) -> str:
     """A time for people, such as 2026-11-26 18:00 UTC."""
     moment = _timestamp(text)
     if moment is None:
-        return one_line(clean(text))
+        return brief(text)
     return f"{datetime.datetime.fromtimestamp(moment, datetime.timezone.utc):%Y-%m-%d %H:%M} UTC"
 
 

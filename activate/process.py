@@ -11,6 +11,7 @@ import time
 from typing import Callable, Optional, Protocol, Union
 
 from activate import environment, startup
+from activate.text import MOST_LINE, clean
 
 KILL_AFTER = 5.0  # seconds between SIGTERM and SIGKILL for a process group
 WAIT = 5.0  # seconds after which a handler of a signal runs that came just before a wait
@@ -62,7 +63,8 @@ Log = Union[int, Output]  # a log file, or what writes into one
 
 
 def say(log: Log, line: str) -> None:
-    """Append `line` to a log, as a line of its own. Never raises: the disk may be full."""
+    """Append `line` to a log, as a line of its own, cleaned. Never raises: the disk may be full."""
+    line = "\n".join(clean(part, most=MOST_LINE) for part in line.split("\n"))
     if not isinstance(log, int):
         log.say(line)
         return

@@ -1,18 +1,27 @@
-"""Text that comes from others, and numbers for people: pure functions."""
+"""Text that comes from others, made harmless, and numbers for people."""
 
 from __future__ import annotations
 
+import base64
 import re
 
 BASE32 = "0123456789abcdfghijklmnpqrsvwxyz"  # Nix's digits: no e, o, t, u
 STORE_PATH = re.compile(
     rf"/nix/store/[{BASE32}]{{32}}-[0-9a-zA-Z+\-_?=][0-9a-zA-Z+\-._?=]{{0,210}}"
 )
+MOST = 500  # characters of a text of others within a message
+MOST_MESSAGE = 2000  # of a message
+MOST_LINE = 1 << 16  # of a line of a log, as on the wire
+MOST_CLEANED = 1 << 18  # nothing behind that is looked at
+LEAST_SECRET = 8  # characters of a secret: shorter ones are part of many words
+REDACTED = "[secret]"
+URL_SAFE = str.maketrans("+/", "-_")
 ESCAPES = re.compile(
     r"(?P<sgr>\x1b\[[0-9;:]*m)"  # colours and weights: the only ones that a line may keep
     r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[PX^_][^\x1b]*\x1b\\"  # titles, links, other strings
     r"|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]?"  # the cursor, the screen, the modes
-    r"|[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]"  # control; reversing the text
+    # control characters, and what reverses the text
+    r"|[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
 
 
@@ -21,13 +30,42 @@ def is_store_path(text: object) -> bool:
     return isinstance(text, str) and STORE_PATH.fullmatch(text) is not None
 
 
-def clean(text: str, colour: bool = False) -> str:
-    """Remove whatever moves the cursor or changes the terminal.
+_secrets: dict[str, None] = {}  # each spelling of the tokens that this process holds
 
-    SGR colours stay where `colour` is set, and are reset at the end.
+
+def hide(secret: str) -> None:
+    """Let `clean` replace a token from now on: as it is, percent-encoded, and within base64."""
+    from urllib.parse import quote
+
+    if len(secret) < LEAST_SECRET:
+        return
+    spellings = [secret, quote(secret, safe=""), quote(secret)]
+    for shift in range(3):  # where it begins within three bytes, as after `user:`
+        raw = b"\0" * shift + secret.encode()
+        whole = base64.b64encode(raw[: len(raw) // 3 * 3]).decode()
+        spellings += [whole[4 * bool(shift) :], whole[4 * bool(shift) :].translate(URL_SAFE)]
+    _secrets.update(dict.fromkeys(spellings))
+
+
+def clean(text: str, colour: bool = False, most: int = MOST) -> str:
+    """Remove whatever moves the cursor or changes the terminal, all but `most` characters too.
+
+    Tokens that this process holds are replaced. SGR colours stay where `colour` is set, and are
+    reset at the end.
     """
-    text = ESCAPES.sub(lambda match: (match["sgr"] or "") if colour else "", text)
-    return text + "\x1b[0m" if "\x1b" in text else text
+    text = ESCAPES.sub(lambda match: (match["sgr"] or "") if colour else "", text[:MOST_CLEANED])
+    for secret in _secrets:
+        text = text.replace(secret, REDACTED)
+    if len(text) > most:
+        head, escape, last = text[: most - 3].rpartition("\x1b")
+        text = (head if escape and "m" not in last else text[: most - 3]) + "..."
+    is_reset = text.rpartition("\x1b")[2].startswith("[0m")
+    return text + "\x1b[0m" if "\x1b" in text and not is_reset else text
+
+
+def brief(text: str) -> str:
+    """A text of others as one line within a message."""
+    return one_line(clean(one_line(text[:MOST_CLEANED])))
 
 
 def one_line(text: str) -> str:

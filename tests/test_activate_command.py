@@ -890,7 +890,7 @@ def test_every_good_spec_survives_encoding_and_decoding(
     "text, plain, coloured",
     [
         ("tab\tand \u00fc\u2713", "tab\tand \u00fc\u2713", "tab\tand \u00fc\u2713"),
-        ("\x1b[1;31mred\x1b[0m", "red", "\x1b[1;31mred\x1b[0m\x1b[0m"),
+        ("\x1b[1;31mred\x1b[0m", "red", "\x1b[1;31mred\x1b[0m"),
         ("\x1b[38:5:1mred", "red", "\x1b[38:5:1mred\x1b[0m"),
         ("\x1b[2J\x1b[1;1H\x1b[?25lgone\x1b[K", "gone", "gone"),
         ("\x1b]0;title\x07text\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "textlink", "textlink"),
@@ -923,7 +923,8 @@ def test_progress_bars_and_odd_text(workspaces: Any, activate: Any) -> None:
     texts = ["10%\r20%\r", "", "\ud800\u00fc", "\x1b[31mred\x1b[0m\x1b[2K", "x" * 200_000]
     workspace.logs["web"] = [[*texts, 1000]]
     result = activate(workspace)
-    lines = ["10%", "20%", "\\ud800\u00fc", "red", "x" * 200_000]
+    whole = 65536 - len("web | ...")
+    lines = ["10%", "20%", "\\ud800\u00fc", "red", "x" * whole + "..."]
     assert result.log == [f"web | {line}" for line in lines]
     assert "web |" in result.lines
 

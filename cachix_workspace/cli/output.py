@@ -10,25 +10,27 @@ from cachix_console import Screen, align
 from cachix_protocol import Error
 
 
-def show(text: str) -> None:
-    """Print a result. Raises BrokenPipeError if stdout can't take it.
+def show(line: str) -> None:
+    """Print a line of a result, cleaned. Raises BrokenPipeError if stdout can't take it.
 
     Screen has reported the reason, unless the reader just left.
     """
     screen = Screen()
-    screen.print(text)
+    screen.print(line)
     if screen.broken:
         raise BrokenPipeError("stdout")
 
 
 def show_json(value: Any) -> None:
     """Print a result as JSON."""
-    show(json.dumps(value, indent=2))
+    for line in json.dumps(value, indent=2).split("\n"):
+        show(line)
 
 
 def show_table(rows: list[list[str]]) -> None:
     """Print rows as columns."""
-    show("\n".join("  ".join(row).rstrip() for row in align(rows)))
+    for row in align(rows):
+        show("  ".join(row).rstrip())
 
 
 def write_secret(text: str, path: str) -> None:
