@@ -125,10 +125,9 @@ def _ascii_url(url: str) -> str:
     if url.isascii():
         return url
     parts = urllib.parse.urlsplit(url)
-    user, at, rest = parts.netloc.rpartition("@")
-    host, colon, port = rest.partition(":")
+    host, colon, port = parts.netloc.partition(":")
     try:
-        netloc = f"{user}{at}{ascii_host(host)}{colon}{port}"
+        netloc = f"{ascii_host(host)}{colon}{port}"
     except UnicodeError as error:
         raise UsageError(f"--host must be a URL with a host name, not {url!r}: {error}") from None
     path = urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~")

@@ -49,16 +49,18 @@ def is_agent_name(text: object) -> bool:
 def checked_url(text: str, option: str, example: str, bare: bool = False) -> str:
     """An http or https URL without a slash at its end. Raises UsageError that names the option.
 
-    With `bare` it may hold neither a user's name nor a fragment.
+    It may hold no user and no password, which no message repeats; with `bare` no fragment either.
     """
     from urllib.parse import urlsplit, urlunsplit
 
+    if "@" in text:
+        raise UsageError(f"{option} must be a URL such as {example}, without user and password")
     try:
         parts = urlsplit(text)
         valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
     except ValueError:
         valid = False
-    if not valid or parts.query or (bare and (parts.username is not None or parts.fragment)):
+    if not valid or parts.query or (bare and parts.fragment):
         raise UsageError(f"{option} must be a URL such as {example}, not {text!r}")
     return urlunsplit((parts.scheme, parts.netloc, parts.path.rstrip("/"), "", ""))
 

@@ -14,9 +14,10 @@ import os
 import signal
 from typing import TYPE_CHECKING, Any, Optional
 
-from activate import journal, logfile, pipe
+from activate import journal, logfile, pipe, startup
 from activate.kinds.verdict import Policy
 from activate.process import Error
+from activate.text import hide
 
 if TYPE_CHECKING:
     from activate.switch.progress import Progress
@@ -117,8 +118,8 @@ def main() -> int:
     for fd in config["locks"]:
         os.set_inheritable(fd, False)
     agent.report(pipe.READY)
-    import ctypes  # noqa: F401  # for `files.sync`; loaded while the agent downloads
-
+    hide(config["token"])
+    startup.protect()  # loads ctypes, also for `files.sync`, while the agent downloads
     from activate.switch import steps
     from activate.switch.output import Output
     from activate.switch.progress import Progress, Stopping

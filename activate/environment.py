@@ -13,6 +13,13 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 KEPT = frozenset((*LOCALE, *PROXIES, *(name.upper() for name in PROXIES))) | frozenset(
     ("SHELL", "TMPDIR", "TERM", "SSL_CERT_FILE", "DBUS_SESSION_BUS_ADDRESS")
 )
+# Variables that a switch process needs itself: to find its state and its libraries, to reach the
+# workspace, and to build the environment of its commands.
+FOR_SWITCH = frozenset(
+    ("PATH", "HOME", "USER", "LOGNAME", "STATE_DIRECTORY", "CACHIX_DEPLOY_WAITS", "PYTHONHOME")
+    + ("REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "OPENSSL_CONF", "OPENSSL_MODULES", "RES_OPTIONS")
+    + ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH")
+)
 KEPT_PREFIXES = ("LC_", "LOCALE_ARCHIVE", "XDG_", "NIX_")
 
 # Directories of the user: root uses none that belong to somebody else.
@@ -116,8 +123,18 @@ def search_path() -> str:
     return ":".join(dict.fromkeys([*present, SYSTEM_PATH, *own, *FALLBACK_PATH]))
 
 
+def is_kept(name: str) -> bool:
+    """Whether commands may see this variable of ours."""
+    return name in KEPT or name.startswith(KEPT_PREFIXES)
+
+
+def for_switch() -> dict[str, str]:
+    """The environment that a switch process gets: nothing of the agent's service but its needs."""
+    return {k: v for k, v in os.environ.items() if k in FOR_SWITCH or is_kept(k)}
+
+
 def for_commands() -> dict[str, str]:
     """The environment that every command gets. Raises NoHome."""
-    ours = {k: v for k, v in os.environ.items() if k in KEPT or k.startswith(KEPT_PREFIXES)}
+    ours = {k: v for k, v in os.environ.items() if is_kept(k)}
     ours.update(proxies)
     return {**ours, "PATH": search_path(), "HOME": home(), "USER": user(), "LOGNAME": user()}

@@ -99,17 +99,18 @@ def start(
     """Start `argv` in its own session, so that its group can be ended. Raises CommandFailed."""
     env = environment.for_commands()
     try:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            env=env,
-            cwd="/",
-            start_new_session=True,
-            umask=startup.COMMAND_UMASK,
-            preexec_fn=before,
-        )
+        with startup.former_limits():
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env=env,
+                cwd="/",
+                start_new_session=True,
+                umask=startup.COMMAND_UMASK,
+                preexec_fn=before,
+            )
         _running.add(process)
         return process
     except (OSError, ValueError) as error:

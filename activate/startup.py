@@ -1,14 +1,53 @@
-"""What a process has inherited from its parent, set right before anything else is done."""
+"""What a process has inherited from its parent, set right before anything else is done.
+
+Its files and its memory, which holds a token, are for nobody else; what it runs gets back what it
+would have had without us.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from typing import Optional
 
 OWN_UMASK = 0o077  # of the agent and of its switch processes
 COMMAND_UMASK = 0o022  # of what they run
+PR_SET_DUMPABLE = 4  # see prctl(2)
+
+_former_cores: Optional[tuple[int, int]] = None  # the limits of core files before `protect`
+_spawning = threading.Lock()
+
+
+def protect() -> None:
+    """Keep what this process writes, and its memory, from other users and from core files."""
+    global _former_cores
+    os.umask(OWN_UMASK)
+    if _former_cores is None:
+        _former_cores = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, _former_cores[1]))
+    with contextlib.suppress(ImportError, AttributeError, OSError):  # there is no prctl: not Linux
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+@contextlib.contextmanager
+def former_limits() -> Iterator[None]:
+    """Give processes that are started meanwhile the limits that this one had before `protect`."""
+    if _former_cores is None:
+        yield
+        return
+    with _spawning:
+        resource.setrlimit(resource.RLIMIT_CORE, _former_cores)
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, _former_cores[1]))
 
 
 def open_descriptors() -> None:

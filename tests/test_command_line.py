@@ -216,6 +216,12 @@ def test_hosts_are_checked(capsys, host):
     assert sentence.startswith("--host must be a URL such as https://cachix.org, not ")
 
 
+@pytest.mark.parametrize("form", ["http://joe:{}@a", "joe:{}@a", "http://{}@[", "http://x:{}/y@a"])
+def test_a_password_in_the_host_is_refused_and_not_repeated(capsys, form):
+    sentence = refusal(capsys, "--host", form.format(SECRET), "agent", "web")
+    assert "without user and password" in sentence and SECRET not in sentence
+
+
 @pytest.mark.parametrize(
     ("host", "url"),
     [

@@ -8,26 +8,16 @@ import signal
 import subprocess
 import time
 
-from activate import environment, holder, journal, pipe, process, recovery
+from activate import environment, holder, journal, pipe, process, recovery, startup
 from activate.agent.hooks import AgentHooks
 from activate.process import Error
 
 END_TIMEOUT = 5.0  # seconds
 READY_TIMEOUT = 30.0  # seconds; less within a scope, see `AgentHooks.scope_timeout`
-# Variables that hand over a token, or that tie a process to the service that started it.
-WITHHELD = frozenset(
-    ("CACHIX_AGENT_TOKEN", "CACHIX_ACTIVATE_TOKEN", "CREDENTIALS_DIRECTORY")
-    + ("NOTIFY_SOCKET", "JOURNAL_STREAM", "INVOCATION_ID")
-)
 
 
 class Lost(Error):
     """Somebody has ended the switch process while it waited for "go"."""
-
-
-def is_for_switch(name: str) -> bool:
-    """Whether a switch process gets the environment variable: none that can break its Python."""
-    return name not in WITHHELD and (name == "PYTHONHOME" or not name.startswith("PYTHON"))
 
 
 def in_scope(argv: list[str]) -> list[str]:
@@ -63,19 +53,19 @@ class SwitchProcess:
     def spawn(self, argv: list[str]) -> None:
         """Start the program, and hand over the configuration by its stdin. Raises Error."""
         self.scoped = argv != self.argv
-        env = {name: value for name, value in os.environ.items() if is_for_switch(name)}
         try:
-            self.process = subprocess.Popen(
-                argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                pass_fds=[*self.config["locks"], *self.files],
-                start_new_session=True,
-                env=env,
-                bufsize=0,
-            )
+            with startup.former_limits():  # it hands them on to what it runs
+                self.process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    cwd="/",
+                    pass_fds=[*self.config["locks"], *self.files],
+                    start_new_session=True,
+                    env=environment.for_switch(),
+                    bufsize=0,
+                )
         except OSError as error:
             raise Error(f"the switch process could not be started: {error}") from None
         if self.process.stdin is None or self.process.stdout is None:
