@@ -585,6 +585,7 @@ def watch_signals(agent: Agent) -> None:
 
 def agent_command(options: AgentOptions) -> int:
     """Run an agent until it is asked to stop; the exit status. Raises Error."""
+    startup.protect()
     foreign = environment.leave_others()
     try:
         home = environment.home()
@@ -592,7 +593,6 @@ def agent_command(options: AgentOptions) -> int:
         raise UsageError(str(error)) from None
     if foreign:
         tell(f"{', '.join(foreign)}: not root's own, so the home directory is {home} instead")
-    os.umask(startup.OWN_UMASK)
     state = journal.state_directory()
     for directory in (state, os.path.join(state, "deployments")):
         try:
@@ -657,6 +657,7 @@ def activate_command(options: dict[str, Any]) -> int:
     """Deploy and wait; the exit status. Raises Error."""
     import cachix_ci
 
+    startup.protect()
     timeout = options["--timeout"]
     command_line = cachix_ci.ActivateOptions(
         host=host_of(options),
