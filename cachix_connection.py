@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = 20.0  # seconds for name look-up, TCP, TLS and handshake together
 CALL_TIMEOUT = 10.0  # seconds for one report, or for sending a ping
-MAX_BODY = 1 << 26  # bytes of an answer
+MAX_BODY = 1 << 26  # bytes of an answer to `activate`
+MAX_REPORT_BODY = 1 << 20  # of an answer to an agent
+MAX_MESSAGE = 1 << 20  # of a message on a websocket
+MAX_LOG_MESSAGE = 1 << 25  # on that of a log
+LOG_PATH = "/api/v1/deploy/log/"
 MAX_RETRY_AFTER = 3600.0  # seconds for which a workspace may ask to be left alone
 
 _importing = threading.Lock()  # Python 3.9: two threads that import from a zip see half a module
@@ -152,7 +156,8 @@ def connect(peer: Peer, path: str, timeout: float = CONNECT_TIMEOUT) -> cachix_w
 
         from cachix_websocket import WebSocket
 
-    dialer, sock, url = Dialer(timeout), WebSocket(), "ws" + peer.host[4:] + path
+    limit = MAX_LOG_MESSAGE if path.startswith(LOG_PATH) else MAX_MESSAGE
+    dialer, sock, url = Dialer(timeout), WebSocket(limit), "ws" + peer.host[4:] + path
     options: dict[str, Any] = {
         "header": [f"{name}: {value}" for name, value in peer.headers().items()],
         "timeout": timeout,
@@ -266,7 +271,8 @@ def http(peer: Peer, method: str, path: str, timeout: float = 20.0, **kwargs: An
     """Make one request, and read the answer whole. `kwargs` go to `requests.Session.request`.
 
     Raises Unreachable if no answer is complete after `timeout` seconds, or if its body is larger
-    than MAX_BODY. Redirects are not followed: the token would go elsewhere.
+    than MAX_BODY, for an agent MAX_REPORT_BODY. Redirects are not followed: the token would go
+    elsewhere.
     """
     with _importing:
         import cachix_diagnosis
@@ -275,10 +281,12 @@ def http(peer: Peer, method: str, path: str, timeout: float = 20.0, **kwargs: An
     session, url = _session(), peer.host + path
     dialer, proxy = session.dialer, proxy_for(peer.host)
     dialer.set_deadline(timeout)
-    kwargs["headers"] = {**peer.headers(), **kwargs.pop("headers", {})}
+    limit = MAX_BODY if peer.name is None else MAX_REPORT_BODY
+    plain = {"Accept-Encoding": "identity"}
+    kwargs["headers"] = {**peer.headers(), **plain, **kwargs.pop("headers", {})}
     kwargs.update(timeout=timeout, verify=ca_bundle() or True)
     try:
-        call = functools.partial(session.fetch, method, url, proxy, MAX_BODY, **kwargs)
+        call = functools.partial(session.fetch, method, url, proxy, limit, **kwargs)
         answer = Answer(*within(timeout, call, dialer.hang_up))
     except (Unreachable, OSError, ValueError) as error:  # also those of requests
         _sessions.session = None

@@ -65,11 +65,11 @@ def within(
     thread.start()
     thread.join(timeout)
     if thread.problems:
-        raise thread.problems[0]
+        raise thread.problems.pop()  # else its traceback would keep the thread, and that keeps it
     if not thread.results:
         cancel()
         raise Unreachable(f"no answer within {timeout:.0f} s")
-    return thread.results[0]  # type: ignore[no-any-return]
+    return thread.results.pop()  # type: ignore[no-any-return]
 
 
 # --- sockets --------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from cachix_protocol import (
     loads,
 )
 from cachix_state import DeploymentState
+from cachix_websocket import TooLarge
 
 POLL_SECONDS = 2.0  # between two polls of a deployment, as in Cachix's client
 SOON_SECONDS = 0.1  # between two polls after the log has ended, twice as long each time
@@ -177,6 +178,8 @@ class Follower:
                 if opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
                     count += 1
                     self.take(count, frame.data)
+        except TooLarge as error:
+            raise Unreachable(str(error)) from None
         except (OSError, ValueError, websocket.WebSocketException) as error:
             if not self.stopped:
                 reason = error or type(error).__name__

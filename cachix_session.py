@@ -9,10 +9,13 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import HTTPError
 
 from cachix_diagnosis import root_cause
 from cachix_dial import Dialer
 from cachix_proxy import Proxy
+
+READ_BYTES = 1 << 16
 
 
 class Session(requests.Session):
@@ -38,7 +41,7 @@ class Session(requests.Session):
         """Make a request: status, headers and body of its answer. `options` are `request`'s.
 
         Redirects are not followed. Raises RequestException or OSError, and ValueError if the body
-        has more than `limit` bytes, or is compressed, which a peer may do to keep us busy.
+        has more than `limit` bytes, or is compressed: little of that may be much.
         """
         self.own_proxy, self.proxies = None, {}
         if proxy is not None and (proxy.is_socks or proxy.scheme == "https" and url[:5] == "http:"):
@@ -49,17 +52,25 @@ class Session(requests.Session):
             response = self.request(method, url, stream=True, allow_redirects=False, **options)
         except requests.exceptions.ProxyError as error:
             raise OSError(f"by the proxy {proxy}: {root_cause(error)}") from None
-        encoding = response.headers.get("Content-Encoding", "identity")
-        if encoding.lower() != "identity":
-            raise ValueError(f"the answer is encoded as {encoding[:20]!r}, which we never ask for")
-        response.raw.chunked = False  # http.client joins the chunks: it bounds the lines between
+        coding = response.headers.get("Content-Encoding", "identity")
+        if coding.lower() != "identity":
+            raise ValueError(f"the answer is encoded as {coding[:20]!r}, which we never ask for")
+        return response.status_code, response.headers, self.read(response.raw, limit)
+
+    def read(self, raw: Any, limit: int) -> bytes:
+        """The body of an answer as it comes over the wire. Raises OSError, or ValueError."""
         body = bytearray()
-        for chunk in response.iter_content(1 << 16):
-            body += chunk
-            if len(body) > limit:
-                raise ValueError(f"the answer is larger than {limit >> 20} MiB")
-            self.dialer.left()
-        return response.status_code, response.headers, bytes(body)
+        try:
+            while chunk := raw.read(READ_BYTES, decode_content=False):
+                body += chunk
+                if len(body) > limit:
+                    raise ValueError(f"the answer is larger than {limit >> 20} MiB")
+                self.dialer.left()
+            return bytes(body)
+        except HTTPError as error:
+            raise OSError(error) from None
+        finally:
+            body.clear()  # a traceback may keep it for long
 
     def connect(self, host: str, port: int) -> Any:
         """A TCP connection to a host, or to a proxy that requests talks to. Raises OSError."""

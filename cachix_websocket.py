@@ -1,25 +1,69 @@
-"""websocket-client's WebSocket, but it answers a close with the server's own code."""
+"""websocket-client's WebSocket, with an end to the memory that it takes for a message."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Optional
 
 import websocket
 
+MOST_FRAGMENTS = 4096  # of a message
+
+
+class TooLarge(websocket.WebSocketException):
+    """A message, or what is announced of it, is larger than the limit."""
+
+
+class _Frames(websocket.frame_buffer):
+    """Frames as they are received, none of which is larger than `limit` bytes."""
+
+    limit: int
+
+    def recv_length(self) -> None:
+        """Receive the length of a frame. Raises TooLarge."""
+        super().recv_length()
+        if self.length is not None and self.length > self.limit:
+            self.length, self.limit = 0, -1  # nothing more is read
+            raise TooLarge
+
 
 class WebSocket(websocket.WebSocket):
-    """A websocket whose answer to a close has the code that it received, as RFC 6455 advises."""
+    """A websocket that takes messages of at most `limit` bytes.
 
-    def __init__(self) -> None:
+    Its answer to a close has the code that it received, as RFC 6455 advises.
+    """
+
+    def __init__(self, limit: int) -> None:
         super().__init__(enable_multithread=True, skip_utf8_validation=True)
+        self.limit, self.size, self.fragments = limit, 0, 0  # of the message that is received
+        self.frame_buffer = _Frames(self._recv, True)
+        self.frame_buffer.limit = limit
         self.close_code: Optional[bytes] = None  # as received; empty if the close had none
 
     def recv_frame(self) -> Any:
-        """Receive a frame, and keep the code of a close."""
-        frame = super().recv_frame()  # type: ignore[no-untyped-call]
+        """Receive a frame, and keep the code of a close. Raises TooLarge."""
+        try:
+            frame = super().recv_frame()  # type: ignore[no-untyped-call]
+            if frame:
+                self.count(frame)
+        except TooLarge:
+            with contextlib.suppress(OSError, ValueError, websocket.WebSocketException):
+                self.send_close(websocket.STATUS_MESSAGE_TOO_BIG)
+            raise TooLarge(f"a message of more than {self.limit >> 20} MiB") from None
         if frame and frame.opcode == websocket.ABNF.OPCODE_CLOSE:
             self.close_code = frame.data[:2]
         return frame
+
+    def count(self, frame: Any) -> None:
+        """Add a frame to the message that it belongs to. Raises TooLarge."""
+        if frame.opcode >= websocket.ABNF.OPCODE_CLOSE:  # those that control belong to none
+            return
+        self.size += len(frame.data)
+        self.fragments += 1
+        if self.size > self.limit or self.fragments > MOST_FRAGMENTS:
+            raise TooLarge
+        if frame.fin:
+            self.size = self.fragments = 0
 
     def send_close(self, *arguments: Any, **options: Any) -> None:
         """Send a close. The library does so too whenever it has received one."""

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "cachix_cache": "cachix_protocol",
     "cachix_plain": "cachix_console cachix_protocol",
     "cachix_options": f"cachix_cache cachix_plain cachix_signed {FLOOR} {SHARED}",
-    "cachix_follow": f"cachix_state cachix_diagnosis {FLOOR} activate.text",
+    "cachix_follow": f"cachix_state cachix_diagnosis cachix_websocket {FLOOR} activate.text",
     "cachix_reports": f"cachix_channels cachix_repeats {FLOOR}"
     " activate.history activate.journal activate.lock activate.logfile activate.outcomes"
     " activate.text",
