@@ -23,6 +23,7 @@ from activate import (
     history,
     holder,
     journal,
+    lock,
     machine,
     nix,
     outcomes,
@@ -602,6 +603,8 @@ def agent_command(options: AgentOptions) -> int:
         except OSError as error:  # each deployment will fail with this reason: better than no agent
             hint = "set STATE_DIRECTORY to a directory that can be written"
             complain(Error(f"{directory} can't be created ({error.strerror}): {hint}"))
+    if problem := lock.foreign(lock.shared_path("agent", options.name)):
+        tell(f"{problem}: going on without the locks there, which Cachix's own agent would take")
     agent = Agent(options, state)
     if options.bootstrap:
         watch_signals(agent)

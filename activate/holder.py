@@ -49,8 +49,9 @@ class Locks:
 def take(entry: journal.Journal) -> Optional[Locks]:
     """The locks of a deployment; None while another process holds any.
 
-    Raises Error if that of Cachix's client can't be made. Once the machine has been changed no file
-    that can't be made stops a rollback.
+    Raises Error if that of Cachix's client can't be made, but it is done without where another user
+    owns the directory. Once the machine has been changed no file that can't be made stops a
+    rollback.
     """
     record, locks = entry.record, []
     shared = lock.shared_path("deployment", record.agent)
@@ -58,6 +59,8 @@ def take(entry: journal.Journal) -> Optional[Locks]:
         for path, text in ((shared, record.id), (own_path(entry), None)):
             try:
                 taken = lock.take(path, text=text)
+            except lock.ForeignDirectory:
+                continue
             except OSError as error:
                 if path == shared and record.step in journal.HARMLESS:
                     raise Error(f"{path} can't be locked: {error.strerror}") from None

@@ -27,6 +27,10 @@ FLOCK = "hhqqi4x"  # struct flock: type, whence, start, length, pid
 WHOLE_FILE = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
+class ForeignDirectory(PermissionError):
+    """The directory of a lock belongs to another user, who could let us write anywhere."""
+
+
 @dataclass(frozen=True)
 class Lock:
     """A lock that is held until `close`. `fd` may be inherited by a child."""
@@ -85,21 +89,35 @@ def take(
 
 
 def _open(path: str) -> Lock:
-    """The file of a lock, which is not taken yet. Raises OSError.
+    """The file of a lock, which is not taken yet. Raises ForeignDirectory, or another OSError.
 
-    Neither a link is followed nor the directory of another user used: whoever owns it could let us
-    write anywhere.
+    No link is followed.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     for _ in range(TRIES):
         directory = os.path.dirname(path)
+        if problem := foreign(path):
+            raise ForeignDirectory(errno.EPERM, problem, path)
         os.makedirs(directory, mode=0o700, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # its directory was deleted this very moment
-            owner = os.stat(directory).st_uid
-            if owner not in (0, os.geteuid(), NOBODY):
-                raise PermissionError(errno.EPERM, f"{directory} belongs to user {owner}", path)
             return Lock(path, os.open(path, flags, 0o600))
     raise OSError(errno.ESTALE, "its directory is deleted again and again", path)
+
+
+def foreign(path: str) -> str:
+    """A message if the directory of a lock, or that which it would be made in, is another user's.
+
+    Such a lock is neither taken nor asked about.
+    """
+    directory = os.path.dirname(path)
+    while not os.path.lexists(directory):
+        directory = os.path.dirname(directory) or "/"
+    try:
+        owner = os.stat(directory).st_uid
+    except OSError:
+        return ""
+    mine = owner in (0, os.geteuid(), NOBODY)
+    return "" if mine else f"{directory} belongs to user {owner}"
 
 
 def _try(fd: int) -> bool:
@@ -117,7 +135,9 @@ def _try(fd: int) -> bool:
 def held(path: str) -> bool:
     """Whether any process holds the lock of file `path`. On Linux, asking never takes the lock."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        if foreign(path):
+            return False
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return False
     try:

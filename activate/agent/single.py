@@ -80,20 +80,23 @@ def _runs(pid: int) -> bool:
 def take(state: str, name: str) -> bool:
     """Take the locks of an agent's name for as long as this process lives, if nobody has any.
 
-    Raises Error if they can't be taken for another reason.
+    The one of Cachix's client is not taken where another user owns its directory. Raises Error if
+    they can't be taken for another reason.
     """
     shared_path = lock.shared_path("agent", name)
     try:
-        shared = lock.take(shared_path)
-        if shared is None:
-            return False
-        own = None
-        with contextlib.suppress(OSError):  # a state that can't be written must stop no agent
-            own = lock.take(own_path(state, name), text=str(os.getpid()))
-            if own is None:
-                shared.close()
+        shared = None
+        if is_usable := not lock.foreign(shared_path):
+            shared = lock.take(shared_path)
+            if shared is None:
                 return False
-        _write_pid(pid_path(name))
+        with contextlib.suppress(OSError):  # a state that can't be written must stop no agent
+            if lock.take(own_path(state, name), text=str(os.getpid())) is None:
+                if shared is not None:
+                    shared.close()
+                return False
+        if is_usable:
+            _write_pid(pid_path(name))
     except OSError as error:
         hint = "set XDG_CACHE_HOME to a directory that can be written"
         raise Error(f"{shared_path} can't be locked: {error.strerror}; {hint}") from None
