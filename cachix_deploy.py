@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
-import cachix_cache
 import cachix_console
+import cachix_source
 from activate import (
     environment,
     files,
@@ -58,7 +58,6 @@ from cachix_protocol import (
     UsageError,
     decode_to_agent,
 )
-from cachix_proxy import for_nix
 from cachix_repeats import Repeats
 from cachix_reports import Reported, Reporter
 from cachix_secret import OwnToken
@@ -67,7 +66,6 @@ if TYPE_CHECKING:
     import websocket
 
 STOP_TIMEOUT = 8.0  # seconds from SIGTERM to the exit, whatever hangs
-PUBLIC_CACHE = "cache.nixos.org-"  # how its keys begin: it signs whatever is in nixpkgs
 EXIT_TIMEOUT = 6.0  # seconds for a deployment to stop before "go"; `still_wanted` takes up to 5
 
 
@@ -291,31 +289,10 @@ class Worker(threading.Thread):
         while self.registered is None:  # we may be finishing an earlier agent's deployment
             if self.stop.wait(0.1):
                 raise Error("the agent is exiting")
+        pinned, config = self.options.trusted_keys, self.nix_config
         cache, peer = self.registered.cache, self.options.peer
-        configured = self.nix_config.get("trusted-public-keys", "").split()
-        own = tuple(key for key in configured if not key.startswith(PUBLIC_CACHE))
-        pinned = self.options.trusted_keys
-        if cache is None:
-            environment.proxies = for_nix()
-            yield nix.Source(signers=pinned or own)
-            return
-        offer = cachix_cache.offer(peer.host, cache)
-        signers = pinned or tuple(dict.fromkeys([*offer.keys, *own]))
-        keys = tuple(dict.fromkeys([*configured, *signers]))
-        environment.proxies = for_nix(offer.url)
-        note = f"the cache is on another host than --host: {offer.url}" * offer.is_elsewhere
-        source = nix.Source(offer.url, keys, signers=signers, note=note)
-        if offer.is_public or not offer.is_near:
-            yield replace(source, is_far=not (offer.is_public or offer.is_near))
-            return
-        others = self.nix_config.get("netrc-file", "")
-        file = netrc.write_netrc(self.state, offer.url, peer.token, others)
-        try:
-            yield replace(source, netrc=file.path)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(file.path)
-            file.close()
+        with cachix_source.source(cache, peer, pinned, config, self.state) as source:
+            yield source
 
     def still_wanted(self, entry: journal.Journal) -> None:
         """Check that the deployment is still to be activated, right before anything changes.

@@ -8,6 +8,7 @@ import re
 from typing import Callable, Optional
 
 from activate import files
+from activate.text import hide
 from cachix_connection import Peer
 from cachix_errors import Refused
 
@@ -26,6 +27,7 @@ class OwnToken:
         self.peer, self.keeps, self.tell = peer, keeps, tell
         self.given = peer.token
         self.own = self._load()
+        hide(self.own or self.given)
         peer.token = self.own or self.given
 
     def _load(self) -> Optional[str]:
@@ -48,6 +50,7 @@ class OwnToken:
             return False
         if not SECRET.fullmatch(token):
             return False
+        hide(token)
         content = {"host": self.peer.host, "token": token}
         try:
             files.write_durably(self.path, json.dumps(content).encode())

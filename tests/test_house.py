@@ -15,12 +15,14 @@ from hosts import PROJECT
 SHARED = "activate activate.kinds"
 FLOOR = "cachix_connection cachix_console cachix_protocol"
 MAY_IMPORT = {
-    "cachix_deploy": f"cachix_ci cachix_options cachix_reports cachix_channels cachix_cache {FLOOR}"
-    " cachix_proxy cachix_repeats cachix_gate cachix_secret"
+    "cachix_deploy": f"cachix_ci cachix_options cachix_reports cachix_channels {FLOOR}"
+    " cachix_source cachix_repeats cachix_gate cachix_secret"
     f" {SHARED} activate.agent",
     "cachix_ci": f"cachix_follow cachix_signed {FLOOR} activate.text",
     "cachix_gate": "cachix_signed cachix_ed25519 cachix_protocol activate",
     "cachix_secret": "cachix_connection cachix_errors activate",
+    "cachix_source": "cachix_cache cachix_connection cachix_protocol cachix_proxy activate"
+    " activate.agent",
     "cachix_signed": "cachix_ed25519 cachix_protocol",
     "cachix_ed25519": "",
     "cachix_state": "cachix_protocol activate.text",
