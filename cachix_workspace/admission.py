@@ -53,6 +53,9 @@ def _reading(workspace: Workspace) -> Iterator[Connection]:
             yield connection
     except Refusal as refusal:
         _note_refusal(workspace, str(refusal))
+        is_unknown = refusal.code == 401 and "Authorization" in request.headers
+        if is_unknown and workspace.refusals.is_too_many(request.remote_addr or ""):
+            raise Refusal(429, f"too many unknown tokens from this address: {refusal}") from None
         raise
 
 

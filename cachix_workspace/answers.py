@@ -38,7 +38,7 @@ def _refused(error: Refusal) -> Response:
         # a browser that is asked for a password would send it along with every request from then on
         basic, bearer = 'Basic realm="workspace", charset="UTF-8"', 'Bearer realm="workspace"'
         answer.headers["WWW-Authenticate"] = basic if request.path.startswith("/cache/") else bearer
-    if error.code == 503:
+    if error.code in (429, 503):
         answer.headers["Retry-After"] = "5"
     return answer
 

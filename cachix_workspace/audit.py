@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, select
@@ -13,6 +14,7 @@ from cachix_workspace.tables import audit
 
 MAX_DETAIL = 2000  # characters
 PAUSE = 60.0  # seconds between two entries on refusals of one address
+MOST_WRONG = 100
 MOST_ADDRESSES = 1000  # that are remembered, and that may be noted within PAUSE
 
 
@@ -51,6 +53,21 @@ class Refusals:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._noted: dict[str, float] = {}
+        self._wrong: Counter[str] = Counter()  # unknown tokens by address, since `_since`
+        self._since = time.monotonic()
+
+    def is_too_many(self, address: str) -> bool:
+        """Count an unknown token of this address; whether there were MOST_WRONG in PAUSE seconds.
+
+        Nobody guesses a token, but each try costs a look-up.
+        """
+        with self._lock:
+            if time.monotonic() > self._since + PAUSE:
+                self._since = time.monotonic()
+                self._wrong.clear()
+            if len(self._wrong) < MOST_ADDRESSES or address in self._wrong:
+                self._wrong[address] += 1
+            return self._wrong[address] > MOST_WRONG
 
     def is_due(self, address: str) -> bool:
         """Whether to note a refusal of this address. Then the next one is not due for a while."""

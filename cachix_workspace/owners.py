@@ -20,8 +20,9 @@ from cachix_workspace.tokens import Token
 
 def check(connection: Connection, token: Token, name: str) -> None:
     """Raises Refusal (403) if an agent of this name can't connect with the token."""
-    token.check_agent(name)
     agent = all_agents.find_known(connection, name)
+    if not token.is_unbound:
+        token.check_agent(name)
     problem = _problem(connection, agent, token, name)
     if problem:
         raise Refusal(403, problem)
@@ -47,6 +48,9 @@ def _problem(connection: Connection, agent: AgentRow | None, token: Token, name:
     """Why the name is not the token's; empty if it is."""
     if agent is None or agent.token_id == token.id:
         return ""
+    if token.is_unbound and agent.token_id is not None:
+        hint = f"`cachix-workspace token create agent --name={name}` makes another"
+        return f"{name} has a token, and this one is for an agent that is new: {hint}"
     if agent.owner_id not in (None, token.id):
         move = f"if it was reinstalled: `cachix-workspace agent move {name}`"
         return f"{name} belongs to another machine; {move}"
@@ -83,6 +87,8 @@ def admit(connection: Connection, token: Token, agent: AgentRow) -> str | None:
     if problem:
         raise Refusal(403, problem)
     _check_count(connection, agent, token)
+    if token.is_unbound:
+        all_tokens.bind(connection, token, agent.name)
     changes: dict[str, int | str | None] = {}
     if agent.token_id != token.id:
         changes = {"token_id": token.id, "token_since": utc_now()}

@@ -53,7 +53,9 @@ tokens = Table(
     Column("expires_on", String),
     Column("revoked_on", String),
     Column("used_on", String),  # within some minutes
-    Column("agents", String),  # patterns of names, separated by commas; null for any agent
+    Column(
+        "agents", String
+    ),  # patterns of names, separated by commas; null for any agent, empty before the first
     Column("issued_by", Integer),  # the enrolment token that an agent got this one for
     Column("most", Integer),  # agents that may enrol
     Column("replaces", Integer),  # the token that this one is the successor of

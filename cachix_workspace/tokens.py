@@ -47,10 +47,14 @@ class Token:
     replaces: int | None = None
 
     @property
+    def is_unbound(self) -> bool:
+        """Whether the token is for the first agent that connects with it, and none has."""
+        return self.kind == AGENT and self.agents == ""
+
+    @property
     def is_enrolment(self) -> bool:
         """Whether agents of many names may use it, each of which gets a token of its own."""
-        is_one = self.agents is None or not any(sign in self.agents for sign in "*,")
-        return self.kind == AGENT and not is_one
+        return self.kind == AGENT and self.agents is not None and not self.is_for_one
 
     @property
     def label(self) -> str:
@@ -70,6 +74,8 @@ class Token:
 
     def check_agent(self, name: str) -> None:
         """Raises Refusal (403) unless an agent of this name may use the token."""
+        if self.is_unbound:
+            raise Refusal(403, "no agent has connected with this token so far")
         if not self.allows(name):
             one, many = f"belongs to agent {self.agents}", f"is for agents {self.agents}"
             owner = one if self.is_for_one else many
@@ -121,8 +127,8 @@ def create(
 ) -> tuple[int, str]:
     """Create a token; its number and its secret.
 
-    `expires_in` is in days, `agents` are checked patterns of names, None for any agent. Only tests
-    choose the `secret`. `more` has the columns `issued_by`, `most` and `replaces`.
+    `expires_in` is in days, `agents` are checked patterns of names, None for any agent, empty for
+    the first that connects. Only tests choose the `secret`. `more` has the columns `issued_by`, `most` and `replaces`.
     """
     secret = secret or f"{kind}-{secrets.token_urlsafe(32)}"
     query = insert(tokens).values(
@@ -189,6 +195,12 @@ def successor(connection: Connection, token_id: int) -> Token | None:
     query = select(tokens).where((tokens.c.replaces == token_id) & tokens.c.revoked_on.is_(None))
     row = connection.execute(query.limit(1)).one_or_none()
     return None if row is None else Token(**row._mapping)
+
+
+def bind(connection: Connection, token: Token, name: str) -> None:
+    """Make a token that of the first agent that connects with it."""
+    mine = (tokens.c.id == token.id) & (tokens.c.agents == "")
+    connection.execute(update(tokens).where(mine).values(agents=name))
 
 
 def note_first_use(connection: Connection, token: Token) -> None:

@@ -68,14 +68,16 @@ class Workspace:
     def token(self, kind: str, *args: str) -> str:
         """Return a token of a kind (agent, activate, admin).
 
-        It is always the same one; with `args` for `token create` it is a new one. The command
+        It is always the same one, and one for agents is shared; with `args` for `token create` it
+        is a new one. The command
         refuses `--expires=0`: a token that has expired is given a nanosecond of a day to live.
         """
         if args:
             args = tuple("--expires=1e-9" if arg == "--expires=0" else arg for arg in args)
             return self.cli("token", "create", kind, *args)
         if kind not in self.tokens:
-            self.tokens[kind] = self.cli("token", "create", kind)
+            shared = ["--shared"] if kind == "agent" else []  # its agents have many names
+            self.tokens[kind] = self.cli("token", "create", kind, *shared)
         return self.tokens[kind]
 
     def cache(self, name: str = "main", private: bool = False) -> Files:

@@ -110,10 +110,12 @@ def create_all(
 
 
 def agents_of(options: dict[str, Any]) -> str | None:
-    """The agents that a token is for; None for any. Raises UsageError."""
+    """The agents that a token is for: None for any, empty for the first. Raises UsageError."""
     given = [option for option in ("--name", "--names", "--agents") if options[option] is not None]
+    if options["--shared"] and not options["agent"]:
+        raise UsageError("--shared is for agent tokens: other ones are for all agents anyway")
     if not given:
-        return None
+        return "" if options["agent"] and not options["--shared"] else None
     (option,), text = given, str(options[given[0]])
     if (option == "--agents") == bool(options["agent"]):
         right = "--name or --names" if options["agent"] else "--agents"
@@ -194,12 +196,12 @@ def list_all(options: dict[str, Any]) -> None:
     if options["--json"]:
         show_json([_facts(token, now) | {"used_by": users[token.id]} for token in rows])
         return
-    some = any(token.agents for token in rows)
+    some = any(token.agents is not None for token in rows)
     table = [["ID", "KIND", "STATE", *["AGENTS"] * some, "CREATED", "EXPIRES", "DESCRIPTION"]]
     for token in rows:
         kind = _kind(token)
         dates = [token.created_on[:10], (token.expires_on or "-")[:10]]
-        agents = [token.agents or "any"] * some
+        agents = [token.agents or ("the first" if token.is_unbound else "any")] * some
         table.append([str(token.id), kind, token.state(now), *agents, *dates, token.description])
     show_table(table)
     replaced = {token.replaces: token.id for token in rows if token.replaces is not None}
@@ -217,7 +219,7 @@ def _kind(token: tokens.Token) -> str:
         return "agent's own"
     if token.is_enrolment:
         return "agent, enrols"
-    return "agent" if token.agents else "agent, shared"
+    return "agent, shared" if token.agents is None else "agent"
 
 
 def _facts(token: tokens.Token, now: str) -> dict[str, Any]:

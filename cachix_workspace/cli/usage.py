@@ -18,7 +18,7 @@ Usage:
                          [--max-log=MIB]
   cachix-workspace token create (agent | activate | admin) [--description=TEXT]
                                 [--expires=DAYS] [--cache=NAME] [--data=DIR]
-                                [--name=NAME | --names=PATTERNS | --agents=PATTERNS]
+                                [--name=NAME | --names=PATTERNS | --agents=PATTERNS | --shared]
                                 [--out=FILE | --names-from=FILE --out-dir=DIR] [--count=N]
   cachix-workspace token list [--json] [--data=DIR]
   cachix-workspace token rotate ID [--out=FILE] [--data=DIR]
@@ -74,7 +74,9 @@ Options:
                        [default: 256].
   --description=TEXT   What the token is for.
   --expires=DAYS       The token expires after so many days. By default it never does.
-  --name=NAME          The only agent that an agent token is for. By default any may use it.
+  --name=NAME          The only agent that an agent token is for. By default it is the first one
+                       that connects with it, if its name is new.
+  --shared             Any agent may use the token, and take the place of another one by its name.
   --names=PATTERNS     The agents that an agent token is for, such as web,db-* or *. It is an
                        enrolment token: each agent of cachix-deploy that comes with it gets a token
                        of its own, keeps it, and from then on nobody else can use its name.
