@@ -138,15 +138,11 @@ def test_an_agent_prints_nothing_that_a_workspace_forges(host, peer):
     connection.send_text(message(f"{EVIL}\nforged", {}))
     connection.send_text(message("Deployment", {"id": EVIL, "storePath": "x", "index": 1}))
     agent.wait_for("unknown tag")
-    for number, spelling in enumerate(SPELLINGS, 2):
-        reason = spelling if len(spelling) < 120 else spelling[:120]
-        peer.agent().close(4000, reason)
-        wait_until(lambda seen=number: len(peer.heads("/ws")) >= seen, what="the next connection")
-    peer.agent().close(4000, f"{EVIL}\rforged"[:100])
-    refusal = {"error": f"no {TOKEN} {EVIL}\nforged" + "x" * 100_000}
-    peer.answer("GET /ws", lambda request: (403, refusal))
-    peer.misbehave("/ws", "500", 1)
-    wait_until(lambda: agent.text().count("(4000)") >= len(SPELLINGS) + 1, what="the closes")
+    for reason in (*SPELLINGS, f"{EVIL}\rforged"):
+        connection = peer.agent()
+        connection.close(4000, reason)
+        wait_until(lambda former=connection: peer.agent() is not former, what="a new connection")
+    agent.wait_for(r"\(4000\)")
     text = agent.text()
     assert agent.process.poll() is None and not shows_token(text)
     lines = text.split("\n")
@@ -324,7 +320,7 @@ from activate import process, startup
 startup.protect()
 startup.protect()
 print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE)[0])
-print(oct(os.umask(0)), len(os.listdir("/proc/self/fd")) > 2, open("/proc/self/environ").read(0))
+print(oct(os.umask(0)), os.path.exists(f"/proc/self/fd/{os.open('/', os.O_RDONLY)}"))
 print(process.output(["sh", "-c", "umask; ulimit -S -c"]).split())
 print(resource.getrlimit(resource.RLIMIT_CORE)[0])
 """
@@ -346,7 +342,7 @@ def test_a_protected_process_dumps_nothing_and_what_it_runs_may(tmp_path):
         done = subprocess.run(
             argv, capture_output=True, text=True, preexec_fn=limit, cwd="/", **more
         )
-        expected = ["0 0", "0o77 True ", "['0022', '8']", "0"]  # blocks of 512 bytes
+        expected = ["0 0", "0o77 True", "['0022', '8']", "0"]  # blocks of 512 bytes
         assert done.stdout.splitlines() == expected, done.stderr
 
 
