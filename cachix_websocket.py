@@ -49,6 +49,7 @@ class WebSocket(websocket.WebSocket):
         except TooLarge:
             with contextlib.suppress(OSError, ValueError, websocket.WebSocketException):
                 self.send_close(websocket.STATUS_MESSAGE_TOO_BIG)
+            self.shutdown()  # type: ignore[no-untyped-call]  # or its sender would wait for us
             raise TooLarge(f"a message of more than {self.limit >> 20} MiB") from None
         if frame and frame.opcode == websocket.ABNF.OPCODE_CLOSE:
             self.close_code = frame.data[:2]
