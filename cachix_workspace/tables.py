@@ -53,9 +53,8 @@ tokens = Table(
     Column("expires_on", String),
     Column("revoked_on", String),
     Column("used_on", String),  # within some minutes
-    Column(
-        "agents", String
-    ),  # patterns of names, separated by commas; null for any agent, empty before the first
+    # patterns of names, separated by commas; null for any, empty before the first one connects
+    Column("agents", String),
     Column("issued_by", Integer),  # the enrolment token that an agent got this one for
     Column("most", Integer),  # agents that may enrol
     Column("replaces", Integer),  # the token that this one is the successor of

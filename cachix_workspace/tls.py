@@ -19,6 +19,8 @@ from cachix_protocol import Error
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+# Else an upload that is broken off here could get no answer. Not every Python sets or names it.
+IGNORE_UNEXPECTED_EOF = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 1 << 7)
 
 
 class TlsSocket(ssl.SSLSocket):
@@ -127,6 +129,7 @@ def load(certificate: Path, key: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.sslsocket_class = TlsSocket
+    context.options |= IGNORE_UNEXPECTED_EOF
     try:
         context.load_cert_chain(certificate, key, password=_no_password)
     except ssl.SSLError as error:

@@ -128,7 +128,8 @@ def create(
     """Create a token; its number and its secret.
 
     `expires_in` is in days, `agents` are checked patterns of names, None for any agent, empty for
-    the first that connects. Only tests choose the `secret`. `more` has the columns `issued_by`, `most` and `replaces`.
+    the first that connects. Only tests choose the `secret`. `more` has the columns `issued_by`,
+    `most` and `replaces`.
     """
     secret = secret or f"{kind}-{secrets.token_urlsafe(32)}"
     query = insert(tokens).values(

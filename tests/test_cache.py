@@ -32,7 +32,6 @@ def host(text):
         ("http://localhost", {}, "http://mycache.localhost", f"mycache.localhost-1:{KEY}"),
         ("http://localhost:80", {}, "http://mycache.localhost:80", f"mycache.localhost-1:{KEY}"),
         ("https://a.b/deploy", {}, "https://mycache.a.b", f"mycache.a.b-1:{KEY}"),
-        ("https://joe:pw@a.b", {}, "https://mycache.a.b", f"mycache.a.b-1:{KEY}"),
         ("https://a.b", {"uri": "http://c:1/x"}, "http://c:1/x", f"mycache.a.b-1:{KEY}"),
         ("https://a.b", {"publicKey": OWN}, "https://mycache.a.b", OWN),
         ("http://bücher.example", {"uri": "http://c"}, "http://c",

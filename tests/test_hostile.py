@@ -262,8 +262,8 @@ BOMB = gzip.compress(b"\0" * (64 * MEBIBYTE), 9)
             "larger than 1 MiB",
         ),
         ("Transfer-Encoding: chunked", b"1" * 8 * MEBIBYTE, ""),
-        (f"Content-Encoding: gzip\r\nContent-Length: {len(BOMB)}", BOMB, "is compressed"),
-        (f"Content-Encoding: gzip, gzip\r\nContent-Length: {len(BOMB)}", BOMB, "is compressed"),
+        (f"Content-Encoding: gzip\r\nContent-Length: {len(BOMB)}", BOMB, "is encoded as"),
+        (f"Content-Encoding: gzip, gzip\r\nContent-Length: {len(BOMB)}", BOMB, "is encoded as"),
     ],
     ids=["large", "endless", "chunked", "endless-chunk-size", "gzip", "gzip-gzip"],
 )
@@ -338,7 +338,10 @@ def test_a_protected_process_dumps_nothing_and_what_it_runs_may(tmp_path):
         resource.setrlimit(resource.RLIMIT_CORE, (4096, 8192))
 
     for more in ({}, user_of_test()):
-        argv = [sys.executable, "-c", PROTECTED, str(PROJECT)]
+        python = "/usr/bin/python3" if more else sys.executable  # which may be below /root
+        if not os.path.exists(python):
+            pytest.skip("the user of the test has no Python of Debian's")
+        argv = [python, "-c", PROTECTED, str(PROJECT)]
         done = subprocess.run(
             argv, capture_output=True, text=True, preexec_fn=limit, cwd="/", **more
         )

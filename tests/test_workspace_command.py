@@ -84,7 +84,7 @@ CACHE_FORMS = """\
 CREATE_FORM = """\
   cachix-workspace token create (agent | activate | admin) [--description=TEXT]
                                 [--expires=DAYS] [--cache=NAME] [--data=DIR]
-                                [--name=NAME | --names=PATTERNS | --agents=PATTERNS]
+                                [--name=NAME | --names=PATTERNS | --agents=PATTERNS | --shared]
                                 [--out=FILE | --names-from=FILE --out-dir=DIR] [--count=N]
 """
 

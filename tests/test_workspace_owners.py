@@ -6,7 +6,6 @@ import json
 import re
 import sqlite3
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import closures
@@ -178,11 +177,42 @@ def test_revoking_an_enrolment_token_leaves_its_agents_unless_asked(peer: Peer) 
     assert answer_to(peer, own, "web").startswith("403 the token that web kept was taken back")
 
 
-def test_tokens_of_earlier_releases_are_shared(tmp_path: Path) -> None:
+def test_a_token_without_a_name_is_for_the_first_agent_that_is_new(peer: Peer) -> None:
+    peer.registered("known").close()
+    one = create(peer, "agent")
+    refused = answer_to(peer, one, "known")
+    assert refused.startswith("403 known has a token, and this one is for an agent that is new: ")
+    assert "token create agent --name=known" in refused
+    deployment = peer.activate({"known": STORE_PATHS[0]})["known"]
+    status = f"/api/v1/deploy/deployment/{deployment}/status"
+    body = {"status": SUCCEEDED, "time": "T"}
+    answer = peer.http("PUT", status, one, json=body, headers={"name": "known"})
+    assert answer.status_code == 403 and "no agent has connected" in answer.text
+    assert "the first" in peer.server.command("token", "list")
+    assert answer_to(peer, one, "new") == "101"
+    assert answer_to(peer, one, "other").startswith("403 this token belongs to agent new, and not")
+    shared = create(peer, "agent", "--shared")
+    for name in ("known", "new", "third"):
+        assert answer_to(peer, shared, name) == "101"
+    data = f"--data={peer.server.data}"
+    refusal = command("token", "create", "activate", "--shared", data, status=64).stderr
+    assert "--shared is for agent tokens" in refusal
+
+
+def test_whoever_tries_tokens_is_told_to_wait_and_others_are_not(peer: Peer) -> None:
+    path = "/api/v1/deploy/deployments"
+    answers = [peer.http("GET", path, f"activate-{i}") for i in range(110)]
+    assert [answer.status_code for answer in answers] == [401] * 100 + [429] * 10
+    assert answers[-1].headers["Retry-After"]
+    assert peer.http("GET", path).status_code == 200
+
+
+def test_tokens_of_earlier_releases_are_shared(peer: Peer) -> None:
     """They have no names, and nobody is bound by them."""
-    data = tmp_path / "data"
-    command("token", "create", "agent", f"--data={data}")
-    assert "agent, shared" in command("token", "list", f"--data={data}").stdout
+    old = peer.server.token("agent")
+    assert "agent, shared" in peer.server.command("token", "list")
+    for name in ("web", "db"):
+        assert "secret" not in register(peer, old, name, **OURS)
 
 
 # --- rotation -------------------------------------------------------------------------------------
@@ -213,7 +243,7 @@ def test_a_token_of_ci_ends_when_its_successor_is_used(peer: Peer) -> None:
 
 
 def test_a_token_of_agents_ends_for_each_by_itself(peer: Peer) -> None:
-    old = create(peer, "agent", "--description=fleet")
+    old = create(peer, "agent", "--shared", "--description=fleet")
     for name in ("web", "db"):
         register(peer, old, name)
     number = number_of(peer, description="fleet")
@@ -254,7 +284,9 @@ def test_the_token_that_an_agent_keeps_is_not_rotated_by_hand(peer: Peer) -> Non
 def test_tokens_that_expire_soon_are_warned_of() -> None:
     with running() as server:
         secrets = {
-            days: server.command("token", "create", "agent", f"--expires={days}").strip()
+            days: server.command(
+                "token", "create", "agent", "--shared", f"--expires={days}"
+            ).strip()
             for days in (2, 10, 20)
         }
         ci = server.command("token", "create", "activate", "--expires=10").strip()
