@@ -89,6 +89,7 @@ def admit(connection: Connection, token: Token, agent: AgentRow) -> str | None:
     _check_count(connection, agent, token)
     if token.is_unbound:
         all_tokens.bind(connection, token, agent.name)
+        (all_tokens.get(connection, token.id) or token).check_agent(agent.name)
     changes: dict[str, int | str | None] = {}
     if agent.token_id != token.id:
         changes = {"token_id": token.id, "token_since": utc_now()}

@@ -189,7 +189,7 @@ def test_a_token_without_a_name_is_for_the_first_agent_that_is_new(peer: Peer) -
     answer = peer.http("PUT", status, one, json=body, headers={"name": "known"})
     assert answer.status_code == 403 and "no agent has connected" in answer.text
     assert "the first" in peer.server.command("token", "list")
-    assert answer_to(peer, one, "new") == "101"
+    register(peer, one, "new")
     assert answer_to(peer, one, "other").startswith("403 this token belongs to agent new, and not")
     shared = create(peer, "agent", "--shared")
     for name in ("known", "new", "third"):
@@ -197,6 +197,16 @@ def test_a_token_without_a_name_is_for_the_first_agent_that_is_new(peer: Peer) -
     data = f"--data={peer.server.data}"
     refusal = command("token", "create", "activate", "--shared", data, status=64).stderr
     assert "--shared is for agent tokens" in refusal
+
+
+def test_two_agents_at_once_do_not_share_a_token_without_a_name(peer: Peer) -> None:
+    secret = create(peer, "agent")
+    rivals = [Connection(peer.server.port) for _ in range(8)]
+    for number, rival in enumerate(rivals):
+        rival.send(handshake("/ws", secret, name=f"rival-{number}"))
+    for rival in rivals:
+        rival.close()
+    wait_until(lambda: len([each for each in listed(peer, "agent") if each["token"]]) == 1, 10)
 
 
 def test_whoever_tries_tokens_is_told_to_wait_and_others_are_not(peer: Peer) -> None:
