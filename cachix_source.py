@@ -31,7 +31,7 @@ def source(
     own = tuple(key for key in configured if not key.startswith(PUBLIC_CACHE))
     if cache is None:
         environment.proxies = for_nix()
-        yield nix.Source(signers=pinned or own)
+        yield nix.Source(keys=tuple(configured), signers=pinned or own)
         return
     offer = cachix_cache.offer(peer.host, cache)
     signers = pinned or tuple(dict.fromkeys([*offer.keys, *own]))

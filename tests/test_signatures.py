@@ -112,6 +112,21 @@ def test_where_the_workspace_names_no_cache_a_key_of_the_machine_counts(host, ca
     assert deploy(peer, path)[0] == signed
 
 
+def test_no_key_at_all_does_not_mean_whatever_is_in_nixpkgs(host, cache, peer):
+    """A stolen workspace could name no cache, and order an old package with a known hole."""
+    cache.key = Key("cache.nixos.org-1")
+    path, built = closures.plain(cache, 1), closures.plain(cache, 2)
+    with open(host.directory / "etc/nix.conf", "a") as conf:
+        conf.write(f"trusted-public-keys = {cache.key.public}\nsubstituters = {cache.url}\n")
+    import_unsigned(host, cache, built)
+    peer.cache = None
+    start(host, peer)
+    for _ in range(2):  # the first one has downloaded it
+        succeeded, line = deploy(peer, path)
+        assert not succeeded and "only cache.nixos.org has signed it" in line
+    assert deploy(peer, built)[0]
+
+
 def test_a_pinned_key_counts_for_what_is_there_already(host, cache, peer):
     path, pinned = closures.plain(cache, 1), Key("pinned-1", b"p" * 32)
     host.fetch(cache.url, cache.key.public, path)

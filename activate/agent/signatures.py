@@ -16,6 +16,10 @@ from activate.agent import database
 from activate.agent.failure import DownloadFailed
 from activate.process import Error, ask, output, say
 
+NO_KEY = (
+    "only cache.nixos.org has signed it, which signs whatever is in nixpkgs: add the key of your "
+    "cache to nix.conf, or start the agent with --trusted-key"
+)
 QUESTION_TIMEOUT = 300.0  # seconds
 COPY_TIMEOUT = 60.0  # seconds for the cache to say its signatures
 
@@ -43,6 +47,8 @@ class Look:
             return
         refuse_content_addressed(self.paths)
         if not self.source.signers:
+            if self.source.keys and are_signed(self.paths, self.source.keys, QUESTION_TIMEOUT):
+                raise DownloadFailed(f"{' or '.join(self.paths)}: {NO_KEY}")
             return
         if self.early:
             self.thread.join(QUESTION_TIMEOUT)
