@@ -1,5 +1,7 @@
 """Whose signature a path needs before it may run, with real Nix and real signatures."""
 
+import os
+
 import closures
 import pytest
 from caches import Key
@@ -160,6 +162,33 @@ def test_the_database_and_nix_tell_the_same(host, cache, monkeypatch):
     text = host.output("nix", "path-info", "--json", path, added, *nix.EXPERIMENTAL)
     monkeypatch.setattr(signatures, "output", lambda *_: text)
     assert signatures.content_addresses([path, added], 1) == told
+
+
+OTHERS = [place for place in os.environ.get("CACHIX_DEPLOY_NIX", "").split(":") if place]
+NO_OTHERS = "set CACHIX_DEPLOY_NIX=DIR:DIR, each with bin/nix of a release, to try more releases"
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["", *OTHERS] if OTHERS else ["", pytest.param("-", marks=pytest.mark.skip(NO_OTHERS))],
+)
+def test_each_release_of_nix_accepts_and_refuses_what_it_must(host, cache, peer, place):
+    """Nix 2.3 has other names for the commands, and current ones print other JSON."""
+    if place:
+        host.environment["PATH"] = f"{place}/bin:{host.environment['PATH']}"
+    signed, unsigned = closures.plain(cache, 1), closures.plain(cache, 2)
+    import_unsigned(host, cache, unsigned)
+    peer.cache = cache.wire()
+    start(host, peer)
+    succeeded, line = deploy(peer, signed)
+    assert succeeded, line
+    succeeded, line = deploy(peer, unsigned)
+    assert not succeeded and f"the signature of {unsigned} is by none of the keys" in line
+    sign_again(cache, unsigned)
+    succeeded, line = deploy(peer, unsigned)
+    assert succeeded, line
+    succeeded, line = deploy(peer, path := add(host, "evil"))
+    assert not succeeded and f"{path} is content-addressed" in line
 
 
 @pytest.mark.parametrize(
