@@ -19,6 +19,7 @@ OUTCOMES = {
     "state-lost": "the agent has lost its state",
     "reboot-needed": "a reboot is needed",
 }
+MAX_SIZE = 1 << 62  # bytes; a larger closure is none
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,13 @@ class DeploymentState:
             value = record.get(name)
             return value if isinstance(value, str) else None
 
+        size = checked_field(record, "closureSize", int, optional=True)
         online = record.get("agentOnline") if isinstance(record, dict) else None
         return cls(
             status=checked_field(record, "status", str),
             started=checked_field(record, "startedOn", str, optional=True),
             finished=checked_field(record, "finishedOn", str, optional=True),
-            closure_size=checked_field(record, "closureSize", int, optional=True),
+            closure_size=size if size is not None and 0 <= size <= MAX_SIZE else None,
             reason=text("reason"),
             outcome=text("outcome"),
             agent_online=online if isinstance(online, bool) else None,

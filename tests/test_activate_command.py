@@ -330,6 +330,14 @@ def test_v1_of_the_api_can_only_start(workspaces: Any, activate: Any) -> None:
 # --- the end --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [10**400, 1 << 80, -1])
+def test_a_size_that_is_none_is_not_shown(workspaces: Any, activate: Any, size: int) -> None:
+    workspace = workspaces("web")
+    workspace.states["web"] = [state("Succeeded", closureSize=size)]
+    result = activate(workspace)
+    assert result.status == 0 and result.lines[-1].split()[-2:] == ["-", f"{URL}/web"]
+
+
 def test_the_summary_has_a_line_for_each_agent(workspaces: Any, activate: Any) -> None:
     workspace = workspaces("web", "db", "mail")
     facts = {"startedOn": "2026-11-23T19:00:00.5Z", "closureSize": 3 << 29}
