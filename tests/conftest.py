@@ -20,6 +20,8 @@ from peer import Peer
 pytest.register_assert_rewrite("invariants", "chains")  # so that their failures show the values
 PROMISES = range(1, 16)
 SLOW_FIXTURES = {"make_host", "disks", "reader", "tree", "python39"}  # need Nix, root, downloads
+# start a server or a command for nearly every test
+SLOW_FILES = re.compile("test_(dial|hostile|workspace_(?!command|units).*)")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,7 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that `make quick` leaves out, before pytest selects by marker."""
     for item in items:
-        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+        needs = SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ()))
+        if needs or SLOW_FILES.fullmatch(item.path.stem):
             item.add_marker("slow")
 
 

@@ -122,7 +122,7 @@ def test_the_disk_keeps_room_for_the_journal(output, monkeypatch):
 def test_a_killed_drainer_is_replaced(output):
     process_ids = set()
     command = process.start(
-        ["sh", "-c", "seq 200000 && echo more >/dev/stderr && sleep 0.5 && echo end"],
+        ["sh", "-c", "seq 200000 && echo more >/dev/stderr && sleep 2 && echo end"],
         output.fileno(),
         output.fileno(),
     )
