@@ -637,7 +637,7 @@ def activate_command(options: dict[str, Any]) -> int:
     """Deploy and wait; the exit status. Raises Error."""
     import cachix_ci
 
-    startup.protect()
+    startup.protect(writes=False)
     timeout = options["--timeout"]
     command_line = cachix_ci.ActivateOptions(
         host=host_of(options),

@@ -23,10 +23,11 @@ _former_cores: Optional[tuple[int, int]] = None  # the limits of core files befo
 _spawning = threading.Lock()
 
 
-def protect() -> None:
-    """Keep what this process writes, and its memory, from other users and from core files."""
+def protect(writes: bool = True) -> None:
+    """Keep this process' memory, and what it `writes`, from other users and from core files."""
     global _former_cores
-    os.umask(OWN_UMASK)
+    if writes:
+        os.umask(OWN_UMASK)
     if _former_cores is None:
         _former_cores = resource.getrlimit(resource.RLIMIT_CORE)
     resource.setrlimit(resource.RLIMIT_CORE, (0, _former_cores[1]))

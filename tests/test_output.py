@@ -132,6 +132,7 @@ def test_a_killed_drainer_is_replaced(output):
         os.kill(output.pid, signal.SIGKILL)
     assert command.returncode == 0 and len(process_ids) > 5
     output.say("said")
+    output.settle()
     assert content(output).splitlines()[-2:] == ["end", "said"]
 
 
