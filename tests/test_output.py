@@ -122,7 +122,7 @@ def test_the_disk_keeps_room_for_the_journal(output, monkeypatch):
 def test_a_killed_drainer_is_replaced(output):
     process_ids = set()
     command = process.start(
-        ["sh", "-c", "seq 200000 && echo more >/dev/stderr && sleep 2 && echo end"],
+        ["sh", "-c", "seq 200000 && echo more >/dev/stderr && sleep 0.5 && echo end"],
         output.fileno(),
         output.fileno(),
     )
@@ -130,7 +130,7 @@ def test_a_killed_drainer_is_replaced(output):
     while not process.wait(command, 0.02) and time.monotonic() < deadline:
         process_ids.add(output.pid)
         os.kill(output.pid, signal.SIGKILL)
-    assert command.returncode == 0 and len(process_ids) > 5
+    assert command.returncode == 0 and len(process_ids) > 2
     output.say("said")
     output.settle()
     assert content(output).splitlines()[-2:] == ["end", "said"]
