@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 # `make test` runs a test with up to MOST cases whole, else each EACHth case, and `make test-slow`
 # the LATER ones after each of them. EACH is coprime to the numbers of faults and of times, so that
 # each of these has its turn.
-MOST, EACH, LATER = 12, 13, 3
+MOST, EACH, LATER = 5, 13, 3
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
