@@ -53,20 +53,20 @@ dist/cachix-deploy.pyz: .make/venv tools/pyz.py tools/pyz_main.py $(AGENT_SOURCE
 	@$(BIN)/python tools/pyz.py $@
 
 # One file serves all Pythons, so that each package in it has one version ("fewest").
-PINNED := requirements/build.txt requirements/agent.txt requirements/tests.txt
+PINNED := requirements-build.txt requirements-agent.txt requirements-tests.txt
 UV := uv pip compile --quiet --universal --python-version 3.9.2 --no-python-downloads \
   --upgrade --generate-hashes --custom-compile-command 'make relock'
-relock: ## pin the newest versions of all dependencies, with hashes, in requirements/, by uv
+relock: ## pin the newest versions of all dependencies, with hashes, in requirements-*.txt, by uv
 	@command -v uv >/dev/null || { echo 'error: uv is missing: `pip install uv`' >&2; exit 1; }
-	sed -n 's/^requires = \["\(.*\)"\]$$/\1/p' pyproject.toml | $(UV) - -o requirements/build.txt
-	$(UV) --fork-strategy fewest setup.py -o requirements/agent.txt
-	$(UV) setup.py --all-extras --constraint requirements/agent.txt -o requirements/tests.txt
+	sed -n 's/^requires = \["\(.*\)"\]$$/\1/p' pyproject.toml | $(UV) - -o requirements-build.txt
+	$(UV) --fork-strategy fewest setup.py -o requirements-agent.txt
+	$(UV) setup.py --all-extras --constraint requirements-agent.txt -o requirements-tests.txt
 
 clean: ## remove everything that was made here (Nix stays)
 	rm -rf .venv .make build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# Nothing is installed but what requirements/ has a hash of. A package that must be built is built
+# Nothing is installed but what these files have hashes of. A package that must be built is built
 # by the setuptools from there: by itself, pip would take any. pip prints nothing unless it fails.
 # An environment that was left unfinished is made anew.
 INSTALL := $(BIN)/pip install --no-build-isolation --use-pep517
@@ -77,8 +77,8 @@ INSTALL := $(BIN)/pip install --no-build-isolation --use-pep517
 	  'virtual environments: `apt-get install python3-venv`' >&2; exit 1; }
 	@echo 'setting up .venv ...'
 	@mkdir -p .make && rm -rf .venv && $(PYTHON) -m venv .venv
-	@{ $(INSTALL) --require-hashes -r requirements/build.txt && \
-	  $(INSTALL) --require-hashes -r requirements/tests.txt && \
+	@{ $(INSTALL) --require-hashes -r requirements-build.txt && \
+	  $(INSTALL) --require-hashes -r requirements-tests.txt && \
 	  $(INSTALL) --no-deps --editable .; } </dev/null >.make/pip.log 2>&1 \
 	  || { cat .make/pip.log; exit 1; }
 	@touch $@

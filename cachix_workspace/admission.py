@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from cachix_protocol import Error, is_agent_name, utc_now
 from cachix_workspace import audit, owners, tokens
 from cachix_workspace.context import Workspace, current_workspace
-from cachix_workspace.refusal import Refusal
+from cachix_workspace.refusal import Refusal, UnknownToken
 from cachix_workspace.tokens import AGENT, AGENTS, Token
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def _reading(workspace: Workspace) -> Iterator[Connection]:
             yield connection
     except Refusal as refusal:
         _note_refusal(workspace, str(refusal))
-        is_unknown = refusal.code == 401 and "Authorization" in request.headers
+        is_unknown = isinstance(refusal, UnknownToken)
         if is_unknown and workspace.refusals.is_too_many(request.remote_addr or ""):
             raise Refusal(429, f"too many unknown tokens from this address: {refusal}") from None
         raise

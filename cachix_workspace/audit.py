@@ -14,7 +14,7 @@ from cachix_workspace.tables import audit
 
 MAX_DETAIL = 2000  # characters
 PAUSE = 60.0  # seconds between two entries on refusals of one address
-MOST_WRONG = 100
+MOST_WRONG = 300
 MOST_ADDRESSES = 1000  # that are remembered, and that may be noted within PAUSE
 
 

@@ -11,3 +11,7 @@ class Refusal(Error):
     def __init__(self, code: int, sentence: str) -> None:
         super().__init__(sentence)
         self.code = code
+
+
+class UnknownToken(Refusal):
+    """A request has a token that was never made here."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, insert, or_, select, update
 
 from cachix_protocol import UsageError, utc_now
-from cachix_workspace.refusal import Refusal
+from cachix_workspace.refusal import Refusal, UnknownToken
 from cachix_workspace.tables import tokens
 
 AGENT, ACTIVATE, ADMIN = "agent", "activate", "admin"
@@ -272,7 +272,7 @@ def authenticate(connection: Connection, authorization: str | None, kinds: froze
     hashed = digest(secret)
     row = connection.execute(select(tokens).where(tokens.c.hash == hashed)).one_or_none()
     if row is None or not hmac.compare_digest(row.hash, hashed):
-        raise Refusal(401, f"this token is unknown here: {remedy}")
+        raise UnknownToken(401, f"this token is unknown here: {remedy}")
     token = Token(**row._mapping)
     state = token.state(utc_now())
     if state == "revoked" and token.issued_by is not None:  # else the agent would enrol again

@@ -1,4 +1,4 @@
-"""What requirements/ pins: the packages of a release and of the tests, with hashes."""
+"""What requirements-*.txt pin: the packages of a release and of the tests, with hashes."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Pin:
 
 
 def pins(file: str, python: str = "") -> dict[str, Pin]:
-    """Return what a file in requirements/ has for this Python, or another one, by names."""
-    text = (PROJECT / "requirements" / file).read_text()
+    """Return what one of these files has for this Python, or another one, by names."""
+    text = (PROJECT / f"requirements-{file}").read_text()
     read = [
         Pin(canonicalize_name(name), version, Marker(marker) if marker else None, hashes)
         for name, version, marker, lines in re.findall(ENTRY, text, re.M)

@@ -164,7 +164,7 @@ def pyz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("package", pins("agent.txt"))
 def test_the_pyz_holds_packages_for_python_3_9(package: str) -> None:
     requires = importlib.metadata.metadata(package)["Requires-Python"] or ""
-    assert "3.9.0" in SpecifierSet(requires), "requirements/agent.txt is for all Pythons"
+    assert "3.9.0" in SpecifierSet(requires), "requirements-agent.txt is for all Pythons"
 
 
 def test_every_module_of_the_agent_can_be_imported(python39: Python, pyz: Path) -> None:

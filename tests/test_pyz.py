@@ -91,7 +91,7 @@ def test_it_is_built_of_what_is_pinned_only(tmp_path):
     build = [python, PROJECT / "tools/pyz.py", tmp_path / "new.pyz"]
     result = subprocess.run(build, capture_output=True, text=True)
     problem = (
-        f"error: idna is 1.0 here, and requirements/agent.txt has {pinned}: run `make clean`, "
+        f"error: idna is 1.0 here, and requirements-agent.txt has {pinned}: run `make clean`, "
     )
     assert (result.returncode, result.stderr) == (1, f"{problem}then `make setup`\n")
     shutil.rmtree(metadata.parent)

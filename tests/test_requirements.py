@@ -1,4 +1,4 @@
-"""What setup.cfg requires and requirements/ pins: everything, by hashes, for each Python."""
+"""What setup.cfg requires and requirements-*.txt pin: everything, by hashes, for each Python."""
 
 import configparser
 import importlib.metadata
@@ -124,7 +124,7 @@ def test_make_installs_nothing_without_a_hash():
 @pytest.mark.parametrize("file", ["build.txt", "tests.txt"])
 def test_make_setup_refuses_a_package_with_another_hash(tmp_path, file):
     clone(tmp_path)
-    path = tmp_path / "requirements" / file
+    path = tmp_path / f"requirements-{file}"
     path.write_text(re.sub("(--hash=sha256:)[0-9a-f]{8}", r"\g<1>00000000", path.read_text()))
     make = ["make", ".make/venv", f"PYTHON={sys.executable}"]
     result = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True)
