@@ -94,8 +94,8 @@ def backoff(failures: int, waits: Waits) -> float:
 class Peer:
     """A workspace, and a token for it. `name` is the agent's; CI has none.
 
-    An agent may get another token while it runs: see cachix_secret. What is printed, logged or
-    reported shows none that was set here.
+    An agent may get another token while it runs: see cachix_secret. The token is hidden in all that
+    is printed, logged or reported.
     """
 
     host: str

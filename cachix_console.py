@@ -368,3 +368,13 @@ def read_token(variable: str, file_option: Optional[str]) -> str:
     if not re.fullmatch(r"[\x21-\x7e]+", token):
         raise UsageError("the token contains whitespace or non-ASCII characters")
     return token
+
+
+def write_secret(text: str, path: str) -> None:
+    """Write a secret into a new file that only this user can read. Raises Error."""
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with open(file, "w", encoding="ascii") as stream:
+            stream.write(text + "\n")
+    except OSError as error:
+        raise Error(f"{path} can't be written: {error.strerror}; name a new file") from None

@@ -14,7 +14,7 @@ import cachix_plain
 from activate.kinds.verdict import Policy
 from cachix_cache import trusted_keys
 from cachix_connection import Peer, Waits
-from cachix_console import choice, positive, read_token, tell
+from cachix_console import choice, positive, read_token, tell, write_secret
 from cachix_protocol import UsageError, __version__, is_agent_name
 from cachix_signed import SecretKey, Signer, deployment_keys
 
@@ -57,7 +57,7 @@ Options:
   --unsigned-rollback=N         Without a signature, return at most to one of the last N paths
                                 that this agent has confirmed [default: 1].
   --signing-key=FILE            Sign what `activate` deploys by the key in FILE.
-  --expires=SECONDS             The signature is valid for this time; by default for ever.
+  --expires=SECONDS             How long the signature is valid; by default it never expires.
   --allow-downgrade             Sign also for machines that run what was signed later.
   --confirm-timeout=SECONDS     Time for a new system to reach the workspace [default: 120].
   --activation-timeout=SECONDS  Time for an activation, or a rollback script [default: 3600].
@@ -134,7 +134,7 @@ def number(options: dict[str, Any], option: str, most: int) -> int:
 def create_key(options: dict[str, Any]) -> int:
     """Write a new key and print its public key; the exit status. Raises Error."""
     key, path = SecretKey.create(options["NAME"]), options["FILE"]
-    key.write(path)
+    write_secret(key.text(), path)
     tell(f"the secret key is in {path}; agents get the public key as --deployment-key:")
     cachix_console.Screen().print(key.public_text())
     return 0

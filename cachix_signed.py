@@ -11,15 +11,14 @@ import base64
 import binascii
 import json
 import os
-import re
 import time
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from cachix_protocol import Error, Undecodable, UsageError, checked_field
+from cachix_cache import KEY_NAME, KEY_SIZE
+from cachix_protocol import Undecodable, UsageError, checked_field
 
-SEED_SIZE, KEY_SIZE, SIGNATURE_SIZE = 32, 32, 64  # bytes
-KEY_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._+-]{0,254}")
+SEED_SIZE, SIGNATURE_SIZE = 32, 64  # bytes
 EXAMPLE_KEY = "ci-1:BASE64"
 MAX_NUMBER = 1 << 63
 
@@ -135,15 +134,9 @@ class SecretKey:
         """The public key with its name, for --deployment-key."""
         return f"{self.name}:{base64.b64encode(self.public()).decode()}"
 
-    def write(self, path: str) -> None:
-        """Write the key into a new file that only this user can read. Raises Error."""
-        text = f"{self.name}:{base64.b64encode(self.seed + self.public()).decode()}\n"
-        try:
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with open(file, "w", encoding="ascii") as stream:
-                stream.write(text)
-        except OSError as error:
-            raise Error(f"{path} can't be written: {error.strerror}; name a new file") from None
+    def text(self) -> str:
+        """The secret key with its name, as `read` takes it."""
+        return f"{self.name}:{base64.b64encode(self.seed + self.public()).decode()}"
 
     def sign(self, statement: Statement) -> dict[str, Any]:
         """The signature of a statement, as it is sent."""

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "cachix_secret": "cachix_connection cachix_errors activate",
     "cachix_source": "cachix_cache cachix_connection cachix_protocol cachix_proxy activate"
     " activate.agent",
-    "cachix_signed": "cachix_ed25519 cachix_protocol",
+    "cachix_signed": "cachix_cache cachix_ed25519 cachix_protocol",
     "cachix_ed25519": "",
     "cachix_state": "cachix_protocol activate.text",
     "cachix_switch": f"cachix_orphan {FLOOR} {SHARED} activate.switch",

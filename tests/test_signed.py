@@ -313,7 +313,7 @@ def test_activate_signs_what_the_workspace_hands_on(host, make_workspace, tmp_pa
     path, other = closures.plain(workspace.files, 1), closures.plain(workspace.files, 2)
     script = closures.script(workspace.files, "check", "true")
     workspace.push(path, script, other)
-    KEY.write(str(tmp_path / "ci.key"))
+    (tmp_path / "ci.key").write_text(KEY.text())
     option = f"--deployment-key={KEY.public_text()}"
     host.agent("web", workspace.url, workspace.token("agent"), option, env=FAST).wait_for(
         "connected"

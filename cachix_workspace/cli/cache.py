@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from cachix_console import tell
+from cachix_console import tell, write_secret
 from cachix_workspace import audit, cache
-from cachix_workspace.cli.output import show, show_json, show_table, write_secret
+from cachix_workspace.cli.output import show, show_json, show_secret, show_table
 from cachix_workspace.cli.place import open_workspace, operator
 
 
@@ -34,11 +34,7 @@ def create(options: dict[str, Any]) -> None:
         if options["--out"]:  # a cache whose key could not be written is not made
             write_secret(secret_key, options["--out"])
     tell(f"cache {row.name} at {cache.url(settings, row.name)}, public key {row.key}")
-    if options["--out"]:
-        tell(f"secret key, which is not shown again: in {options['--out']}")
-        return
-    tell("secret key, which is not shown again:")
-    show(secret_key)
+    show_secret("secret key", secret_key, options["--out"])
 
 
 def rotate(options: dict[str, Any]) -> None:
@@ -51,11 +47,7 @@ def rotate(options: dict[str, Any]) -> None:
             write_secret(secret_key, options["--out"])
     tell(f"cache {row.name} has the new public key {row.key}")
     tell(f"sign with the new secret key; drop the old one by `cache key retire {row.name}`")
-    if options["--out"]:
-        tell(f"secret key, which is not shown again: in {options['--out']}")
-        return
-    tell("secret key, which is not shown again:")
-    show(secret_key)
+    show_secret("secret key", secret_key, options["--out"])
 
 
 def retire(options: dict[str, Any]) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
-from cachix_console import Screen, align
-from cachix_protocol import Error
+from cachix_console import Screen, align, tell
 
 
 def show(line: str) -> None:
@@ -33,11 +31,8 @@ def show_table(rows: list[list[str]]) -> None:
         show("  ".join(row).rstrip())
 
 
-def write_secret(text: str, path: str) -> None:
-    """Write a secret into a new file that only this user can read. Raises Error."""
-    try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with open(file, "w", encoding="ascii") as stream:
-            stream.write(text + "\n")
-    except OSError as error:
-        raise Error(f"{path} can't be written: {error.strerror}; name a new file") from None
+def show_secret(what: str, secret: str, out: str | None) -> None:
+    """Print a secret, or say which file has it."""
+    tell(f"{what}, which is not shown again: {f'in {out}' if out else ''}".rstrip(" "))
+    if not out:
+        show(secret)

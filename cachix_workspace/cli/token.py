@@ -7,10 +7,10 @@ import os
 import re
 from typing import Any
 
-from cachix_console import positive, tell
+from cachix_console import positive, tell, write_secret
 from cachix_protocol import Error, UsageError, is_agent_name, listed, utc_now
 from cachix_workspace import audit, cache, owners, tokens
-from cachix_workspace.cli.output import show, show_json, show_table, write_secret
+from cachix_workspace.cli.output import show_json, show_secret, show_table
 from cachix_workspace.cli.place import open_workspace, operator
 
 MAX_DAYS = 36_500
@@ -49,11 +49,7 @@ def create(options: dict[str, Any]) -> None:
     out = options["--out"]
     number, secret = create_all(options, [(agents_of(options), out)])[0]
     kind = kind_of(options)
-    if out:
-        tell(f"{kind} token {number}, which is not shown again: in {out}")
-        return
-    tell(f"{kind} token {number}, which is not shown again:")
-    show(secret)
+    show_secret(f"{kind} token {number}", secret, out)
 
 
 def create_many(options: dict[str, Any]) -> None:
@@ -165,10 +161,8 @@ def rotate(options: dict[str, Any]) -> None:
             write_secret(secret, options["--out"])
         audit.record(connection, operator(), "token rotate", f"{number}, now {successor}")
     ends = f"token {number} ends when this one is used, in {tokens.OVERLAP:.0f} days at the latest"
-    place = f": in {options['--out']}" if options["--out"] else ":"
-    tell(f"{token.kind} token {successor}, which is not shown again ({ends}){place}")
-    if not options["--out"]:
-        show(secret)
+    tell(ends)
+    show_secret(f"{token.kind} token {successor}", secret, options["--out"])
 
 
 def revoke(options: dict[str, Any]) -> None:
