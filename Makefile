@@ -55,7 +55,7 @@ dist/cachix-deploy.pyz: .make/venv tools/pyz.py tools/pyz_main.py $(AGENT_SOURCE
 # One file serves all Pythons, so that each package in it has one version ("fewest").
 PINNED := requirements-build.txt requirements-agent.txt requirements-tests.txt
 UV := uv pip compile --quiet --universal --python-version 3.9.2 --no-python-downloads \
-  --upgrade --generate-hashes --custom-compile-command 'make relock'
+  --upgrade --no-strip-extras --generate-hashes --custom-compile-command 'make relock'
 relock: ## pin the newest versions of all dependencies, with hashes, in requirements-*.txt, by uv
 	@command -v uv >/dev/null || { echo 'error: uv is missing: `pip install uv`' >&2; exit 1; }
 	sed -n 's/^requires = \["\(.*\)"\]$$/\1/p' pyproject.toml | $(UV) - -o requirements-build.txt

@@ -10,7 +10,7 @@ from hosts import PROJECT
 from packaging.markers import Marker
 from packaging.utils import canonicalize_name
 
-ENTRY = r"^([\w.-]+)==(\S+)(?: ; (.+?))? \\\n((?: +--hash=\S+(?: \\)?\n)+)"
+ENTRY = r"^([\w.-]+)(?:\[[\w,.-]+\])?==(\S+)(?: ; (.+?))? \\\n((?: +--hash=\S+(?: \\)?\n)+)"
 
 
 @dataclass(frozen=True)
@@ -43,5 +43,7 @@ def pins(file: str, python: str = "") -> dict[str, Pin]:
     ]
     assert len(read) == len(re.findall(r"^[^#\s]", text, re.M)), f"{file}: a line is not understood"
     chosen = [pin for pin in read if pin.is_for(python)]
-    assert len(chosen) == len({pin.name for pin in chosen}), f"{file}: two versions of a package"
-    return {pin.name: pin for pin in chosen}
+    by_name = {pin.name: pin for pin in chosen}  # a package may be there once more, with an extra
+    versions = {(pin.name, pin.version) for pin in chosen}
+    assert len(versions) == len(by_name), f"{file}: two versions of a package"
+    return by_name
