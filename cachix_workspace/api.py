@@ -9,7 +9,7 @@ from flask import Blueprint, Response, request
 from sqlalchemy import Connection
 
 from cachix_protocol import IN_PROGRESS, PENDING, TERMINAL, Spec, listed, loads
-from cachix_workspace import agents, audit, deployments, logs, tokens
+from cachix_workspace import agents, audit, deployments, logs, orders, tokens
 from cachix_workspace.admission import (
     authenticate,
     authenticate_report,
@@ -22,8 +22,10 @@ from cachix_workspace.answers import json_answer
 from cachix_workspace.browsers import json_wanted
 from cachix_workspace.context import current_workspace
 from cachix_workspace.deployments import DeploymentRow
+from cachix_workspace.orders import Actor
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.reports import OUTCOMES, Report, check_signatures
+from cachix_workspace.runs import Source
 from cachix_workspace.tokens import CI, Token
 
 logger = logging.getLogger(__name__)
@@ -33,16 +35,8 @@ MANY, MOST = 100, 1000  # deployments in one answer
 STATUSES = (PENDING, IN_PROGRESS, *sorted(TERMINAL))
 MAX_LOG = 16 << 20  # bytes of log lines in one request
 
-index_routes = Blueprint("index", __name__)
 deployment_routes = Blueprint("deployments", __name__)
 log_routes = Blueprint("logs", __name__)
-
-
-@index_routes.get("/")
-def get_index() -> Response:
-    """The name of the service. This needs no token."""
-    url = current_workspace().settings.public_url
-    return json_answer({"service": "cachix-deploy workspace", "url": url})
 
 
 # --- deployments ----------------------------------------------------------------------------------
@@ -68,23 +62,27 @@ def _order() -> tuple[dict[str, DeploymentRow], Token]:
     """Order the deployments of the request's deploy.json; the new ones by agent, and the token."""
     token = authenticate(CI)
     json_wanted()
-    spec = Spec.from_json(loads(read_body(MAX_JSON)))
+    record = loads(read_body(MAX_JSON))
+    spec = Spec.from_json(record)
     check_signatures(spec)
+    source = Source.from_json(record.get("source"))
     others = [name for name in spec.agents if not token.allows(name)]
     if others:
         raise Refusal(403, f"this token is for agents {token.agents}, not for {listed(others)}")
     workspace = current_workspace()
+    by = Actor(_ci_name(token, source), request.remote_addr or "")
     with workspace.database.write() as connection:
-        order = deployments.order(connection, spec)
-        for name, row in order.rows.items():
-            detail = f"{name}, deployment {row.index}: {row.store_path}"
-            audit.record(connection, token.label, "deploy", detail, request.remote_addr or "")
+        order = orders.order(connection, spec, by, source)
     names = ", ".join(order.rows) if len(order.rows) <= 5 else f"{len(order.rows)} agents"
     logger.info("token %d deploys to %s", token.id, names)
-    for row in order.rows.values():
-        workspace.hub.wake_agent(row.agent_id)
-    workspace.hub.wake_viewers(*order.replaced)
+    workspace.note_order(order)
     return order.rows, token
+
+
+def _ci_name(token: Token, source: Source | None) -> str:
+    """Who orders, for people: a token, and what CI said about itself."""
+    short = "" if source is None else source.short
+    return f"CI (token {token.id}, {short})" if short else token.label
 
 
 def _page_url(name: str, row: DeploymentRow) -> str:
@@ -135,8 +133,9 @@ def _describe(connection: Connection, row: DeploymentRow) -> dict[str, Any]:
         "lostSince": workspace.signs.lost_since(row, workspace.settings.lost_after),
         "agent": agent.name,
         "agentOnline": agent.connected,
-        "agentOfflineSince": None if agent.connected else agent.seen_on,
+        "agentOfflineSince": None if agent.connected else agent.seen_on or None,
         "agentVersion": agent.client,
+        "agentPausedSince": agent.paused_on,
     }
 
 
@@ -152,7 +151,7 @@ def cancel(deployment_id: str) -> Response:
         detail = f"{name}, deployment {row.index}: now {row.status}"
         audit.record(connection, token.label, "cancel", detail, request.remote_addr or "")
     workspace.hub.wake_agent(row.agent_id)
-    workspace.hub.wake_viewers(row.id)
+    workspace.note_deployments(row)
     return json_answer(row.to_json(), 200 if cancelled else 409)
 
 
@@ -192,7 +191,7 @@ def put_log(deployment_id: str) -> Response:
             return json_answer({"next": closed.next}, 409)
     workspace.signs.note(row.id)
     if following != logs.taken(row):
-        workspace.hub.wake_viewers(row.id)
+        workspace.note_log(row.id)
     return json_answer({"next": following})
 
 

@@ -10,8 +10,10 @@ from cachix_protocol import TERMINAL
 from cachix_workspace.audit import Refusals
 from cachix_workspace.database import Database
 from cachix_workspace.deployments import DeploymentRow
+from cachix_workspace.feed import Feed
 from cachix_workspace.hub import Hub
 from cachix_workspace.life import Signs
+from cachix_workspace.orders import Order
 from cachix_workspace.settings import Settings
 from cachix_workspace.uploads import Uploads
 
@@ -28,6 +30,7 @@ class Workspace:
     signs: Signs
     uploads: Uploads = field(default_factory=Uploads)
     refusals: Refusals = field(default_factory=Refusals)
+    feed: Feed = field(default_factory=Feed)
     used: dict[int, str] = field(default_factory=dict)  # tokens, and when; written now and then
 
     def note_report(self, row: DeploymentRow) -> None:
@@ -37,7 +40,34 @@ class Workspace:
         else:
             self.signs.note(row.id)
         self.hub.wake_agent(row.agent_id)
-        self.hub.wake_viewers(row.id)
+        self.note_deployments(row)
+
+    def note_order(self, order: Order) -> None:
+        """Let everybody know what was ordered."""
+        for row in order.rows.values():
+            self.hub.wake_agent(row.agent_id)
+        self.hub.wake_viewers(*order.replaced)
+        owners = {f"agent:{row.agent_id}" for row in order.rows.values()}
+        replaced = (f"deployment:{each}" for each in order.replaced)
+        self.feed.publish("agents", "runs", *owners, *replaced)
+
+    def note_deployments(self, *rows: DeploymentRow) -> None:
+        """Let viewers and pages know that these deployments have changed."""
+        self.hub.wake_viewers(*(row.id for row in rows))
+        runs = {f"run:{row.run_id}" for row in rows if row.run_id is not None}
+        ids = [f"deployment:{row.id}" for row in rows] + [f"agent:{row.agent_id}" for row in rows]
+        self.feed.publish("agents", "runs", *runs, *ids)
+
+    def note_log(self, deployment_id: str) -> None:
+        """Let viewers and pages know that a log has grown."""
+        self.hub.wake_viewers(deployment_id)
+        self.feed.publish(f"log:{deployment_id}")
+
+    def note_agents(self, *agent_ids: str) -> None:
+        """Let the sockets of these agents look again, and pages too."""
+        for agent_id in agent_ids:
+            self.hub.wake_agent(agent_id)
+        self.feed.publish("agents", *(f"agent:{agent_id}" for agent_id in agent_ids))
 
 
 def workspace_of(app: Flask) -> Workspace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -14,13 +15,13 @@ from sqlalchemy import Connection, Engine, create_engine, delete, event, insert,
 from sqlalchemy.exc import SQLAlchemyError
 
 from cachix_console import tell
-from cachix_protocol import Error, __version__
+from cachix_protocol import Error, __version__, utc_now
 from cachix_workspace.settings import DATABASE, Settings
 from cachix_workspace.tables import meta, metadata
 
 BUSY_TIMEOUT = 10.0  # seconds that a transaction waits for another one to end
 
-SCHEMA = 7  # the newest: see migrations/versions
+SCHEMA = 8  # the newest: see migrations/versions
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -186,3 +187,25 @@ def put_meta(connection: Connection, key: str, value: str) -> None:
     """Set a value of the meta table."""
     connection.execute(delete(meta).where(meta.c.key == key))
     connection.execute(insert(meta).values(key=key, value=value))
+
+
+def delete_meta(connection: Connection, key: str) -> None:
+    """Remove a value of the meta table, if it is there."""
+    connection.execute(delete(meta).where(meta.c.key == key))
+
+
+def secret_key(connection: Connection) -> str:
+    """The key that signs Flask's cookies: made once, so that forms outlive a restart."""
+    key = get_meta(connection, "secret_key")
+    if key is None:
+        key = secrets.token_hex(32)
+        put_meta(connection, "secret_key", key)
+    return key
+
+
+CHANGED = "changed"  # when a command beside the server changed what agents or pages have to hear of
+
+
+def note_change(connection: Connection) -> None:
+    """Let a running server look at everything: a command has changed what concerns its agents."""
+    put_meta(connection, CHANGED, f"{utc_now()} {secrets.token_hex(4)}")

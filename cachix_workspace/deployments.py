@@ -10,25 +10,23 @@ agent that reconnects is sent it again.
 from __future__ import annotations
 
 import re
-import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, insert, select, update
+from sqlalchemy import ColumnElement, Connection, select, update
 
 from cachix_protocol import (
     CANCELLED,
     FAILED,
     IN_PROGRESS,
     PENDING,
+    SUCCEEDED,
     TERMINAL,
     Deployment,
-    Spec,
     dumps,
     loads,
     utc_now,
 )
-from cachix_workspace.agents import AgentRow
 from cachix_workspace.agents import find as find_agent
 from cachix_workspace.agents import get as get_agent
 from cachix_workspace.refusal import Refusal
@@ -39,6 +37,7 @@ from cachix_workspace.tokens import Token
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z")
 MAX_INDEX = (1 << 31) - 1  # more than a database's integers hold is no index
 MAX_REASON = 1 << 16  # characters
+MAX_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,12 @@ class DeploymentRow:
     log_size: int | None = None
     log_dropped: int | None = None
     ended_on: str | None = None
+    run_id: int | None = None
+    actor: str | None = None
+    retry_of: int | None = None
+    before: str | None = None
+    steps: str | None = None
+    rollback_scripts: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The answer of protocol.md section 4, and our own additions: see docs/protocol.rst."""
@@ -86,89 +91,12 @@ class DeploymentRow:
             "cancelRequested": self.cancel_requested,
             "cancelRefused": self.cancel_refused,
             "signature": None if self.signature is None else loads(self.signature),
+            "run": self.run_id,
+            "startedBy": self.actor,
+            "retryOf": self.retry_of,
+            "before": self.before,
+            "steps": loads(self.steps or "[]"),
         }
-
-
-# --- orders ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Order:
-    """The deployments that CI ordered, by agent, and the ids of those that they replaced."""
-
-    rows: dict[str, DeploymentRow]
-    replaced: list[str]
-
-
-def order(connection: Connection, spec: Spec) -> Order:
-    """Create a Pending deployment for each agent of `spec`.
-
-    Raises Refusal that names the agents that are unknown.
-    """
-    named = agents.c.name.in_(spec.agents)
-    rows = connection.execute(select(agents).where(named).with_for_update()).all()
-    targets = {row.name: AgentRow(**row._mapping) for row in rows}
-    unknown = sorted(name for name in spec.agents if name not in targets)
-    if unknown:
-        names = ", ".join(unknown)
-        raise Refusal(400, f"unknown agents: {names}. An agent is known once it has connected.")
-    created: dict[str, DeploymentRow] = {}
-    replaced: list[str] = []
-    for name, agent in targets.items():
-        script = spec.rollback_scripts.get(agent.system)
-        signature = spec.signatures.get(name)
-        signed = None if signature is None else dumps(signature)
-        created[name] = _create(connection, agent, spec.agents[name], script, signed)
-        replaced += _replace_others(connection, created[name])
-    return Order(created, replaced)
-
-
-def _create(
-    connection: Connection,
-    agent: AgentRow,
-    store_path: str,
-    rollback_script: str | None,
-    signature: str | None,
-) -> DeploymentRow:
-    index = agent.last_index + 1
-    connection.execute(update(agents).where(agents.c.id == agent.id).values(last_index=index))
-    deployment = DeploymentRow(
-        id=str(uuid.uuid4()),
-        agent_id=agent.id,
-        index=index,
-        store_path=store_path,
-        rollback_script=rollback_script,
-        status=PENDING,
-        reason=None,
-        closure_size=None,
-        created_on=utc_now(),
-        started_on=None,
-        finished_on=None,
-        log_next=0,
-        signature=signature,
-    )
-    connection.execute(insert(deployments).values(**vars(deployment)))
-    return deployment
-
-
-def _replace_others(connection: Connection, newest: DeploymentRow) -> list[str]:
-    """Cancel the agent's other Pending deployments; their ids."""
-    others = _others(newest, PENDING)
-    ids = list(connection.execute(select(deployments.c.id).where(others)).scalars())
-    if ids:
-        reason = f"replaced by deployment {newest.index}"
-        values = _ended(CANCELLED, reason)
-        connection.execute(update(deployments).where(others).values(**values))
-    return ids
-
-
-def _others(deployment: DeploymentRow, status: str) -> ColumnElement[bool]:
-    """Matches the agent's other deployments that have this status."""
-    return (
-        (deployments.c.agent_id == deployment.agent_id)
-        & (deployments.c.status == status)
-        & (deployments.c.id != deployment.id)
-    )
 
 
 # --- queries --------------------------------------------------------------------------------------
@@ -218,12 +146,15 @@ class Open:
 
 
 def find_open(connection: Connection, agent_id: str) -> Open:
-    """The agent's InProgress deployment, and its newest Pending one."""
+    """The agent's InProgress deployment, and its newest Pending one: none while it is paused."""
     mine = (deployments.c.agent_id == agent_id) & deployments.c.status.in_([PENDING, IN_PROGRESS])
     query = select(deployments).where(mine).order_by(deployments.c.index.desc())
     rows = [DeploymentRow(**row._mapping) for row in connection.execute(query)]
     running = next((row for row in rows if row.status == IN_PROGRESS), None)
-    return Open(running, next((row for row in rows if row.status == PENDING), None))
+    waiting = next((row for row in rows if row.status == PENDING), None)
+    if waiting is not None and get_agent(connection, agent_id).paused_on is not None:
+        waiting = None
+    return Open(running, waiting)
 
 
 def to_wire(row: DeploymentRow) -> Deployment:
@@ -284,12 +215,19 @@ def apply_report(
         return deployment, True  # a repetition costs no write
     time = report.time if TIME.fullmatch(report.time) else utc_now()
     changes["status"] = status
+    if "step" in changes:
+        steps = [*loads(deployment.steps or "[]"), [changes["step"], time]]
+        changes["steps"] = dumps(steps[:MAX_STEPS])
     if status == IN_PROGRESS:
         changes["started_on"] = deployment.started_on or time
         fail_others(connection, deployment)
     else:
         reason = None if report.reason is None else report.reason[:MAX_REASON]
-        changes.update(_ended(status, reason), finished_on=time, outcome=report.outcome)
+        changes.update(ended(status, reason), finished_on=time, outcome=report.outcome)
+    if status == SUCCEEDED:
+        mine, path = agents.c.id == deployment.agent_id, deployment.store_path
+        deployed = {"deployed": path, "deployed_on": time}
+        connection.execute(update(agents).where(mine).values(**deployed))
     return _change(connection, deployment, **changes), True
 
 
@@ -314,10 +252,19 @@ def _change(connection: Connection, deployment: DeploymentRow, **changes: Any) -
 
 def _cancelled() -> dict[str, Any]:
     """What changes when a deployment is cancelled."""
-    return {**_ended(CANCELLED, "cancelled"), "cancel_requested": None}
+    return {**ended(CANCELLED, "cancelled"), "cancel_requested": None}
 
 
-def _ended(status: str, reason: str | None) -> dict[str, Any]:
+def others(deployment: DeploymentRow, status: str) -> ColumnElement[bool]:
+    """Matches the agent's other deployments that have this status."""
+    return (
+        (deployments.c.agent_id == deployment.agent_id)
+        & (deployments.c.status == status)
+        & (deployments.c.id != deployment.id)
+    )
+
+
+def ended(status: str, reason: str | None) -> dict[str, Any]:
     """What changes when a deployment ends now."""
     now = utc_now()
     return {"status": status, "reason": reason, "finished_on": now, "ended_on": now}
@@ -329,7 +276,7 @@ def give_up(connection: Connection, running: DeploymentRow, waiting: DeploymentR
     reason = f"the agent gave no sign of life any more, and deployment {index} was waiting"
     current = find(connection, running.id, lock=True)
     if current.status == IN_PROGRESS:  # else its report has just come
-        _change(connection, current, **_ended(FAILED, reason))
+        _change(connection, current, **ended(FAILED, reason))
 
 
 def fail_others(connection: Connection, deployment: DeploymentRow) -> None:
@@ -339,9 +286,8 @@ def fail_others(connection: Connection, deployment: DeploymentRow) -> None:
     """
     index = deployment.index
     reason = f"the agent went on to deployment {index} without reporting the end of this one"
-    others = _others(deployment, IN_PROGRESS) & (deployments.c.index < index)
-    values = _ended(FAILED, reason)
-    connection.execute(update(deployments).where(others).values(**values))
+    older = others(deployment, IN_PROGRESS) & (deployments.c.index < index)
+    connection.execute(update(deployments).where(older).values(**ended(FAILED, reason)))
 
 
 def cancel(connection: Connection, deployment_id: str) -> tuple[DeploymentRow, bool]:

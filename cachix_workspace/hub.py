@@ -90,6 +90,13 @@ class Hub:
         if sock is not None:
             sock.wake()
 
+    def wake_agents(self) -> None:
+        """Let the sockets of all agents look."""
+        with self._lock:
+            socks = list(self._agents.values())
+        for sock in socks:
+            sock.wake()
+
     def wake_viewers(self, *deployment_ids: str) -> None:
         """Let viewers look: these deployments have changed, or their logs have grown."""
         with self._lock:

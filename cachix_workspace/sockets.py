@@ -23,7 +23,7 @@ from cachix_protocol import (
     decode_from_agent,
     encode_to_agent,
 )
-from cachix_workspace import agents, audit, cache, deployments, life, logs, owners, tokens
+from cachix_workspace import agents, audit, cache, deployments, life, logs, orders, owners, tokens
 from cachix_workspace.admission import authenticate, authenticate_agent, authenticate_report
 from cachix_workspace.agents import AgentRow
 from cachix_workspace.context import Workspace, current_workspace
@@ -130,7 +130,8 @@ def serve_agent(workspace: Workspace, sock: Socket, token: Token, name: str) -> 
     system, version, host = (request.headers.get(key, "") for key in ("system", "version", "Host"))
     client = agents.client_of(request.headers.get("User-Agent", ""))
     with workspace.database.write() as connection:
-        is_new = not agents.find_id(connection, name)
+        known = agents.find_known(connection, name)
+        is_new = known is None or not known.has_connected
         agent = agents.register(connection, name, system, version, client)
         address = request.remote_addr or ""
         if is_new:
@@ -138,9 +139,11 @@ def serve_agent(workspace: Workspace, sock: Socket, token: Token, name: str) -> 
         secret = owners.admit(connection, token, agent)
         if token.issued_by is not None and agent.owner_id is None:
             audit.record(connection, token.label, "agent", f"{name} is bound to it", address)
+        orders.choose_scripts(connection, agent)
         place = (token.cache_id, workspace.settings, host, agent.is_ours)
         its_cache = cache.find_for_agent(connection, *place)
     workspace.hub.register(agent.id, sock)
+    workspace.note_agents(agent.id)
     workspace.signs.note(agent.id)
     expires = token.expires_on if tokens.days_left(token) <= max(tokens.WARN) else None
     try:
@@ -152,6 +155,7 @@ def serve_agent(workspace: Workspace, sock: Socket, token: Token, name: str) -> 
         if workspace.hub.unregister(agent.id, sock):
             with workspace.database.write() as connection:
                 agents.mark_disconnected(connection, agent.id)
+            workspace.note_agents(agent.id)
 
 
 def _send_all(workspace: Workspace, sock: Socket, agent: AgentRow) -> None:
@@ -181,7 +185,7 @@ def _give_up(workspace: Workspace, running: DeploymentRow, waiting: DeploymentRo
     with workspace.database.write() as connection:
         deployments.give_up(connection, running, waiting)
     workspace.signs.forget(running.id)
-    workspace.hub.wake_viewers(running.id)
+    workspace.note_deployments(running)
 
 
 # --- /ws-deployment -------------------------------------------------------------------------------
@@ -236,7 +240,7 @@ def receive_log(workspace: Workspace, sock: Socket, name: str, deployment_id: st
                 with workspace.database.write() as connection, contextlib.suppress(logs.Closed):
                     row = deployments.find_own(connection, name, deployment_id)
                     logs.append(connection, row, None, lines, workspace.settings.max_log)
-                workspace.hub.wake_viewers(deployment_id)
+                workspace.note_log(deployment_id)
             if not messages and not sock.open:
                 return
 

@@ -76,6 +76,19 @@ agents = Table(
     Column("token_id", Integer),  # that it connected with last
     Column("token_since", String),
     Column("enrolled_by", Integer),  # the token that counts it
+    Column("description", Text),
+    Column("labels", String),  # sorted, each between two commas: `,db,prod,`
+    Column("paused_on", String),
+    Column("paused_by", String),
+    Column("deployed", String),  # the store path that succeeded last
+    Column("deployed_on", String),
+    # what the agent itself says, see docs/protocol.rst; null for agents that say nothing
+    Column("state_on", String),
+    Column("running", String),  # a store path
+    Column("running_since", String),
+    Column("profile", String),
+    Column("kind", String),  # nixos, darwin, home-manager or profile
+    Column("reboot_since", String),  # since when it needs a reboot
 )
 
 deployments = Table(
@@ -102,8 +115,29 @@ deployments = Table(
     # lines that the agent has sent, less those that are stored; null as long as none is dropped
     Column("log_dropped", Integer),
     Column("ended_on", String),  # by the server's clock; `finished_on` is by the agent's
+    Column("run_id", ForeignKey("runs.id")),
+    Column("actor", String),  # who ordered it
+    Column("retry_of", Integer),  # the index of the deployment that this one repeats
+    Column("before", String),  # the store path that ran when it was ordered
+    Column("steps", Text),  # when each step was reported, as JSON: [[step, time], ...]
+    # by system, as JSON, while the system of the agent is not known yet
+    Column("rollback_scripts", Text),
     UniqueConstraint("agent_id", "index"),
     Index("deployments_by_status", "agent_id", "status"),
+    Index("deployments_by_run", "run_id"),
+    Index("deployments_by_state", "status", "agent_id"),
+    Index("deployments_by_time", "created_on"),
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("created_on", String, nullable=False),
+    Column("actor", String, nullable=False),
+    Column("action", String, nullable=False),  # deploy, retry or roll back
+    Column("source", Text),  # what CI said about itself, as JSON: see docs/protocol.rst
+    Column("of_run", Integer),  # the run that this one retries or rolls back
 )
 
 log_chunks = Table(
@@ -124,4 +158,64 @@ audit = Table(
     Column("address", String, nullable=False),
     Column("action", String, nullable=False),
     Column("detail", Text, nullable=False),
+)
+
+people = Table(
+    "people",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("name", String, nullable=False, unique=True),
+    Column("role", String, nullable=False),
+    Column("created_on", String, nullable=False),
+)
+
+links = Table(
+    "links",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("hash", String, nullable=False, unique=True),  # as in `tokens`
+    Column("person_id", ForeignKey("people.id", ondelete="CASCADE"), nullable=False),
+    Column("created_on", String, nullable=False),
+    Column("expires_on", String, nullable=False),
+    Column("used_on", String),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("hash", String, nullable=False, unique=True),  # of the cookie's value
+    Column("person_id", ForeignKey("people.id", ondelete="CASCADE")),
+    Column("token_id", ForeignKey("tokens.id")),  # instead of a person
+    Column("created_on", String, nullable=False),
+    Column("expires_on", String, nullable=False),
+    Column("seen_on", String, nullable=False),  # within some minutes
+    Column("address", String, nullable=False),
+    Column("browser", String, nullable=False),
+)
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("url", Text, nullable=False),
+    Column("format", String, nullable=False),  # json, slack or ntfy
+    Column("events", String, nullable=False),  # separated by commas
+    Column("label", String),  # of the agents that it is about; null for all
+    Column("key", String, nullable=False),  # of the HMAC
+    Column("created_on", String, nullable=False),
+)
+
+webhook_messages = Table(
+    "webhook_messages",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("webhook_id", ForeignKey("webhooks.id", ondelete="CASCADE"), nullable=False),
+    Column("created_on", String, nullable=False),
+    Column("body", Text, nullable=False),  # the events, as JSON
+    Column("due_on", String),  # when it is sent next; null once that has ended
+    Column("tries", Integer, nullable=False),
+    Column("answer", Text),  # to the last try
+    Column("delivered_on", String),
+    Index("webhook_messages_due", "due_on"),
 )

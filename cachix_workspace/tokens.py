@@ -259,6 +259,15 @@ def secret_of(authorization: str | None) -> str | None:
         return None
 
 
+def find_by_secret(connection: Connection, secret: str) -> Token | None:
+    """The token of this secret, whether it is valid or not."""
+    hashed = digest(secret)
+    row = connection.execute(select(tokens).where(tokens.c.hash == hashed)).one_or_none()
+    if row is None or not hmac.compare_digest(row.hash, hashed):
+        return None
+    return Token(**row._mapping)
+
+
 def authenticate(connection: Connection, authorization: str | None, kinds: frozenset[str]) -> Token:
     """The token of a request.
 
@@ -269,11 +278,9 @@ def authenticate(connection: Connection, authorization: str | None, kinds: froze
     secret = secret_of(authorization)
     if secret is None:
         raise Refusal(401, f"this needs {right}: send it as `Authorization: Bearer TOKEN`")
-    hashed = digest(secret)
-    row = connection.execute(select(tokens).where(tokens.c.hash == hashed)).one_or_none()
-    if row is None or not hmac.compare_digest(row.hash, hashed):
+    token = find_by_secret(connection, secret)
+    if token is None:
         raise UnknownToken(401, f"this token is unknown here: {remedy}")
-    token = Token(**row._mapping)
     state = token.state(utc_now())
     if state == "revoked" and token.issued_by is not None:  # else the agent would enrol again
         raise Refusal(403, f"the token that {token.agents} kept was taken back: {MOVED}")

@@ -19,9 +19,10 @@ from workspace_support import ROOT, STORE_PATHS
 
 from cachix_cache import offer
 from cachix_protocol import Error, Spec, Undecodable, loads
-from cachix_workspace import agents, cache, deployments, logs, tokens
+from cachix_workspace import agents, cache, deployments, logs, orders, tokens
 from cachix_workspace.database import Database, open_database, put_meta
 from cachix_workspace.deployments import DeploymentRow, Open
+from cachix_workspace.orders import Actor
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.reports import Report, transition
 from cachix_workspace.server import WorkspaceWorker
@@ -45,7 +46,8 @@ def test_transitions(current: str, reported: str) -> None:
 
 
 def deploy(connection: Connection, name: str = "web", path: int = 0) -> DeploymentRow:
-    return deployments.order(connection, Spec({name: STORE_PATHS[path]}, {})).rows[name]
+    spec = Spec({name: STORE_PATHS[path]}, {})
+    return orders.order(connection, spec, Actor("CI")).rows[name]
 
 
 def report(connection: Connection, row: DeploymentRow, status: str) -> tuple[DeploymentRow, bool]:
