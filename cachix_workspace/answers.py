@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Callable
 
-from flask import Flask, Response, request
+from flask import Flask, Response, current_app, request
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug.exceptions import HTTPException
 from werkzeug.routing import WebsocketMismatch
@@ -15,14 +15,19 @@ from cachix_workspace.refusal import Refusal
 
 logger = logging.getLogger(__name__)
 
+PAGE = "error page"  # in the application's extensions
+
 
 def json_answer(value: Any, status: int = 200) -> Response:
     """An answer in JSON."""
     return Response(dumps(value) + "\n", status, mimetype="application/json")
 
 
-def register_error_handlers(app: Flask) -> None:
-    """Answer every error with JSON that has a sentence in `error`."""
+def register_error_handlers(
+    app: Flask, page: Callable[[int, str], Response | None] = lambda _code, _sentence: None
+) -> None:
+    """Answer every error with JSON that has a sentence in `error`, or with what `page` makes."""
+    app.extensions[PAGE] = page
     app.register_error_handler(Refusal, _refused)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(WebsocketMismatch, _wrong_protocol)
@@ -32,8 +37,18 @@ def register_error_handlers(app: Flask) -> None:
     app.register_error_handler(Exception, _unexpected)
 
 
+def error_answer(code: int, sentence: str) -> Response:
+    """The answer to an error: JSON, or a page where a browser asked for one."""
+    page: Callable[[int, str], Response | None] = current_app.extensions[PAGE]
+    try:
+        drawn = page(code, sentence)
+    except (Error, SQLAlchemyError):  # a page needs the database, which may be what fails
+        drawn = None
+    return drawn or json_answer({"error": sentence}, code)
+
+
 def _refused(error: Refusal) -> Response:
-    answer = json_answer({"error": str(error)}, error.code)
+    answer = error_answer(error.code, str(error))
     if error.code == 401:
         # a browser that is asked for a password would send it along with every request from then on
         basic, bearer = 'Basic realm="workspace", charset="UTF-8"', 'Bearer realm="workspace"'
@@ -45,7 +60,7 @@ def _refused(error: Refusal) -> Response:
 
 def _http_error(error: HTTPException) -> Response:
     reason = "not found" if error.code == 404 else error.description
-    answer = json_answer({"error": f"{request.method} {request.path}: {reason}"}, error.code or 500)
+    answer = error_answer(error.code or 500, f"{request.method} {request.path}: {reason}")
     for name, value in error.get_headers(request.environ):
         if name in ("Allow", "Content-Range"):
             answer.headers[name] = value
@@ -72,4 +87,4 @@ def _database_failed(error: Exception) -> Response:
 
 def _unexpected(error: Exception) -> Response:
     logger.error("%s %s failed", request.method, request.path, exc_info=error)
-    return json_answer({"error": "internal error, see the server's messages"}, 500)
+    return error_answer(500, "internal error, see the server's messages")

@@ -13,12 +13,18 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from cachix_protocol import listed
 from cachix_workspace import agents, browsers, cache, owners, tokens
 from cachix_workspace.answers import register_error_handlers
-from cachix_workspace.api import deployment_routes, index_routes, log_routes
+from cachix_workspace.api import deployment_routes, log_routes
 from cachix_workspace.cache_api import ByHost, cache_routes
-from cachix_workspace.context import KEY, Workspace
-from cachix_workspace.database import open_database, put_meta
+from cachix_workspace.context import KEY, Workspace, workspace_of
+from cachix_workspace.database import CHANGED, get_meta, open_database, put_meta, secret_key
+from cachix_workspace.feed import ALL
 from cachix_workspace.hub import Hub
 from cachix_workspace.life import Signs
+from cachix_workspace.pages import forms, show
+from cachix_workspace.pages.errors import error_page
+from cachix_workspace.pages.events import events_pages
+from cachix_workspace.pages.overview import overview_pages
+from cachix_workspace.pages.sign_in import sign_in_pages
 from cachix_workspace.settings import Settings
 from cachix_workspace.sockets import socket_routes
 
@@ -26,11 +32,12 @@ logger = logging.getLogger(__name__)
 
 EXPIRY_INTERVAL = 600.0  # seconds between two looks for tokens that expire soon
 USED_INTERVAL = 60.0  # seconds between two notes of when tokens were used
-ROUTES = (index_routes, deployment_routes, log_routes, cache_routes, socket_routes)
+ROUTES = (deployment_routes, log_routes, cache_routes, socket_routes)
+PAGES = (events_pages, overview_pages, sign_in_pages)
 
 
 def create_app(settings: Settings) -> Flask:
-    """The WSGI application, with its database open and its watch over revoked tokens running."""
+    """The WSGI application, with its database open. Its threads are started by themselves."""
     database = open_database(settings, create=True)
     with database.write() as connection:
         put_meta(connection, "public_url", settings.public_url)
@@ -40,17 +47,23 @@ def create_app(settings: Settings) -> Flask:
     workspace = Workspace(settings, database, hub, Signs())
     app = Flask("cachix_workspace", static_folder=None)
     app.extensions[KEY] = workspace
-    register_error_handlers(app)
+    register_error_handlers(app, error_page)
     browsers.protect(app)
-    for routes in ROUTES:
+    with database.write() as connection:
+        forms.protect(app, secret_key(connection), ROUTES)
+    show.prepare(app)
+    for routes in (*ROUTES, *PAGES):
         app.register_blueprint(routes)
     inner = ByHost(app.wsgi_app, settings)
     app.wsgi_app = outermost(inner, settings)  # type: ignore[method-assign]
-    watch = threading.Thread(
-        target=_watch_tokens, args=(workspace,), name="revocations", daemon=True
-    )
-    watch.start()
     return app
+
+
+def start_threads(app: Flask) -> None:
+    """Start what runs beside the requests."""
+    for name, target in THREADS:
+        arguments = (workspace_of(app),)
+        threading.Thread(target=target, args=arguments, name=name, daemon=True).start()
 
 
 def outermost(app: Any, settings: Settings) -> Any:
@@ -69,7 +82,7 @@ def _watch_tokens(workspace: Workspace) -> None:
     Also write when each token was used last, now and then.
     """
     pause, written = threading.Event(), time.monotonic()
-    looked, warned = -EXPIRY_INTERVAL, set[tuple[int, int]]()
+    looked, warned, changed = -EXPIRY_INTERVAL, set[tuple[int, int]](), ""
     while not pause.wait(workspace.settings.revocation_interval):
         try:
             used = workspace.hub.token_ids() | workspace.uploads.token_ids()
@@ -78,6 +91,7 @@ def _watch_tokens(workspace: Workspace) -> None:
                     invalid = tokens.invalid_ids(connection)
                 workspace.hub.revoke(used & invalid)
                 workspace.uploads.revoke(used & invalid)
+            changed = _hear_of_changes(workspace, changed)
             if workspace.used and time.monotonic() > written + USED_INTERVAL:
                 written = time.monotonic()
                 _write_used(workspace)
@@ -86,6 +100,16 @@ def _watch_tokens(workspace: Workspace) -> None:
                 _warn_of_expiry(workspace, warned)
         except Exception as error:  # this thread is the only one that closes them: it must go on
             logger.warning("revoked tokens could not be looked up: %s", error)
+
+
+def _hear_of_changes(workspace: Workspace, heard: str) -> str:
+    """Let agents and pages look if a command beside the server has changed anything."""
+    with workspace.database.read() as connection:
+        changed = get_meta(connection, CHANGED) or ""
+    if changed != heard:
+        workspace.hub.wake_agents()
+        workspace.feed.publish(ALL)
+    return changed
 
 
 def _warn_of_expiry(workspace: Workspace, warned: set[tuple[int, int]]) -> None:
@@ -110,3 +134,6 @@ def _write_used(workspace: Workspace) -> None:
     for token_id, moment in used.items():
         if workspace.used.get(token_id) == moment:
             del workspace.used[token_id]
+
+
+THREADS = (("revocations", _watch_tokens),)

@@ -14,6 +14,14 @@ from cachix_workspace.refusal import Refusal
 
 SAFE = ("GET", "HEAD")
 CACHE = "/cache/"
+STATIC = "/static/"
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; "
+    "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'",
+    "Referrer-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+}
 OWN_SITE = ("same-origin", "none")  # `none`: typed by hand, or from a bookmark
 
 
@@ -53,6 +61,11 @@ def _is_own(origin: str) -> bool:
 def _set_headers(answer: Response) -> Response:
     """Let no browser guess types, and let nobody keep what needs a token."""
     answer.headers["X-Content-Type-Options"] = "nosniff"
+    if answer.mimetype == "text/html":
+        for name, value in PAGE_HEADERS.items():
+            answer.headers[name] = value
+    if request.path.startswith(STATIC) and answer.status_code == 200:
+        return answer
     if not request.path.startswith(CACHE):
         answer.headers["Cache-Control"] = "no-store"
     elif "Authorization" in request.headers or answer.status_code == 401:

@@ -18,7 +18,7 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from cachix_console import tell
 from cachix_protocol import Error, UsageError
-from cachix_workspace.app import create_app
+from cachix_workspace.app import create_app, start_threads
 from cachix_workspace.context import Workspace, workspace_of
 from cachix_workspace.database import open_database
 from cachix_workspace.settings import Settings
@@ -91,7 +91,9 @@ class WorkspaceWorker(ThreadWorker):
 
     def _close_sockets(self) -> None:
         self.stopping.wait()
-        self._workspace().hub.stop()
+        workspace = self._workspace()
+        workspace.feed.close()
+        workspace.hub.stop()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.stopping.set()
@@ -181,7 +183,9 @@ class Server(BaseApplication):
                 self.cfg.set(name, value)
 
     def load(self) -> Any:
-        return create_app(self.settings)
+        app = create_app(self.settings)
+        start_threads(app)
+        return app
 
 
 def serve(

@@ -27,6 +27,7 @@ class Settings:
     public_url: str = DEFAULT_URL
     also_known_as: tuple[str, ...] = ()  # further URLs
     behind_proxy: int = 0  # proxies whose X-Forwarded headers are believed
+    auth_header: str = ""  # in which the proxy names who is signed in; empty for none
     max_connections: int = 4096
     max_nar: int = 10 << 30  # bytes
     keep_free: int = 1 << 30  # bytes of the disk: nothing is stored beyond that

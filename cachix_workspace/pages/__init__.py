@@ -1,0 +1,1 @@
+"""The dashboard: one file for each page, or for a few that belong together."""
