@@ -33,7 +33,11 @@ logger = logging.getLogger(__name__)
 EXPIRY_INTERVAL = 600.0  # seconds between two looks for tokens that expire soon
 USED_INTERVAL = 60.0  # seconds between two notes of when tokens were used
 ROUTES = (deployment_routes, log_routes, cache_routes, socket_routes)
-PAGES = (events_pages, overview_pages, sign_in_pages)
+PAGES = (
+    events_pages,
+    overview_pages,
+    sign_in_pages,
+)  # fmt: skip
 
 
 def create_app(settings: Settings) -> Flask:
