@@ -68,6 +68,7 @@ class Waits:
     former: float = 15.0  # for another agent of the name to end
     orphan: float = 30.0  # for another agent to report an end, see cachix_orphan.py
     orphan_reports: float = 3600.0
+    look: float = 120.0  # between two looks at what the machine runs
 
     @classmethod
     def from_environment(cls) -> Waits:

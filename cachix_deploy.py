@@ -59,6 +59,7 @@ from cachix_protocol import (
     decode_to_agent,
 )
 from cachix_repeats import Repeats
+from cachix_report_state import StateReporter
 from cachix_reports import Reported, Reporter
 from cachix_secret import OwnToken
 
@@ -164,10 +165,13 @@ class Worker(threading.Thread):
         )
         self.conductor = conductor.Conductor(self.hooks)
         self.gate = Gate(state, options.deployment_keys, options.unsigned_rollback, tell)
+        profile, waits = options.profile, options.waits
+        self.machine = StateReporter(peer, waits, state, profile, reporter.idle)
 
     def run(self) -> None:
         self.nix_config = nix.show_config()
         self.guarded(self.recover)
+        self.machine.start()
         while not self.stop.is_set():
             deployments = self.inbox.take_all()
             *older, newest = deployments
@@ -175,6 +179,7 @@ class Worker(threading.Thread):
                 self.guarded(self.supersede, deployment, newest)
             self.guarded(self.deploy, newest)
             self.accepted -= {deployment.id for deployment in deployments}
+            self.machine.wake.set()
 
     def put(self, deployment: Deployment) -> None:
         """Accept a deployment. The same one is accepted again after its end only.
@@ -500,6 +505,7 @@ class Agent:
             tell(f"warning: this agent's token expires on {message.expires[:10]}")
         self.worker.registered = replace(message, secret=None)
         self.reporter.register(message)
+        self.worker.machine.register(message)
         known = AgentRegistered(message.id, None, message.reports).to_json()
         self.worker.hooks.config["registered"] = known
         mark = {"pid": os.getpid(), "boot_id": machine.boot_id(), "time": time.time()}

@@ -17,6 +17,8 @@ LABEL = re.compile(r"[a-z0-9-]{1,40}")
 MAX_LABELS = 20
 MAX_DESCRIPTION = 300  # characters
 MAX_FACT = 64  # characters of what an agent says about its machine
+# what an agent says itself, see machine_state
+SAID = ("state_on", "running", "running_since", "profile", "kind", "reboot_since")
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,11 @@ def client_of(user_agent: str) -> str | None:
 def register(
     connection: Connection, name: str, system: str, version: str, client: str | None = None
 ) -> AgentRow:
-    """Note that the agent `name` has connected. Its first connection creates it."""
+    """Note that the agent `name` has connected. Its first connection creates it.
+
+    What another program, or another release, has said of the machine is forgotten: this one may
+    say nothing.
+    """
     now = utc_now()
     facts = {
         "system": system[:MAX_FACT],
@@ -92,12 +98,13 @@ def register(
         "connected": True,
         "client": client,
     }
-    query = select(agents.c.id).where(agents.c.name == name).with_for_update()
+    query = select(agents.c.id, agents.c.client).where(agents.c.name == name).with_for_update()
     row = connection.execute(query).one_or_none()
     if row is None:
         fixed = {"id": str(uuid.uuid4()), "name": name, "created_on": now, "last_index": 0}
         connection.execute(insert(agents).values(**fixed, **facts))
     else:
+        facts.update({} if row.client == client else dict.fromkeys(SAID))
         connection.execute(update(agents).where(agents.c.id == row.id).values(**facts))
     return find(connection, name)
 

@@ -9,9 +9,10 @@ from flask import Blueprint, Response, request
 from sqlalchemy import Connection
 
 from cachix_protocol import IN_PROGRESS, PENDING, TERMINAL, Spec, listed, loads
-from cachix_workspace import agents, audit, deployments, logs, orders, tokens
+from cachix_workspace import agents, audit, deployments, logs, machine_state, orders, tokens
 from cachix_workspace.admission import (
     authenticate,
+    authenticate_agent,
     authenticate_report,
     log_offset,
     query_number,
@@ -22,6 +23,7 @@ from cachix_workspace.answers import json_answer
 from cachix_workspace.browsers import json_wanted
 from cachix_workspace.context import current_workspace
 from cachix_workspace.deployments import DeploymentRow
+from cachix_workspace.machine_state import MachineState
 from cachix_workspace.orders import Actor
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.reports import OUTCOMES, Report, check_signatures
@@ -34,6 +36,7 @@ MAX_JSON = 4 << 20  # bytes of a deploy.json or a status
 MANY, MOST = 100, 1000  # deployments in one answer
 STATUSES = (PENDING, IN_PROGRESS, *sorted(TERMINAL))
 MAX_LOG = 16 << 20  # bytes of log lines in one request
+MAX_STATE = 16 << 10  # bytes of what an agent says of its machine
 
 deployment_routes = Blueprint("deployments", __name__)
 log_routes = Blueprint("logs", __name__)
@@ -170,6 +173,25 @@ def put_status(deployment_id: str) -> Response:
     elif row.status not in TERMINAL:
         workspace.signs.note(row.id)
     return json_answer(row.to_json(), 200 if accepted else 409)
+
+
+@deployment_routes.put("/api/v1/deploy/agent/<agent_id>/state")
+def put_state(agent_id: str) -> Response:
+    """What an agent says of its machine."""
+    _, name = authenticate_agent()
+    json_wanted()
+    state = MachineState.from_json(loads(read_body(MAX_STATE)))
+    workspace = current_workspace()
+    with workspace.database.write() as connection:
+        agent = agents.find(connection, name)
+        if agent.id != agent_id.lower():
+            raise Refusal(
+                403, f"this is not the id of agent {name}: an agent speaks for itself only"
+            )
+        is_new = machine_state.note(connection, agent, state)
+    if is_new:
+        workspace.note_agents(agent.id)
+    return json_answer({})
 
 
 # --- logs -----------------------------------------------------------------------------------------

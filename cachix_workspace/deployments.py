@@ -30,7 +30,7 @@ from cachix_protocol import (
 from cachix_workspace.agents import find as find_agent
 from cachix_workspace.agents import get as get_agent
 from cachix_workspace.refusal import Refusal
-from cachix_workspace.reports import UNTOUCHED_STEPS, Report, transition
+from cachix_workspace.reports import REBOOT_NEEDED, UNTOUCHED_STEPS, Report, transition
 from cachix_workspace.tables import agents, deployments
 from cachix_workspace.tokens import Token
 
@@ -225,10 +225,25 @@ def apply_report(
         reason = None if report.reason is None else report.reason[:MAX_REASON]
         changes.update(ended(status, reason), finished_on=time, outcome=report.outcome)
     if status == SUCCEEDED:
-        mine, path = agents.c.id == deployment.agent_id, deployment.store_path
-        deployed = {"deployed": path, "deployed_on": time}
-        connection.execute(update(agents).where(mine).values(**deployed))
+        _note_success(connection, deployment, report.outcome, time)
     return _change(connection, deployment, **changes), True
+
+
+def _note_success(
+    connection: Connection, deployment: DeploymentRow, outcome: str | None, time: str
+) -> None:
+    """Note what the agent was deployed last.
+
+    If it says what it runs, it will say that of this one too: until then nobody is to take what it
+    ran before for a change by hand.
+    """
+    mine, path = agents.c.id == deployment.agent_id, deployment.store_path
+    deployed = {"deployed": path, "deployed_on": time}
+    connection.execute(update(agents).where(mine).values(**deployed))
+    if outcome != REBOOT_NEEDED:
+        differs = agents.c.running.is_not(None) & (agents.c.running != path)
+        runs = {"running": path, "running_since": time}
+        connection.execute(update(agents).where(mine & differs).values(**runs))
 
 
 def _news(deployment: DeploymentRow, report: Report) -> dict[str, Any]:

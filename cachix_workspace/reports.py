@@ -25,9 +25,10 @@ TOUCHED_STEPS = (
     *("succeeded", "rolled-back", "rollback-failed"),
 )
 STEPS = (*UNTOUCHED_STEPS, *TOUCHED_STEPS, "failed", "cancelled", "superseded")
+REBOOT_NEEDED = "reboot-needed"
 OUTCOMES = (
     *("succeeded", "nothing-changed", "rolled-back", "rollback-failed"),
-    *("changed-by-others", "state-lost", "reboot-needed"),
+    *("changed-by-others", "state-lost", REBOOT_NEEDED),
 )
 MAX_SIGNATURE = 1 << 16  # characters
 

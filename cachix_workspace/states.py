@@ -104,6 +104,7 @@ def of_agent(facts: Facts) -> State:
         return OFFLINE if facts.has_connected else NEVER
     if facts.open is not None and not facts.paused:
         return UNDER_WAY
-    if facts.running and facts.deployed and facts.running != facts.deployed:
+    waits_for_boot = facts.needs_reboot and facts.outcome == REBOOT.key
+    if facts.running and facts.deployed and facts.running != facts.deployed and not waits_for_boot:
         return BY_HAND
     return REBOOT if facts.needs_reboot else WELL

@@ -16,7 +16,7 @@ SHARED = "activate activate.kinds"
 FLOOR = "cachix_connection cachix_console cachix_protocol"
 MAY_IMPORT = {
     "cachix_deploy": f"cachix_ci cachix_options cachix_reports cachix_channels {FLOOR}"
-    " cachix_source cachix_repeats cachix_gate cachix_secret"
+    " cachix_source cachix_repeats cachix_gate cachix_secret cachix_report_state"
     f" {SHARED} activate.agent",
     "cachix_ci": f"cachix_follow cachix_signed {FLOOR} activate.text",
     "cachix_gate": "cachix_signed cachix_ed25519 cachix_protocol activate",
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "cachix_reports": f"cachix_channels cachix_repeats {FLOOR}"
     " activate.history activate.journal activate.lock activate.logfile activate.outcomes"
     " activate.text",
+    "cachix_report_state": f"{FLOOR} {SHARED}",
     "cachix_channels": FLOOR,
     "cachix_connection": "cachix_session cachix_websocket cachix_diagnosis cachix_dial cachix_proxy"
     " cachix_protocol activate.text",
