@@ -9,12 +9,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
 from activate.text import clean, format_size
 from cachix_connection import Answer, Peer, http
 from cachix_console import Screen, align, tell
+from cachix_diagnosis import sentence
 from cachix_follow import PATIENCE, Follower, decode_answer, follow, no_workspace, rejection
 from cachix_protocol import (
     CANCELLED,
@@ -34,13 +35,18 @@ from cachix_signed import Signer
 
 HOSTED = "https://cachix.org"
 ORDER_PATIENCE = 10.0  # seconds without any answer to the order, as --host may be wrong
+THAW_SECONDS, MOST_THAW_SECONDS = 2.0, 30.0  # between two orders, as long as they are refused
+LOCKED = 423  # the HTTP status of an order to a workspace that is frozen
 NAME_COLOURS = ("36", "33", "35", "34", "96", "93", "95", "94")
 STATUS_COLOURS = {SUCCEEDED: "32", FAILED: "31", CANCELLED: "33"}
 
 
 @dataclass(frozen=True)
 class ActivateOptions:
-    """The command line of `activate`, checked. `timeout` is in seconds."""
+    """The command line of `activate`, checked. `timeout` is in seconds.
+
+    `source` is what CI says about itself. With `waits` a frozen workspace is waited for.
+    """
 
     host: str
     token: Optional[str]
@@ -49,6 +55,8 @@ class ActivateOptions:
     asynchronous: bool = False
     timeout: Optional[float] = None
     signer: Optional[Signer] = None
+    source: dict[str, str] = field(default_factory=dict)
+    waits: bool = False
 
 
 # --- deploy.json ----------------------------------------------------------------------------------
@@ -101,20 +109,27 @@ def read_spec(options: ActivateOptions) -> Spec:
     return Spec(agents, spec.rollback_scripts)
 
 
-def sign(spec: Spec, host: str, signer: Signer) -> Spec:
-    """Sign all deployments, if the workspace can hand the signatures on."""
+def complete(spec: Spec, host: str, options: ActivateOptions) -> Spec:
+    """Say who deploys, and sign all deployments, if the workspace has a place for that."""
     if host == HOSTED:
-        tell(f"warning: {host} has no place for signatures: nothing is signed")
+        if options.signer is not None:
+            tell(f"warning: {host} has no place for signatures: nothing is signed")
         return spec
-    signatures = signer.sign_all(host, spec.agents, spec.rollback_scripts)
-    return replace(spec, signatures=signatures)
+    if options.signer is None:
+        return replace(spec, source=options.source)
+    signatures = options.signer.sign_all(host, spec.agents, spec.rollback_scripts)
+    return replace(spec, source=options.source, signatures=signatures)
 
 
 # --- the order ------------------------------------------------------------------------------------
 
 
+class Frozen(Error):
+    """The workspace takes no orders at present. The message is its own."""
+
+
 def post_order(peer: Peer, path: str, spec: Spec, deadline: float) -> Answer:
-    """Send the order until it is answered. Raises Unreachable.
+    """Send the order until it is answered. Raises Unreachable, or Frozen.
 
     To repeat it does no harm, as it names the state that the agents are to reach.
     """
@@ -125,6 +140,8 @@ def post_order(peer: Peer, path: str, spec: Spec, deadline: float) -> Answer:
     while True:
         try:
             answer = http(peer, "POST", path, data=body, headers=headers)
+            if answer.status == LOCKED:
+                raise Frozen(sentence(answer.body) or f"{peer.host} is frozen (HTTP {LOCKED})")
             refusal = rejection(peer, answer)
             if not isinstance(refusal, Unreachable):
                 return answer
@@ -166,6 +183,28 @@ def order(peer: Peer, spec: Spec, deadline: float) -> dict[str, tuple[str, str]]
         return {agent: _id_and_url(records, agent) for agent in spec.agents}
     except Undecodable as problem:
         raise no_workspace(peer, problem) from None
+
+
+def order_in_time(
+    peer: Peer, spec: Spec, options: ActivateOptions, deadline: float
+) -> dict[str, tuple[str, str]]:
+    """Order as `order` does. Wait for a frozen workspace if that is wanted. Raises Error.
+
+    Each try is signed anew: what is executed meanwhile must not be newer than the signature.
+    """
+    pause, told = THAW_SECONDS, ""
+    while True:
+        try:
+            return order(peer, complete(spec, peer.host, options), deadline)
+        except Frozen as error:
+            left = deadline - time.monotonic()
+            if not options.waits or left <= 0:
+                raise
+            if str(error) != told:
+                told = str(error)
+                tell(f"{told}; waiting until it takes orders again")
+        time.sleep(min(pause, left))
+        pause = min(1.5 * pause, MOST_THAW_SECONDS)
 
 
 def _id_and_url(records: dict[str, Any], agent: str) -> tuple[str, str]:
@@ -245,12 +284,10 @@ def activate_command(options: ActivateOptions) -> int:
     timeout = float("inf") if options.timeout is None else options.timeout
     deadline = time.monotonic() + timeout
     peer, spec = Peer.create(options.host, options.token), read_spec(options)
-    if options.signer is not None:
-        spec = sign(spec, peer.host, options.signer)
     orders: dict[str, tuple[str, str]] = {}
     try:
         with interruptible():
-            orders = order(peer, spec, deadline)
+            orders = order_in_time(peer, spec, options, deadline)
             return show(peer, spec, orders, options.asynchronous, deadline)
     except KeyboardInterrupt as error:
         go_on = "the deployments go on" if orders else maybe_started(peer)

@@ -642,6 +642,7 @@ def hand_over(agent: Agent) -> None:
 def activate_command(options: dict[str, Any]) -> int:
     """Deploy and wait; the exit status. Raises Error."""
     import cachix_ci
+    import cachix_job
 
     startup.protect(writes=False)
     timeout = options["--timeout"]
@@ -653,6 +654,8 @@ def activate_command(options: dict[str, Any]) -> int:
         asynchronous=options["--async"],
         timeout=None if timeout is None else positive(options, "--timeout", "seconds"),
         signer=signer(options),
+        source=cachix_job.source(os.environ),
+        waits=options["--wait"],
     )
     return cachix_ci.activate_command(command_line)
 

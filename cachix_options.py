@@ -28,7 +28,8 @@ Cachix Deploy, open and self-hostable: the agent of a machine, and the command t
 Usage:
   cachix-deploy [options] [deploy] agent [NAME] [PROFILE] [--bootstrap] [--if-stopped]
                 [--trusted-key=KEY]... [--deployment-key=KEY]...
-  cachix-deploy [options] [deploy] activate SPEC [--agent=NAME]... [--async] [--timeout=SECONDS]
+  cachix-deploy [options] [deploy] activate SPEC [--agent=NAME]... [--async] [--wait]
+                [--timeout=SECONDS]
   cachix-deploy [options] key create NAME FILE
   cachix-deploy --help
   cachix-deploy --version
@@ -67,6 +68,7 @@ Options:
   --if-stopped                  Exit with 0 if an agent of this name is running (for cron).
   -a --agent=NAME               Deploy to this agent of SPEC only; may be repeated.
   --async                       Start the deployments, and do not wait for them.
+  --wait                        Wait as long as the workspace is frozen, instead of failing.
   --timeout=SECONDS             Give up waiting after this time; the deployments go on.
   -v --verbose                  Print debugging messages, and tracebacks of errors.
   -h --help                     Show this text.

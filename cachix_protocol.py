@@ -355,12 +355,14 @@ def listed(items: list[str]) -> str:
 class Spec:
     """A deploy.json: the store path for each agent, and a rollback script for each system.
 
-    `signatures`, our own addition, are those of an order's deployments, by agent.
+    Our own additions: the `signatures` of an order's deployments, by agent, and its `source`, what
+    CI says about itself.
     """
 
     agents: dict[str, str]
     rollback_scripts: dict[str, str]
     signatures: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, record: Any) -> Spec:
@@ -389,4 +391,5 @@ class Spec:
         extra: dict[str, Any] = {}
         extra.update({"rollbackScript": self.rollback_scripts} if self.rollback_scripts else {})
         extra.update({"signatures": self.signatures} if self.signatures else {})
+        extra.update({"source": self.source} if self.source else {})
         return {"agents": self.agents, **extra}

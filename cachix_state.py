@@ -37,6 +37,7 @@ class DeploymentState:
     outcome: Optional[str] = None
     agent_online: Optional[bool] = None
     offline_since: Optional[str] = None
+    paused_since: Optional[str] = None
     lost_since: Optional[str] = None
     cancel_requested: Optional[str] = None
     cancel_refused: Optional[str] = None
@@ -58,6 +59,7 @@ class DeploymentState:
             outcome=text("outcome"),
             agent_online=online if isinstance(online, bool) else None,
             offline_since=text("agentOfflineSince"),
+            paused_since=text("agentPausedSince"),
             lost_since=text("lostSince"),
             cancel_requested=text("cancelRequested"),
             cancel_refused=text("cancelRefused"),
@@ -92,6 +94,8 @@ class DeploymentState:
 
     def news(self, agent: str, waited: float) -> str:
         """Why nothing happens, for whoever has `waited` so many seconds; empty if all is well."""
+        if self.status == PENDING and self.paused_since:
+            return f"{agent}: paused since {minute(self.paused_since)}, waiting for it"
         if self.status == PENDING and self.agent_online is False and self.offline_since:
             return f"{agent}: offline since {minute(self.offline_since)}, waiting for it"
         if self.status == PENDING and self.agent_online is False:

@@ -17,6 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -37,6 +38,7 @@ from activate.text import STORE_PATH
 from cachix_ci import ActivateOptions, activate_command, clean, decode_spec
 from cachix_connection import Peer
 from cachix_protocol import Error, Spec, UsageError
+from cachix_signed import SecretKey, Signer
 
 TRANSCRIPTS = pathlib.Path(__file__).with_name("transcripts")
 ROOT = pathlib.Path(cachix_ci.__file__).parent
@@ -300,6 +302,41 @@ def test_requests_are_those_of_cachix(
         assert not foreign & set(headers)
 
 
+SOURCE = {"commit": "a1b2c3", "title": "Mend \u00fc"}
+
+
+def test_the_order_has_what_ci_says_about_itself(workspaces: Any, activate: Any) -> None:
+    workspace = workspaces()
+    assert activate(workspace, source=SOURCE, agents=("web",)).status == 0
+    assert json.loads(workspace.requests[0][3]) == {"agents": {"web": SYSTEM}, "source": SOURCE}
+
+
+def test_cachix_gets_nothing_but_what_it_knows(
+    workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = workspaces()
+    monkeypatch.setattr(cachix_ci, "HOSTED", workspace.host)
+    result = activate(workspace, source=SOURCE, signer=Signer(SecretKey.create("ci-1")))
+    assert result.status == 0 and "has no place for signatures" in result.err
+    assert json.loads(workspace.requests[0][3]) == {"agents": {"web": SYSTEM}}
+
+
+def test_a_job_of_github_is_found_in_the_environment(workspaces: Any) -> None:
+    """And that `--wait` is passed on."""
+    workspace = workspaces()
+    workspace.orders = [Answer({"error": FROZEN}, 423)]
+    own = {"GITHUB_SHA": "a1b2c3", "GITHUB_REF_NAME": "main", "GITHUB_TOKEN": "secret-of-github"}
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump({"agents": {"web": SYSTEM}}, file)
+        file.flush()
+        words = (file.name, "--wait", "--timeout=0.5")
+        process = command(*words, host=workspace.host, **own)
+        result = subprocess.run(**process, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and result.stderr.count(FROZEN) == 2, result
+    body = json.loads(workspace.requests[0][3])
+    assert body["source"] == {"commit": "a1b2c3", "branch": "main"}
+
+
 def test_only_the_chosen_agents_are_deployed(workspaces: Any, activate: Any) -> None:
     workspace = workspaces("web", "db")
     spec = {"agents": {"web": SYSTEM, "other": SYSTEM, "db": SCRIPT}, "rollbackScript": None}
@@ -493,6 +530,12 @@ def test_a_reason_of_several_lines_does_nothing_to_the_terminal(
             "web: offline since 2026-11-26 18:00 UTC, waiting for it",
         ),
         ("Pending", {"agentOnline": False}, "web: never connected so far, waiting for it"),
+        (
+            "Pending",
+            {"agentOnline": False, "agentPausedSince": "2026-11-26T18:00:12.5Z"},
+            "web: paused since 2026-11-26 18:00 UTC, waiting for it",
+        ),
+        ("InProgress", {"agentPausedSince": "2026-11-26T18:00:12.5Z"}, ""),
         ("Pending", {}, "web: not started yet, its agent may be offline or busy"),
         (
             "InProgress",
@@ -732,6 +775,52 @@ def test_an_order_is_repeated_while_the_workspace_restarts(
     assert result.status == 0
     assert "HTTP 503; trying again in 1 s" in result.err
     assert "HTTP 429; trying again in 7 s" in result.err
+
+
+FROZEN = "the workspace is frozen since 2026-11-27T18:52Z by anna: the database moves"
+
+
+def test_a_frozen_workspace_says_why(workspaces: Any, activate: Any) -> None:
+    workspace = workspaces()
+    workspace.orders = [Answer({"error": FROZEN}, 423)]
+    result = activate(workspace)
+    assert (result.status, result.out) == (1, "")
+    assert result.err == f"error: {FROZEN}\n"
+    assert workspace.seen() == ["order"]
+
+
+def test_a_frozen_workspace_is_waited_for(
+    workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With growing pauses, each reason said once, and each order signed anew."""
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    workspace = workspaces()
+    locked = Answer({"error": FROZEN}, 423)
+    other = Answer({"error": "frozen by bob"}, 423)
+    workspace.orders = [*[locked] * 9, other, other, *workspace.orders]
+    key = SecretKey.create("ci-1")
+    result = activate(workspace, waits=True, signer=Signer(key))
+    assert result.status == 0
+    assert result.err.splitlines() == [
+        f"{FROZEN}; waiting until it takes orders again",
+        "frozen by bob; waiting until it takes orders again",
+    ]
+    waits = pauses[:11]
+    assert waits[0] == 2 and waits == sorted(waits) and max(waits) == 30
+    bodies = [json.loads(body) for method, _, _, body in workspace.requests if method == "POST"]
+    sequences = [body["signatures"]["web"]["sequence"] for body in bodies]
+    assert len(sequences) == 12 and sequences == sorted(set(sequences))
+
+
+def test_a_frozen_workspace_is_waited_for_until_the_deadline(
+    workspaces: Any, activate: Any
+) -> None:
+    workspace = workspaces()
+    workspace.orders = [Answer({"error": FROZEN}, 423)]
+    result = activate(workspace, waits=True, timeout=0.5)
+    assert result.status == 1 and result.err.endswith(f"error: {FROZEN}\n")
+    assert workspace.seen() == ["order"] * 2
 
 
 def test_an_order_whose_answer_is_lost_may_have_been_started(

@@ -15,10 +15,11 @@ from hosts import PROJECT
 SHARED = "activate activate.kinds"
 FLOOR = "cachix_connection cachix_console cachix_protocol"
 MAY_IMPORT = {
-    "cachix_deploy": f"cachix_ci cachix_options cachix_reports cachix_channels {FLOOR}"
+    "cachix_deploy": f"cachix_ci cachix_job cachix_options cachix_reports cachix_channels {FLOOR}"
     " cachix_source cachix_repeats cachix_gate cachix_secret cachix_report_state"
     f" {SHARED} activate.agent",
-    "cachix_ci": f"cachix_follow cachix_signed {FLOOR} activate.text",
+    "cachix_ci": f"cachix_follow cachix_signed cachix_diagnosis {FLOOR} activate.text",
+    "cachix_job": "",
     "cachix_gate": "cachix_signed cachix_ed25519 cachix_protocol activate",
     "cachix_secret": "cachix_connection cachix_errors activate",
     "cachix_source": "cachix_cache cachix_connection cachix_protocol cachix_proxy activate"
