@@ -43,7 +43,8 @@ def pins(file: str, python: str = "") -> dict[str, Pin]:
     ]
     assert len(read) == len(re.findall(r"^[^#\s]", text, re.M)), f"{file}: a line is not understood"
     chosen = [pin for pin in read if pin.is_for(python)]
-    by_name = {pin.name: pin for pin in chosen}  # a package may be there once more, with an extra
+    # A package may be there once more, with an extra, for some Pythons.
+    by_name = {pin.name: pin for pin in sorted(chosen, key=lambda pin: pin.marker is None)}
     versions = {(pin.name, pin.version) for pin in chosen}
     assert len(versions) == len(by_name), f"{file}: two versions of a package"
     return by_name
