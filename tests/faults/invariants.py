@@ -18,7 +18,7 @@ from cachix_protocol import FAILURE_LINE, SUCCESS_LINE
 KEPT = re.compile(
     r"(journal|reported)\.json(\.unreadable-\d+)?|(reported|owner)\.lock|log|(previous|new)(-\d+)?"
 )
-AGENT_LOCK = re.compile(r"agent-.+\.lock")
+STAYS = re.compile(r"agent-.+\.lock|(executed|secret)-.+\.json")  # some agents have these
 # How a deployment may end that was cancelled in time.
 UNTOUCHED = (journal.CANCELLED, journal.SUPERSEDED, journal.FAILED)
 # The steps in which each program may run, as the journal must have the step before.
@@ -58,9 +58,7 @@ def settled(world: World) -> None:
     # Waits, because the agent may connect anew at this moment and write its file.
     names = ["deployments", f"registered-{world.name}.json"]
     wait_until(
-        lambda: (
-            sorted(name for name in os.listdir(state) if not AGENT_LOCK.fullmatch(name)) == names
-        ),
+        lambda: sorted(name for name in os.listdir(state) if not STAYS.fullmatch(name)) == names,
         10,
         f"nothing but {names} in the state: {os.listdir(state)}",
     )

@@ -22,6 +22,8 @@ class Scripted:
         self.peer.cache = self.files.wire()
         self.url, self.cache_url = self.peer.url, self.files.url
         self.sent: dict[str, dict[str, Any]] = {}
+        # the signature of a deployment: of its agent, path and rollback script
+        self.sign: Optional[Callable[[str, str, Optional[str]], dict[str, Any]]] = None
 
     def close(self) -> None:
         self.peer.stop()
@@ -36,8 +38,11 @@ class Scripted:
     def deploy(self, agent: str, path: str, script: Optional[str] = None) -> str:
         """Send a deployment at once, whatever the agent is doing. Returns its id."""
         index = len(self.sent) + 1
-        deployment = self.peer.deploy(path, script, index=index)
-        self.sent[deployment] = {"store_path": path, "script": script, "index": index}
+        sent: dict[str, Any] = {"store_path": path, "script": script, "index": index}
+        if self.sign is not None:
+            sent["signature"] = self.sign(agent, path, script)
+        deployment = self.peer.deploy(**sent)
+        self.sent[deployment] = sent
         return deployment
 
     def again(self, deployment: str, **more: Any) -> None:
