@@ -8,6 +8,7 @@ from hosts import NIX_CONF
 from machines import Machine
 
 from activate.agent.netrc import write_netrc
+from activate.process import Error
 
 
 @pytest.mark.promise(11)
@@ -19,6 +20,35 @@ def test_it_keeps_the_machines_entries_byte_for_byte(tmp_path):
     assert os.stat(file.path).st_mode & 0o777 == 0o600
     with open(file.path, "rb") as netrc:
         assert netrc.read() == b"machine deploy.example.org login x password token\n" + own
+    file.close()
+
+
+@pytest.mark.promise(11)
+@pytest.mark.parametrize(
+    ("url", "token"),
+    [
+        ("http://evil machine good:80/", "token"),
+        ("http://evil\nmachine good/", "token"),
+        ("http://x default/", "token"),
+        ("http://x password p\rmacdef init/", "token"),
+        ("file:///x", "token"),
+        ("daemon", "token"),
+        ("http://deploy.example.org/", "to ken"),
+        ("http://deploy.example.org/", "token\nmachine other"),
+        ("http://deploy.example.org/", ""),
+    ],
+)
+def test_nothing_but_one_host_and_one_token_gets_into_it(tmp_path, url, token):
+    with pytest.raises(Error, match="can't stand in a netrc"):
+        write_netrc(str(tmp_path / "state"), url, token, "/nowhere")
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("host", ["a-b.example", "a_b", "10.0.0.1", "[::1]"])
+def test_hosts_that_it_takes(tmp_path, host):
+    file = write_netrc(str(tmp_path / "state"), f"http://{host}:80/", "t", "/nowhere")
+    with open(file.path) as netrc:
+        assert netrc.read() == f"machine {host.strip('[]')} login x password t\n"
     file.close()
 
 
