@@ -92,9 +92,8 @@ def _page_url(name: str, row: DeploymentRow) -> str:
     return f"{current_workspace().settings.public_url}/agents/{name}/deployments/{row.index}"
 
 
-@deployment_routes.get("/agents/<name>/deployments/<int:index>")
-def get_page(name: str, index: int) -> Response:
-    """A deployment by its agent and number."""
+def deployment_json(name: str, index: int) -> Response:
+    """A deployment by its agent and number, for whoever has a token for CI."""
     token = authenticate(CI)
     with current_workspace().database.read() as connection:
         row = deployments.find_by_index(connection, name, index)
@@ -115,14 +114,11 @@ def get_deployment(deployment_id: str) -> Response:
 def get_deployments() -> Response:
     """The newest deployments, by `agent`, `status` and `outcome`; `limit` of them."""
     token = authenticate(CI)
-    wanted = {
-        "agent": request.args.get("agent"),
-        "status": query_word("status", STATUSES),
-        "outcome": query_word("outcome", OUTCOMES),
-    }
+    agent = request.args.get("agent")
+    status, outcome = query_word("status", STATUSES), query_word("outcome", OUTCOMES)
     limit = query_number("limit", MANY, MOST)
     with current_workspace().database.read() as connection:
-        found = deployments.list_some(connection, limit, **wanted)
+        found = deployments.list_some(connection, limit, agent, status, outcome)
         described = [_describe(connection, row) for row in found]
     mine = [each for each in described if token.allows(each["agent"])]
     return json_answer({"deployments": mine})

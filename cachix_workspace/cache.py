@@ -145,6 +145,12 @@ def find(connection: Connection, name: str) -> CacheRow | None:
     return None if row is None else CacheRow(**row._mapping)
 
 
+def list_all(connection: Connection) -> list[CacheRow]:
+    """All caches, the oldest first: it is the one that agents use by default."""
+    rows = connection.execute(select(caches).order_by(caches.c.id))
+    return [CacheRow(**row._mapping) for row in rows]
+
+
 def find_named(connection: Connection, name: str) -> CacheRow:
     """The cache that a command names. Raises Error if there is none."""
     row = find(connection, name)

@@ -175,8 +175,9 @@ def list_some(
     agent: str | None = None,
     status: str | None = None,
     outcome: str | None = None,
+    offset: int = 0,
 ) -> list[DeploymentRow]:
-    """The newest deployments that match."""
+    """The newest deployments that match, without the first `offset` of them."""
     query = select(deployments).join(agents)
     for column, value in (
         (agents.c.name, agent),
@@ -185,7 +186,7 @@ def list_some(
     ):
         query = query if value is None else query.where(column == value)
     newest = (deployments.c.created_on.desc(), deployments.c.index.desc())
-    rows = connection.execute(query.order_by(*newest).limit(limit))
+    rows = connection.execute(query.order_by(*newest).limit(limit).offset(offset))
     return [DeploymentRow(**row._mapping) for row in rows]
 
 
@@ -303,6 +304,14 @@ def fail_others(connection: Connection, deployment: DeploymentRow) -> None:
     reason = f"the agent went on to deployment {index} without reporting the end of this one"
     older = others(deployment, IN_PROGRESS) & (deployments.c.index < index)
     connection.execute(update(deployments).where(older).values(**ended(FAILED, reason)))
+
+
+def can_cancel(row: DeploymentRow) -> bool:
+    """Whether `cancel` would do anything, as far as is known now."""
+    if row.status == PENDING:
+        return True
+    is_untouched = row.step is not None and row.step in UNTOUCHED_STEPS
+    return row.status == IN_PROGRESS and is_untouched and row.cancel_requested is None
 
 
 def cancel(connection: Connection, deployment_id: str) -> tuple[DeploymentRow, bool]:

@@ -176,6 +176,13 @@ def retry(
     return place(connection, wanted, by, RETRY, of_run=of_run)
 
 
+def retryable(connection: Connection, rows: dict[str, DeploymentRow]) -> dict[str, DeploymentRow]:
+    """Those of the deployments that no newer one has followed: their agents still lack them."""
+    query = select(agents.c.name, agents.c.last_index).where(agents.c.name.in_(rows))
+    newest = {row.name: row.last_index for row in connection.execute(query)}
+    return {name: row for name, row in rows.items() if newest[name] == row.index}
+
+
 def _again(row: DeploymentRow) -> Wanted:
     """What repeats a deployment, for the same agent."""
     scripts = loads(row.rollback_scripts or "{}")

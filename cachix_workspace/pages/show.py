@@ -16,6 +16,7 @@ from cachix_workspace import freeze
 from cachix_workspace.context import current_workspace
 from cachix_workspace.database import get_meta
 from cachix_workspace.pages.access import viewer
+from cachix_workspace.sentences import lasting
 
 STATIC = Path(__file__).parent.parent / "static"
 STORE_PATH = re.compile(r"(?:/nix/store/)?([0-9a-z]{32})-(.+)")
@@ -40,8 +41,9 @@ def page(template: str, status: int = 200, topics: str = "", **values: Any) -> R
 
 def prepare(app: Flask) -> None:
     """Give an application's templates their filters."""
-    for function in (ago, code, exact, store_name, store_hash, size, plain, span):
+    for function in (ago, code, exact, lines, store_name, store_hash, since, size, plain):
         app.jinja_env.filters[function.__name__] = function
+    app.jinja_env.filters["span"] = lasting
     app.jinja_env.globals["static"] = static_url
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
 
@@ -78,6 +80,12 @@ def ago(time: str | None) -> Markup:
     )
 
 
+def since(seconds: float) -> Markup:
+    """Seconds since 1970, as `ago` does."""
+    then = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return ago(then.strftime("%Y-%m-%dT%H:%M:%SZ"))
+
+
 def relative(seconds: float) -> str:
     """A span in words, with one unit: `5 min ago`, `in 3 days`."""
     span_ = abs(seconds)
@@ -96,16 +104,6 @@ def relative(seconds: float) -> str:
             word = word[:-1] if count == 1 and word.endswith("s") and len(word) > 1 else word
             return f"in {count} {word}" if seconds < 0 else f"{count} {word} ago"
     return ""
-
-
-def span(seconds: float) -> str:
-    """A duration: `41 s`, `2 min 5 s`, `1 h 20 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def store_name(path: str | None) -> str:
@@ -134,6 +132,11 @@ def size(count: int | None) -> str:
 def plain(text: str | None) -> str:
     """Text from agents or CI without what hides or turns text: one can see what it says."""
     return HIDDEN.sub(UNSEEN, CONTROLS.sub(UNSEEN, text or ""))
+
+
+def lines(text: str | None) -> str:
+    """Text of several lines without what hides or turns text."""
+    return "\n".join(plain(line) for line in (text or "").splitlines())
 
 
 def code(text: str) -> Markup:

@@ -117,6 +117,38 @@
     addEventListener("pageshow", (event) => { if (event.persisted) { begin(); draw(); } });
   }
 
+  // --- a log that grows: the reader who scrolled up stays where he is -----------------------------
+  const log = byId("log");
+  if (log) {
+    const at = location.hash ? null : log.dataset.at && byId(log.dataset.at);
+    if (at) { at.classList.add("at"); log.scrollTop = at.offsetTop - log.offsetTop - 60; }
+    else if (log.dataset.log) log.scrollTop = log.scrollHeight;
+    let reading = false, more = false;
+    const grow = async () => {
+      if (reading) { more = true; return; }
+      reading = true;
+      try {
+        const answer = await fetch(`${log.dataset.url}?from=${log.dataset.next}`, { signal: AbortSignal.timeout(20000) });
+        const fresh = new DOMParser().parseFromString(await answer.text(), "text/html").querySelectorAll(".line");
+        const isAtEnd = log.scrollTop + log.clientHeight > log.scrollHeight - 40;
+        if (fresh.length) log.querySelector(".log-empty")?.remove();
+        log.append(...fresh);
+        log.dataset.next = Number(log.dataset.next) + fresh.length;
+        for (const id of ["log-end", "log-total"]) if (byId(id)) byId(id).textContent = log.dataset.next;
+        if (isAtEnd) log.scrollTop = log.scrollHeight;
+        more = more || fresh.length >= 500;
+      } catch { lost(); }
+      reading = false;
+      if (more) { more = false; setTimeout(grow, 300); }
+    };
+    if (log.dataset.log) {
+      document.addEventListener("log", (event) => {
+        if (event.detail.includes("all") || event.detail.includes(`log:${log.dataset.log}`)) grow();
+      });
+      document.addEventListener("visibilitychange", () => { if (!document.hidden) grow(); });
+    }
+  }
+
   // --- small things -----------------------------------------------------------------------------
   const UNITS = [[60, 1, "s"], [3600, 60, "min"], [86400, 3600, "h"], [2592000, 86400, "days"], [31536000, 2592000, "months"], [Infinity, 31536000, "years"]];
   const relative = (seconds) => {
