@@ -20,8 +20,8 @@ ESCAPES = re.compile(
     r"(?P<sgr>\x1b\[[0-9;:]*m)"  # colours and weights: the only ones that a line may keep
     r"|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[PX^_][^\x1b]*\x1b\\"  # titles, links, other strings
     r"|\x1b\[[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]?"  # the cursor, the screen, the modes
-    # control characters, and what reverses the text
-    r"|[\x00-\x08\x0a-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+    # control characters, what is not seen, and what reverses the text
+    r"|[\x00-\x08\x0a-\x1f\x7f-\x9f\xad\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
 
 

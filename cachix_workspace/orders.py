@@ -79,7 +79,7 @@ def place(
     targets = {row.name: AgentRow(**row._mapping) for row in connection.execute(query)}
     unknown = sorted(name for name in wanted if name not in targets)
     if unknown:
-        names = ", ".join(unknown)
+        names = listed([name[:128] for name in unknown])
         hint = "An agent is known once it has connected, or was added."
         raise Refusal(400, f"unknown agents: {names}. {hint}")
     run_id = runs.create(connection, by.name, action, source, of_run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from typing import Any, Callable
 
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LINE = 32 << 20  # bytes of a log message: Cachix's agent sends a line of any length in one
 IDLE = 60.0  # seconds after which a sleeping thread looks around without being woken
+KEY = re.compile(r"[0-9A-Za-z+/]{22}==")  # 16 bytes
 LOG_GRACE = 3.0  # seconds that a viewer waits for the last lines of a deployment that has ended
 
 socket_routes = Blueprint("sockets", __name__)
@@ -99,6 +101,8 @@ def serve(
 
     After the handshake nothing may raise: gunicorn would write an HTTP answer into the websocket.
     """
+    if not KEY.fullmatch(request.headers.get("Sec-WebSocket-Key", "")):
+        raise Refusal(400, "this is no websocket handshake: Sec-WebSocket-Key is missing or wrong")
     workspace = current_workspace()
     with workspace.hub.slot(token.id, workspace.settings.most_sockets(token.is_for_one)):
         try:
@@ -209,10 +213,12 @@ def receive_reports(workspace: Workspace, sock: Socket, name: str) -> None:
 
 
 def _apply(workspace: Workspace, name: str, command: FromAgent) -> None:
+    facts: dict[str, Any] = {"time": command.time}
     if isinstance(command, DeploymentStarted):
-        report = Report(IN_PROGRESS, command.time, command.closure_size)
+        facts.update(status=IN_PROGRESS, closureSize=command.closure_size)
     else:
-        report = Report(SUCCEEDED if command.has_succeeded else FAILED, command.time)
+        facts.update(status=SUCCEEDED if command.has_succeeded else FAILED)
+    report = Report.from_json(facts)
     with workspace.database.write() as connection:
         row = deployments.find_own(connection, name, command.id)
         row, accepted = deployments.apply_report(connection, row, report)

@@ -34,9 +34,9 @@ from cachix_websocket import TooLarge
 TOKEN = "hostile-SECRET/" + "k" * 20
 EVIL = (
     "\x1b]0;title\x07\x1b[2J\x1b[1;1H\x9b2J\x9d0;x\x9c\r\x1bP+q\x1b\\\x08\x0b\x0c\x85\u2028\u2029"
-    "\u202a\u202e\u2066\u2069\u200f"
+    "\u202a\u202e\u2066\u2069\u200f\u00ad"
 )
-BAD = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+BAD = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\xad\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 SPELLINGS = [
     TOKEN,
     quote(TOKEN, safe=""),

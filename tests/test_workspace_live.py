@@ -110,6 +110,9 @@ def test_reports_by_websocket(peer: Peer, name: str) -> None:
     for junk in ("{", "[]", '{"command":{"tag":"X"}}'):
         report.send_text(junk)
         log.send_text(junk)
+    for size in (1 << 70, -5):
+        started = DeploymentStarted(deployment, "2026-11-24T01:00:00Z", size)
+        report.send_text(encode_from_agent(str(uuid.uuid4()), started))
     report.send_frame(TEXT, b"\xff\xfe")  # not UTF-8: this one ends the connection
     assert report.expect_close() == 1007
     report = peer.agent(name, "/ws-deployment")
@@ -119,6 +122,7 @@ def test_reports_by_websocket(peer: Peer, name: str) -> None:
     report.send_frame(TEXT, frame[:20], final=False)
     report.send_frame(0, frame[20:])
     wait_for(lambda: peer.status(deployment)["status"] == RUNNING)
+    assert peer.status(deployment)["closureSize"] is None
     log.send_text({"line": "one", "time": "T", "more": 1})
     log.send_frame(BINARY, b'{"line":"two","time":"T"}')
     finished = encode_from_agent(
@@ -287,6 +291,8 @@ def test_who_may_do_what(peer: Peer, name: str) -> None:
         ("/api/v1/deploy/log/00000000-0000-4000-8000-000000000000?view=true", "activate", {}, 404),
         ("/api/v1/deploy/log/00000000-0000-4000-8000-000000000000?view=true", "agent", {}, 403),
         ("/ws", "agent", {"name": "web", "Sec-WebSocket-Version": "7"}, 400),
+        ("/ws", "agent", {"name": "web", "Sec-WebSocket-Key": "x"}, 400),
+        ("/ws", "agent", {"name": "web", "Sec-WebSocket-Key": "A" * 23 + "="}, 400),
         ("/nowhere", "agent", {"name": "web"}, 404),
     ],
 )
@@ -304,16 +310,19 @@ def test_refused_handshakes(
 def test_wrong_requests(peer: Peer, name: str) -> None:
     peer.registered(name)
     unknown = {"agents": dict.fromkeys(("nobody", name, "no-one"), STORE_PATHS[0])}
+    many = {"agents": dict.fromkeys((f"{i:02}" + "x" * 1000 for i in range(99)), STORE_PATHS[0])}
     bodies = {
         b"": "not JSON",
         b"[]": "object",
         b'{"agents":{}}': "`agents` must be",
         b'{"agents":{"x":"/nix/store/aaa"}}': "not a store path",
         json.dumps(unknown).encode(): "unknown agents: no-one, nobody",
+        json.dumps(many).encode(): f"19{'x' * 126} and 79 more.",
     }
     for body, sentence in bodies.items():
         answer = peer.http("POST", "/api/v2/deploy/activate?", data=body)
         assert answer.status_code == 400 and sentence in answer.json()["error"]
+        assert len(answer.content) < 4000
     deployment = peer.activate({name: STORE_PATHS[0]})[name]
     assert peer.status(deployment)["index"] == 1  # the refused ones left nothing
     for more in (
