@@ -49,7 +49,8 @@ bench: setup ## measure speed and size, as ratios
 
 pyz: dist/cachix-deploy.pyz ## build dist/cachix-deploy.pyz: agent and CI command in one file
 
-dist/cachix-deploy.pyz: .make/venv tools/pyz.py tools/pyz_main.py $(AGENT_SOURCES)
+PACKER := tools/pyz.py cachix_workspace/program.py cachix_workspace/pyz_main.py
+dist/cachix-deploy.pyz: .make/venv $(PACKER) $(AGENT_SOURCES)
 	@$(BIN)/python tools/pyz.py $@
 
 # One file serves all Pythons, so that each package in it has one version ("fewest").

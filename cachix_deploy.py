@@ -88,7 +88,7 @@ def switch_command() -> list[str]:
 
 
 def program_files() -> tuple[int, ...]:
-    """The descriptors that our module search path names: see tools/pyz_main.py."""
+    """The descriptors that our module search path names: see cachix_workspace/pyz_main.py."""
     entries = [entry.partition("/proc/self/fd/") for entry in sys.path]
     return tuple(int(number) for head, _, number in entries if not head and number.isdigit())
 

@@ -21,13 +21,18 @@ from cachix_workspace.feed import ALL
 from cachix_workspace.hub import Hub
 from cachix_workspace.life import Signs
 from cachix_workspace.pages import forms, show
+from cachix_workspace.pages.agents import agent_pages
+from cachix_workspace.pages.caches import cache_pages
 from cachix_workspace.pages.deployments import deployment_pages
+from cachix_workspace.pages.enrol import enrol_pages
 from cachix_workspace.pages.errors import error_page
 from cachix_workspace.pages.events import events_pages
 from cachix_workspace.pages.overview import overview_pages
 from cachix_workspace.pages.runs import run_pages
 from cachix_workspace.pages.sign_in import sign_in_pages
 from cachix_workspace.pages.start import start_pages
+from cachix_workspace.pages.tokens import token_pages
+from cachix_workspace.pages.welcome import welcome_pages
 from cachix_workspace.settings import Settings
 from cachix_workspace.sockets import socket_routes
 
@@ -41,6 +46,11 @@ PAGES = (
     overview_pages,
     sign_in_pages,
     deployment_pages,
+    enrol_pages,
+    agent_pages,
+    token_pages,
+    cache_pages,
+    welcome_pages,
     run_pages,
     start_pages,
 )  # fmt: skip

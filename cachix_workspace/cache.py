@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import Connection, insert, select, update
 
-from cachix_protocol import BASE32, Cache, Error, utc_now
+from cachix_protocol import BASE32, Cache, utc_now
 from cachix_workspace import narinfo
 from cachix_workspace.narinfo import Narinfo, base32
 from cachix_workspace.refusal import Refusal
@@ -75,13 +75,15 @@ def create(
 ) -> tuple[CacheRow, str]:
     """Create a cache. Returns it and its secret key in Nix's form, which is kept nowhere.
 
-    Raises Error if the name is taken or not usable.
+    Raises Refusal if the name is taken or not usable.
     """
     if not NAME.fullmatch(name):
         allowed = "letters a to z, digits and `-`"
-        raise Error(f"a cache's name is part of a host name: {allowed}, not {name!r}")
+        raise Refusal(400, f"a cache's name is part of a host name: {allowed}, not {name!r}")
     if find(connection, name) is not None:
-        raise Error(f"there is a cache {name} already: see `cachix-workspace cache show {name}`")
+        raise Refusal(
+            409, f"there is a cache {name} already: see `cachix-workspace cache show {name}`"
+        )
     seed, public_key = _key_pair()
     host = settings.public_host.replace(":", "-")  # to Nix, a key's name ends at the first colon
     key_name = f"{name}.{host}-1"
@@ -99,12 +101,14 @@ def create(
 def rotate(connection: Connection, name: str) -> tuple[CacheRow, str]:
     """Make a new key for a cache; the cache, and the secret key in Nix's form.
 
-    The former key counts as well, until it is retired. Raises Error if there is one before it.
+    The former key counts as well, until it is retired. Raises Refusal if there is one before it.
     """
     row = find_named(connection, name)
     if row.old_key_name is not None:
         hint = f"`cachix-workspace cache key retire {name}`"
-        raise Error(f"the old key {row.old_key_name} of {name} counts still: drop it by {hint}")
+        raise Refusal(
+            409, f"the old key {row.old_key_name} of {name} counts still: drop it by {hint}"
+        )
     seed, public_key = _key_pair()
     base, _, number = row.key_name.rpartition("-")
     key_name = f"{base}-{int(number) + 1}" if number.isdigit() else f"{row.key_name}-2"
@@ -120,12 +124,11 @@ def rotate(connection: Connection, name: str) -> tuple[CacheRow, str]:
 
 
 def retire(connection: Connection, name: str) -> CacheRow:
-    """Drop the old key of a cache. Raises Error if there is none."""
+    """Drop the old key of a cache. Raises Refusal if there is none."""
     row = find_named(connection, name)
     if row.old_key_name is None:
-        raise Error(
-            f"cache {name} has one key only: `cachix-workspace cache key rotate` makes another"
-        )
+        hint = "`cachix-workspace cache key rotate` makes another"
+        raise Refusal(409, f"cache {name} has one key only: {hint}")
     values = {"old_key_name": None, "old_public_key": None}
     connection.execute(update(caches).where(caches.c.id == row.id).values(**values))
     return find_named(connection, name)
@@ -152,10 +155,12 @@ def list_all(connection: Connection) -> list[CacheRow]:
 
 
 def find_named(connection: Connection, name: str) -> CacheRow:
-    """The cache that a command names. Raises Error if there is none."""
+    """The cache of this name. Raises Refusal (404) if there is none."""
     row = find(connection, name)
     if row is None:
-        raise Error(f"there is no cache {name}: make it with `cachix-workspace cache create`")
+        raise Refusal(
+            404, f"there is no cache {name}: make it with `cachix-workspace cache create`"
+        )
     return row
 
 

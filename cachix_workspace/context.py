@@ -63,6 +63,11 @@ class Workspace:
         self.hub.wake_viewers(deployment_id)
         self.feed.publish(f"log:{deployment_id}")
 
+    def dismiss(self, agent_id: str) -> None:
+        """Close the socket of an agent whose name or token has changed, and let pages know."""
+        self.hub.dismiss(agent_id)
+        self.feed.publish("agents", f"agent:{agent_id}")
+
     def note_agents(self, *agent_ids: str) -> None:
         """Let the sockets of these agents look again, and pages too."""
         for agent_id in agent_ids:

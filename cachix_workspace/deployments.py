@@ -10,6 +10,7 @@ agent that reconnects is sent it again.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z")
 MAX_INDEX = (1 << 31) - 1  # more than a database's integers hold is no index
 MAX_REASON = 1 << 16  # characters
 MAX_STEPS = 50
+MOST_FORMER = 20  # paths that an agent may be sent back to by hand
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,25 @@ def list_some(
     newest = (deployments.c.created_on.desc(), deployments.c.index.desc())
     rows = connection.execute(query.order_by(*newest).limit(limit).offset(offset))
     return [DeploymentRow(**row._mapping) for row in rows]
+
+
+def newest(connection: Connection, names: Collection[str]) -> dict[str, DeploymentRow]:
+    """The newest deployment of each of these agents that has had one, by name."""
+    wanted = agents.c.name.in_(names) & (deployments.c.index == agents.c.last_index)
+    query = select(agents.c.name.label("agent_name"), deployments).join(agents).where(wanted)
+    found = {}
+    for row in connection.execute(query):
+        values = dict(row._mapping)
+        name = str(values.pop("agent_name"))
+        found[name] = DeploymentRow(**values)
+    return found
+
+
+def succeeded_paths(connection: Connection, agent_id: str) -> list[str]:
+    """The store paths that an agent has succeeded with, the last one first."""
+    mine = (deployments.c.agent_id == agent_id) & (deployments.c.status == SUCCEEDED)
+    query = select(deployments.c.store_path).where(mine).order_by(deployments.c.index.desc())
+    return list(dict.fromkeys(connection.execute(query.limit(200)).scalars()))[:MOST_FORMER]
 
 
 # --- changes --------------------------------------------------------------------------------------

@@ -83,6 +83,13 @@ class Hub:
                 del self._agents[agent_id]
             return current and not self._stopping
 
+    def dismiss(self, agent_id: str) -> None:
+        """Close the agent's socket (1012): it comes again, if it may."""
+        with self._lock:
+            sock = self._agents.get(agent_id)
+        if sock is not None:
+            sock.end(*RESTART)
+
     def wake_agent(self, agent_id: str) -> None:
         """Let the agent's socket look for a deployment to send."""
         with self._lock:

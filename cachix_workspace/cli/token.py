@@ -9,9 +9,10 @@ from typing import Any
 
 from cachix_console import positive, tell, write_secret
 from cachix_protocol import Error, UsageError, is_agent_name, listed, utc_now
-from cachix_workspace import audit, cache, owners, tokens
+from cachix_workspace import audit, cache, owners, tokens, upkeep
 from cachix_workspace.cli.output import show_json, show_secret, show_table
 from cachix_workspace.cli.place import open_workspace, operator
+from cachix_workspace.orders import Actor
 
 MAX_DAYS = 36_500
 JSON_FIELDS = (
@@ -146,20 +147,9 @@ def rotate(options: dict[str, Any]) -> None:
     number = number_of(options)
     database, _ = open_workspace(options)
     with database.write() as connection:
-        token = tokens.get(connection, number)
-        if token is None or token.state(utc_now()) != "valid":
-            raise Error(f"there is no valid token {number}: see `cachix-workspace token list`")
-        if token.issued_by is not None:
-            move = f"`cachix-workspace agent move {token.agents}`"
-            raise Error(f"token {number} is kept by the agent itself: {move} lets it get another")
-        if tokens.successor(connection, number) is not None:
-            raise Error(
-                f"token {number} has a successor already: see `cachix-workspace token list`"
-            )
-        successor, secret = tokens.rotate(connection, token)
+        token, successor, secret = upkeep.rotate_token(connection, number, Actor(operator()))
         if options["--out"]:
             write_secret(secret, options["--out"])
-        audit.record(connection, operator(), "token rotate", f"{number}, now {successor}")
     ends = f"token {number} ends when this one is used, in {tokens.OVERLAP:.0f} days at the latest"
     tell(ends)
     show_secret(f"{token.kind} token {successor}", secret, options["--out"])
@@ -167,17 +157,12 @@ def rotate(options: dict[str, Any]) -> None:
 
 def revoke(options: dict[str, Any]) -> None:
     """Revoke a token."""
-    number = number_of(options)
+    number, and_agents = number_of(options), bool(options["--and-agents"])
     database, _ = open_workspace(options)
-    issued = 0
     with database.write() as connection:
-        if not tokens.revoke(connection, number):
-            raise Error(f"there is no token {number}: see `cachix-workspace token list`")
-        if options["--and-agents"]:
-            issued = tokens.revoke_issued(connection, number)
-        also = f" and {issued} of its agents" if options["--and-agents"] else ""
-        audit.record(connection, operator(), "token revoke", f"{number}{also}")
-    tell(f"token {number}{also} is revoked" if not also else f"token {number}{also} are revoked")
+        issued = upkeep.revoke_token(connection, number, and_agents, Actor(operator()))
+    also = f" and {issued} of its agents are" if and_agents else " is"
+    tell(f"token {number}{also} revoked")
 
 
 def list_all(options: dict[str, Any]) -> None:

@@ -51,10 +51,10 @@
     if (drawing) { again = true; return; }
     drawing = true;
     try {
-      const answer = await fetch(location.href, { headers: { "X-Live": "1" }, signal: AbortSignal.timeout(20000) });
+      const answer = await fetch(body.dataset.live || location.href, { headers: { "X-Live": "1" }, signal: AbortSignal.timeout(20000) });
       if (answer.redirected) { location.reload(); return; }
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
-      for (const old of document.querySelectorAll("[data-live]")) {
+      for (const old of document.querySelectorAll("body [data-live]")) {
         const node = fresh.getElementById(old.id);
         if (node) morph(old, document.importNode(node, true));
       }
