@@ -11,7 +11,7 @@ from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from cachix_protocol import listed
-from cachix_workspace import agents, browsers, cache, owners, tokens
+from cachix_workspace import agents, browsers, cache, delivery, owners, tokens
 from cachix_workspace.answers import register_error_handlers
 from cachix_workspace.api import deployment_routes, log_routes
 from cachix_workspace.cache_api import ByHost, cache_routes
@@ -29,6 +29,7 @@ from cachix_workspace.pages.errors import error_page
 from cachix_workspace.pages.events import events_pages
 from cachix_workspace.pages.overview import overview_pages
 from cachix_workspace.pages.runs import run_pages
+from cachix_workspace.pages.settings import settings_pages
 from cachix_workspace.pages.sign_in import sign_in_pages
 from cachix_workspace.pages.start import start_pages
 from cachix_workspace.pages.tokens import token_pages
@@ -51,6 +52,7 @@ PAGES = (
     token_pages,
     cache_pages,
     welcome_pages,
+    settings_pages,
     run_pages,
     start_pages,
 )  # fmt: skip
@@ -156,4 +158,4 @@ def _write_used(workspace: Workspace) -> None:
             del workspace.used[token_id]
 
 
-THREADS = (("revocations", _watch_tokens),)
+THREADS = (("revocations", _watch_tokens), ("webhooks", delivery.deliver_all))

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, insert, or_, select
 
 from cachix_protocol import utc_now
 from cachix_workspace.tables import audit
@@ -42,6 +42,16 @@ def list_some(connection: Connection, limit: int) -> list[Entry]:
     """The newest entries, the oldest of them first."""
     rows = connection.execute(select(audit).order_by(audit.c.id.desc()).limit(limit)).all()
     return [Entry(**row._mapping) for row in reversed(rows)]
+
+
+def list_page(connection: Connection, text: str, limit: int, offset: int) -> list[Entry]:
+    """The newest entries that have this text anywhere, the newest first."""
+    query = select(audit).order_by(audit.c.id.desc())
+    if text:
+        columns = (audit.c.actor, audit.c.address, audit.c.action, audit.c.detail)
+        query = query.where(or_(*(column.icontains(text, autoescape=True) for column in columns)))
+    rows = connection.execute(query.limit(limit).offset(offset))
+    return [Entry(**row._mapping) for row in rows]
 
 
 class Refusals:

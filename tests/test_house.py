@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "activate.switch": f"{SHARED} activate.switch",
     "cachix_workspace": "cachix_protocol cachix_console cachix_workspace cachix_workspace.cli"
     " cachix_workspace.pages",
+    "cachix_workspace.pyz_main": "cachix_deploy",
     "cachix_workspace.pages": "cachix_protocol cachix_workspace cachix_workspace.pages",
     "cachix_workspace.migrations": "cachix_workspace",
     "cachix_workspace.migrations.versions": "",
