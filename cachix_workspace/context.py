@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from flask import Flask, current_app
 
 from cachix_protocol import TERMINAL
+from cachix_workspace import fleet
 from cachix_workspace.audit import Refusals
 from cachix_workspace.database import Database
 from cachix_workspace.deployments import DeploymentRow
 from cachix_workspace.feed import Feed
+from cachix_workspace.fleet import Brief
 from cachix_workspace.hub import Hub
 from cachix_workspace.life import Signs
 from cachix_workspace.orders import Order
@@ -31,7 +33,16 @@ class Workspace:
     uploads: Uploads = field(default_factory=Uploads)
     refusals: Refusals = field(default_factory=Refusals)
     feed: Feed = field(default_factory=Feed)
+    shared: fleet.Shared = field(default_factory=fleet.Shared)
     used: dict[int, str] = field(default_factory=dict)  # tokens, and when; written now and then
+
+    def briefs(self) -> list[Brief]:
+        """All agents, sorted: what needs a look first. Nobody may change the list."""
+        return self.shared.get(self.feed, self._read_briefs)
+
+    def _read_briefs(self) -> list[Brief]:
+        with self.database.read() as connection:
+            return fleet.brief_of_all(connection, self.signs, self.settings.lost_after)
 
     def note_report(self, row: DeploymentRow) -> None:
         """Let everybody know that an agent has reported, and how the deployment stands now."""

@@ -5,23 +5,27 @@ Thousands of agents are read with three queries, and without an object for each 
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, select
+from sqlalchemy import Connection, select
 from sqlalchemy.engine import Row
 
 from cachix_protocol import FAILED, IN_PROGRESS, PENDING, SUCCEEDED
 from cachix_workspace import states
 from cachix_workspace.agents import labels_of
+from cachix_workspace.feed import Feed
 from cachix_workspace.life import Signs
 from cachix_workspace.states import Facts, State
 from cachix_workspace.tables import agents, deployments
 
 ENDED = (SUCCEEDED, FAILED)
 PAGE = 100  # agents on a page of the overview
+FRESH = 1.0  # seconds: commands beside the server, and silence, change agents without a word
 
 
 @dataclass(frozen=True)
@@ -109,17 +113,36 @@ def brief_of_all(
     return sorted(found, key=lambda brief: (brief.state.rank, brief.name))
 
 
-def overview(
-    connection: Connection, signs: Signs, lost_after: float, wanted: Filter, page: int
-) -> Overview:
-    """A page of the overview; pages count from 1."""
-    briefs = brief_of_all(connection, signs, lost_after)
+def overview(briefs: list[Brief], wanted: Filter, page: int) -> Overview:
+    """A page of the overview of these agents; pages count from 1."""
     counts = Counter(brief.state.key for brief in briefs)
     counts["paused"] = sum(brief.paused_on is not None for brief in briefs)
     labels = Counter(label for brief in briefs for label in brief.labels)
     matching = briefs if wanted.is_empty else [each for each in briefs if wanted.matches(each)]
     shown = matching[(page - 1) * PAGE : page * PAGE]
     return Overview(shown, len(matching), len(briefs), counts, labels)
+
+
+class Shared:
+    """All agents as they were read last. Pages that refresh at the same time share one reading."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._change, self._moment = -1, 0.0
+        self._briefs: list[Brief] = []
+
+    def get(self, feed: Feed, read: Callable[[], list[Brief]]) -> list[Brief]:
+        """What `read` returns, or has returned within FRESH seconds if nothing has changed since.
+
+        Nobody may change the list.
+        """
+        wanted = feed.last
+        with self._lock:
+            if self._change < wanted or time.monotonic() > self._moment + FRESH:
+                change, moment = feed.last, time.monotonic()
+                self._briefs = read()
+                self._change, self._moment = change, moment
+            return self._briefs
 
 
 def _agents(connection: Connection, names: Collection[str] | None) -> Iterable[Row[Any]]:
@@ -145,16 +168,21 @@ def _open(names: Collection[str] | None) -> Any:
 
 
 def _ended(names: Collection[str] | None) -> Any:
-    """The last deployment of each agent that succeeded or failed."""
-    newest = _only(
-        select(deployments.c.agent_id, func.max(deployments.c.index).label("index"))
-        .join(agents)
-        .where(deployments.c.status.in_(ENDED)),
-        names,
+    """The last deployment of each agent that succeeded or failed.
+
+    It is looked for from each agent's newest one on, however many there were before.
+    """
+    mine = deployments.alias()
+    last = (
+        select(mine.c.id)
+        .where(mine.c.agent_id == agents.c.id, mine.c.status.in_(ENDED))
+        .order_by(mine.c.index.desc())
+        .limit(1)
+        .correlate(agents)
+        .scalar_subquery()
     )
-    last = newest.group_by(deployments.c.agent_id).subquery()
-    same = and_(deployments.c.agent_id == last.c.agent_id, deployments.c.index == last.c.index)
-    return select(*COLUMNS).join(last, same)
+    newest = _only(select(last).select_from(agents), names)
+    return select(*COLUMNS).where(deployments.c.id.in_(newest))
 
 
 def _others(connection: Connection, query: Any) -> dict[str, Row[Any]]:

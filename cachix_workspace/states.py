@@ -22,7 +22,7 @@ class State:
     @property
     def rank(self) -> int:
         """Its place among the states of agents."""
-        return AGENT_STATES.index(self)
+        return RANKS[self.key]
 
 
 ROLLBACK_FAILED = State("rollback-failed", "rollback failed", "octagon", "bad")
@@ -37,6 +37,7 @@ WELL = State("well", "well", "check", "good")
 AGENT_STATES = (
     *(ROLLBACK_FAILED, LOST, FAILED_STATE, UNDER_WAY, OFFLINE, NEVER, BY_HAND, REBOOT, WELL),
 )
+RANKS = {state.key: rank for rank, state in enumerate(AGENT_STATES)}
 
 WAITING = State("waiting", "waiting", "ring", "idle")
 SUCCEEDED_STATE = State("succeeded", "succeeded", "check", "good")

@@ -124,7 +124,7 @@ deployments = Table(
     Column("rollback_scripts", Text),
     UniqueConstraint("agent_id", "index"),
     Index("deployments_by_status", "agent_id", "status"),
-    Index("deployments_by_run", "run_id"),
+    Index("deployments_by_run", "run_id", "status", "outcome"),  # counted from this alone
     Index("deployments_by_state", "status", "agent_id"),
     Index("deployments_by_time", "created_on"),
 )

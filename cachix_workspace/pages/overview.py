@@ -31,10 +31,7 @@ def get_overview() -> Response:
         return to_sign_in()
     number = max(1, query_number("page", 1, MOST_PAGES))
     wanted = Filter(*(request.args.get(key, "").strip()[:200] for key in ("q", "label", "state")))
-    with workspace.database.read() as connection:
-        found = fleet.overview(
-            connection, workspace.signs, workspace.settings.lost_after, wanted, number
-        )
+    found = fleet.overview(workspace.briefs(), wanted, number)
     return show.page(
         "overview.html",
         topics="agents",

@@ -23,7 +23,7 @@ def upgrade() -> None:
         op.add_column("deployments", sa.Column(name, sa.String))
     for name in ("steps", "rollback_scripts"):
         op.add_column("deployments", sa.Column(name, sa.Text))
-    op.create_index("deployments_by_run", "deployments", ["run_id"])
+    op.create_index("deployments_by_run", "deployments", ["run_id", "status", "outcome"])
     op.create_index("deployments_by_state", "deployments", ["status", "agent_id"])
     op.create_index("deployments_by_time", "deployments", ["created_on"])
     for column, value in (("deployed", "store_path"), ("deployed_on", "finished_on")):
