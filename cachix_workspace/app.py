@@ -20,6 +20,7 @@ from cachix_workspace.database import CHANGED, get_meta, open_database, put_meta
 from cachix_workspace.feed import ALL
 from cachix_workspace.hub import Hub
 from cachix_workspace.life import Signs
+from cachix_workspace.management import document
 from cachix_workspace.pages import forms, show
 from cachix_workspace.pages.agents import agent_pages
 from cachix_workspace.pages.caches import cache_pages
@@ -72,8 +73,9 @@ def create_app(settings: Settings) -> Flask:
     register_error_handlers(app, error_page)
     browsers.protect(app)
     with database.write() as connection:
-        forms.protect(app, secret_key(connection), ROUTES)
+        forms.protect(app, secret_key(connection), (*ROUTES, *document.BLUEPRINTS))
     show.prepare(app)
+    document.add_to(app)
     for routes in (*ROUTES, *PAGES):
         app.register_blueprint(routes)
     inner = ByHost(app.wsgi_app, settings)

@@ -103,10 +103,12 @@ def get(connection: Connection, run_id: int) -> RunRow:
     return RunRow(**row._mapping)
 
 
-def list_some(connection: Connection, limit: int, before: int | None = None) -> list[RunRow]:
-    """The newest runs, those before a number if it is given."""
+def list_some(
+    connection: Connection, limit: int, before: int | None = None, offset: int = 0
+) -> list[RunRow]:
+    """The newest runs but for `offset` of them, those before a number if it is given."""
     query = select(runs) if before is None else select(runs).where(runs.c.id < before)
-    rows = connection.execute(query.order_by(runs.c.id.desc()).limit(limit))
+    rows = connection.execute(query.order_by(runs.c.id.desc()).limit(limit).offset(offset))
     return [RunRow(**row._mapping) for row in rows]
 
 

@@ -54,8 +54,9 @@ MAY_IMPORT = {
     "activate.agent": f"{SHARED} activate.agent",
     "activate.switch": f"{SHARED} activate.switch",
     "cachix_workspace": "cachix_protocol cachix_console cachix_workspace cachix_workspace.cli"
-    " cachix_workspace.pages",
+    " cachix_workspace.pages cachix_workspace.management",
     "cachix_workspace.pyz_main": "cachix_deploy",
+    "cachix_workspace.management": "cachix_protocol cachix_workspace cachix_workspace.management",
     "cachix_workspace.pages": "cachix_protocol cachix_workspace cachix_workspace.pages",
     "cachix_workspace.migrations": "cachix_workspace",
     "cachix_workspace.migrations.versions": "",

@@ -1,0 +1,362 @@
+"""The API for agents, deployments and runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from flask import Response
+from flask_smorest import Blueprint
+from sqlalchemy import Connection
+
+from cachix_protocol import FAILED, is_store_path, loads
+from cachix_workspace import (
+    agents,
+    audit,
+    deployments,
+    enrolment,
+    fleet,
+    logs,
+    orders,
+    runs,
+    states,
+    upkeep,
+)
+from cachix_workspace.context import current_workspace
+from cachix_workspace.deployments import DeploymentRow
+from cachix_workspace.enrolment import Terms
+from cachix_workspace.fleet import Brief, Filter
+from cachix_workspace.management import shapes
+from cachix_workspace.management.access import (
+    admins,
+    allows,
+    by,
+    check_admin,
+    check_agents,
+    operators,
+)
+from cachix_workspace.management.shapes import Json
+from cachix_workspace.orders import Order
+from cachix_workspace.refusal import Refusal
+
+blueprint = Blueprint(
+    "fleet", __name__, url_prefix="/api/v1", description="Agents, deployments and runs"
+)
+
+
+def _briefs(connection: Connection, names: list[str] | None = None) -> list[Brief]:
+    workspace = current_workspace()
+    lost_after = workspace.settings.lost_after
+    return fleet.brief_of_all(connection, workspace.signs, lost_after, names)
+
+
+# --- agents ---------------------------------------------------------------------------------------
+
+
+@blueprint.get("/agents")
+@blueprint.arguments(shapes.AgentQuery, location="query")
+@blueprint.response(200, shapes.Agents)
+@operators
+def list_agents(query: Json) -> Json:
+    """List agents: what needs a look first, then by name"""
+    wanted = Filter(query["text"], query["label"], query["state"])
+    page, limit = query["page"], query["limit"]
+    with current_workspace().database.read() as connection:
+        briefs = [one for one in _briefs(connection) if wanted.matches(one) and allows(one.name)]
+    found = briefs[(page - 1) * limit : page * limit + 1]
+    return shapes.paged([shapes.agent(one) for one in found], page, limit, "agents")
+
+
+@blueprint.post("/agents")
+@blueprint.arguments(shapes.NewAgent)
+@blueprint.response(201, shapes.Secret)
+@admins
+def add_agent(new: Json) -> Json:
+    """Add an agent, with a token that is for it alone"""
+    terms = Terms(new["expiresInDays"], new["cache"], new["description"])
+    with current_workspace().database.write() as connection:
+        labels = " ".join(new["labels"])
+        made = enrolment.add_one(connection, new["name"], terms, by(), labels)
+        agent = agents.find(connection, new["name"])
+    current_workspace().note_agents(agent.id)
+    return {"id": made.token_id, "secret": made.secret}
+
+
+@blueprint.get("/agents/<name>")
+@blueprint.response(200, shapes.Agent)
+@operators
+def show_agent(name: str) -> Json:
+    """Show an agent"""
+    check_agents([name])
+    with current_workspace().database.read() as connection:
+        agents.find_all(connection, [name])
+        return shapes.agent(_briefs(connection, [name])[0])
+
+
+@blueprint.patch("/agents/<name>")
+@blueprint.arguments(shapes.AgentChange)
+@blueprint.response(200, shapes.Agent)
+@operators
+def change_agent(change: Json, name: str) -> Json:
+    """Pause or resume an agent, label, describe or rename it"""
+    check_agents([name])
+    if "name" in change:
+        check_admin()
+    workspace = current_workspace()
+    with workspace.database.write() as connection:
+        agents.find_all(connection, [name])
+        if "paused" in change:
+            act = upkeep.pause if change["paused"] else upkeep.resume
+            act(connection, [name], by())
+        if "labels" in change:
+            upkeep.set_labels(connection, [name], " ".join(change["labels"]), by())
+        if "description" in change:
+            upkeep.describe(connection, name, change["description"], by())
+        if "name" in change:
+            name = upkeep.rename(connection, name, change["name"], by()).name
+        brief = _briefs(connection, [name])[0]
+    if "name" in change:
+        workspace.dismiss(brief.id)
+    workspace.note_agents(brief.id)
+    return shapes.agent(brief)
+
+
+@blueprint.post("/agents/<name>/move")
+@blueprint.response(200, shapes.Agent)
+@admins
+def move_agent(name: str) -> Json:
+    """Let another machine have the name of an agent"""
+    workspace = current_workspace()
+    with workspace.database.write() as connection:
+        if not upkeep.move(connection, name, by()):
+            text = f"{name} is not bound to a machine: any that has a token for it can connect"
+            raise Refusal(409, text)
+        brief = _briefs(connection, [name])[0]
+    workspace.dismiss(brief.id)
+    return shapes.agent(brief)
+
+
+@blueprint.delete("/agents/<name>")
+@blueprint.response(204)
+@admins
+def remove_agent(name: str) -> None:
+    """Forget an agent with its deployments and logs"""
+    workspace = current_workspace()
+    with workspace.database.write() as connection:
+        row = upkeep.remove(connection, name, by())
+    workspace.dismiss(row.id)
+
+
+# --- deployments ----------------------------------------------------------------------------------
+
+
+def _shown(connection: Connection, row: DeploymentRow) -> Json:
+    workspace = current_workspace()
+    lost = workspace.signs.lost_since(row, workspace.settings.lost_after)
+    return shapes.deployment(agents.get(connection, row.agent_id).name, row, lost is not None)
+
+
+@blueprint.get("/deployments")
+@blueprint.arguments(shapes.DeploymentQuery, location="query")
+@blueprint.response(200, shapes.Deployments)
+@operators
+def list_deployments(query: Json) -> Json:
+    """List deployments, the newest first"""
+    page, limit = query["page"], query["limit"]
+    with current_workspace().database.read() as connection:
+        wanted = (query["agent"], query["status"])
+        offset = min((page - 1) * limit, (1 << 31) - 1)
+        rows = deployments.list_some(connection, limit + 1, *wanted, offset=offset)
+        found = [_shown(connection, row) for row in rows]
+    answer = shapes.paged(found, page, limit, "deployments")
+    answer["deployments"] = [one for one in answer["deployments"] if allows(one["agent"])]
+    return answer
+
+
+@blueprint.post("/deployments")
+@blueprint.arguments(shapes.Order)
+@blueprint.response(201, shapes.Run)
+@operators
+def start_deployments(order: Json) -> Json:
+    """Deploy one path to some agents"""
+    names = list(dict.fromkeys(order["agents"]))
+    check_agents(names)
+    if not is_store_path(order["storePath"]):
+        raise Refusal(400, "`storePath` must be a store path such as /nix/store/HASH-NAME")
+    with current_workspace().database.write() as connection:
+        agents.find_all(connection, names)
+        placed = orders.deploy_path(connection, names, order["storePath"], by())
+        shown = _run(connection, placed.run_id)
+    current_workspace().note_order(placed)
+    return shown
+
+
+def _find(connection: Connection, name: str, index: int) -> DeploymentRow:
+    check_agents([name])
+    return deployments.find_by_index(connection, name, index)
+
+
+@blueprint.get("/agents/<name>/deployments/<int:index>")
+@blueprint.response(200, shapes.Deployment)
+@operators
+def show_deployment(name: str, index: int) -> Json:
+    """Show a deployment"""
+    with current_workspace().database.read() as connection:
+        return _shown(connection, _find(connection, name, index))
+
+
+@blueprint.get("/agents/<name>/deployments/<int:index>/log")
+@blueprint.response(200, content_type="text/plain")
+@operators
+def show_log(name: str, index: int) -> Response:
+    """Show the log of a deployment as text"""
+    workspace = current_workspace()
+    with workspace.database.read() as connection:
+        row = _find(connection, name, index)
+
+    def text() -> Iterator[bytes]:
+        offset = 0
+        while True:
+            with workspace.database.read() as connection:
+                lines = logs.read(connection, row.id, offset)
+            if not lines:
+                return
+            offset += len(lines)
+            yield "".join(f"{loads(line)['line']}\n" for line in lines).encode("utf-8", "replace")
+
+    return Response(text(), mimetype="text/plain")
+
+
+@blueprint.post("/agents/<name>/deployments/<int:index>/retry")
+@blueprint.response(201, shapes.Deployment)
+@operators
+def retry_deployment(name: str, index: int) -> Json:
+    """Order a deployment that has ended once more"""
+    with current_workspace().database.write() as connection:
+        order = orders.retry(connection, {name: _find(connection, name, index)}, by())
+        shown = _shown(connection, order.rows[name])
+    current_workspace().note_order(order)
+    return shown
+
+
+@blueprint.post("/agents/<name>/deployments/<int:index>/cancel")
+@blueprint.response(200, shapes.Deployment)
+@operators
+def cancel_deployment(name: str, index: int) -> Json:
+    """Cancel a deployment, or ask its agent to"""
+    workspace, who = current_workspace(), by()
+    with workspace.database.write() as connection:
+        row, done = deployments.cancel(connection, _find(connection, name, index).id)
+        detail = f"{name}, deployment {row.index}: now {row.status}"
+        audit.record(connection, who.name, "cancel", detail, who.address)
+        shown = _shown(connection, row)
+    if not done:
+        raise Refusal(409, f"deployment {index} of {name} has ended already: it is {row.status}")
+    workspace.hub.wake_agent(row.agent_id)
+    workspace.note_deployments(row)
+    return shown
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def _counts(counts: Counter[tuple[str, str]]) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for (status, outcome), count in counts.items():
+        found[states.of_deployment(status, outcome).key] += count
+    return dict(found)
+
+
+def _run(connection: Connection, run_id: int) -> Json:
+    """A run with those of its deployments that the token is for."""
+    row = runs.get(connection, run_id)
+    members = [
+        shapes.deployment(one.name, one.row)
+        for one in runs.members(connection, run_id)
+        if allows(one.name)
+    ]
+    return shapes.run(row, dict(Counter(one["state"] for one in members)), members)
+
+
+@blueprint.get("/runs")
+@blueprint.arguments(shapes.Paging, location="query")
+@blueprint.response(200, shapes.Runs)
+@operators
+def list_runs(query: Json) -> Json:
+    """List runs, the newest first"""
+    page, limit = query["page"], query["limit"]
+    with current_workspace().database.read() as connection:
+        offset = min((page - 1) * limit, (1 << 31) - 1)
+        rows = runs.list_some(connection, limit + 1, offset=offset)
+        counts = runs.counts(connection, [row.id for row in rows])
+    found = [shapes.run(row, _counts(counts[row.id])) for row in rows]
+    return shapes.paged(found, page, limit, "runs")
+
+
+@blueprint.get("/runs/<int:run_id>")
+@blueprint.response(200, shapes.Run)
+@operators
+def show_run(run_id: int) -> Json:
+    """Show a run with its deployments"""
+    with current_workspace().database.read() as connection:
+        return _run(connection, run_id)
+
+
+def _rows(connection: Connection, run_id: int, names: Any) -> dict[str, DeploymentRow]:
+    runs.get(connection, run_id)
+    found = {one.name: one.row for one in runs.members(connection, run_id)}
+    unknown = sorted(set(names or ()) - set(found))
+    if unknown:
+        raise Refusal(404, f"run {run_id} has no deployment for {', '.join(unknown)[:300]}")
+    return {name: row for name, row in found.items() if names is None or name in names}
+
+
+def _placed(connection: Connection, order: Order) -> Json:
+    return _run(connection, order.run_id)
+
+
+@blueprint.post("/runs/<int:run_id>/retry")
+@blueprint.response(201, shapes.Run)
+@operators
+def retry_run(run_id: int) -> Json:
+    """Order what failed in a run once more"""
+    with current_workspace().database.write() as connection:
+        rows = _rows(connection, run_id, None)
+        failed = {name: row for name, row in rows.items() if row.status == FAILED and allows(name)}
+        again = orders.retryable(connection, failed)
+        order = orders.retry(connection, again, by(), run_id)
+        shown = _placed(connection, order)
+    current_workspace().note_order(order)
+    return shown
+
+
+@blueprint.get("/runs/<int:run_id>/roll-back")
+@blueprint.response(200, shapes.Plan)
+@operators
+def plan_roll_back(run_id: int) -> Json:
+    """Show what a roll-back of a run would do"""
+    with current_workspace().database.read() as connection:
+        plan = orders.plan_back(connection, _rows(connection, run_id, None))
+    return {
+        "agents": [
+            {"agent": one.name, "now": one.now, "then": one.then, "reason": one.reason}
+            for one in plan
+            if allows(one.name)
+        ]
+    }
+
+
+@blueprint.post("/runs/<int:run_id>/roll-back")
+@blueprint.arguments(shapes.Names)
+@blueprint.response(201, shapes.Run)
+@operators
+def roll_back_run(chosen: Json, run_id: int) -> Json:
+    """Order what ran before a run"""
+    with current_workspace().database.write() as connection:
+        rows = _rows(connection, run_id, chosen["agents"])
+        check_agents(rows)
+        order = orders.roll_back(connection, rows, by(), run_id)
+        shown = _placed(connection, order)
+    current_workspace().note_order(order)
+    return shown

@@ -1,0 +1,230 @@
+"""What the API takes and answers of agents, deployments and runs.
+
+Schemas are for the document, and functions fill them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from marshmallow import Schema, fields, validate
+
+from cachix_workspace import states
+from cachix_workspace.deployments import DeploymentRow
+from cachix_workspace.fleet import Brief
+from cachix_workspace.runs import RunRow
+
+MOST = 1000  # things on a page
+NAME = validate.Regexp(r"^[0-9A-Za-z][0-9A-Za-z._-]{0,127}$")
+TEXT = validate.Length(max=300)
+Json = dict[str, Any]
+
+
+class Paging(Schema):
+    """Which page, from 1, of how many things."""
+
+    page = fields.Integer(load_default=1, validate=validate.Range(1, 1_000_000))
+    limit = fields.Integer(load_default=100, validate=validate.Range(1, MOST))
+
+
+def paged(found: list[Any], page: int, limit: int, key: str) -> Json:
+    """A page of things, of which one more than `limit` was looked for."""
+    return {key: found[:limit], "next": page + 1 if len(found) > limit else None}
+
+
+# --- agents ---------------------------------------------------------------------------------------
+
+
+class AgentQuery(Paging):
+    """Which agents: all words in name, system or labels; a label; the key of a state."""
+
+    text = fields.String(load_default="", validate=validate.Length(max=200))
+    label = fields.String(load_default="", validate=validate.Length(max=40))
+    state = fields.String(
+        load_default="",
+        validate=validate.OneOf(["", "paused", *(one.key for one in states.AGENT_STATES)]),
+    )
+
+
+class Agent(Schema):
+    """An agent."""
+
+    name = fields.String(required=True)
+    state = fields.String(required=True)
+    online = fields.Boolean(required=True)
+    seenOn = fields.String(allow_none=True)
+    system = fields.String(required=True)
+    kind = fields.String(allow_none=True)
+    version = fields.String(allow_none=True)
+    labels = fields.List(fields.String())
+    pausedSince = fields.String(allow_none=True)
+    running = fields.String(allow_none=True)
+    runningIsReported = fields.Boolean()
+    deployment = fields.Integer(allow_none=True)
+    lastDeployment = fields.Integer(allow_none=True)
+    lastState = fields.String(allow_none=True)
+    lastEndedOn = fields.String(allow_none=True)
+
+
+class Agents(Schema):
+    """A page of agents."""
+
+    agents = fields.List(fields.Nested(Agent), required=True)
+    next = fields.Integer(allow_none=True)
+
+
+class NewAgent(Schema):
+    """An agent that is added, with a token of its own."""
+
+    name = fields.String(required=True, validate=NAME)
+    description = fields.String(load_default="", validate=TEXT)
+    labels = fields.List(fields.String(), load_default=list)
+    expiresInDays = fields.Float(load_default=None, allow_none=True)
+    cache = fields.String(load_default="")
+
+
+class AgentChange(Schema):
+    """What changes of an agent."""
+
+    name = fields.String(validate=NAME)
+    description = fields.String(validate=TEXT)
+    labels = fields.List(fields.String())
+    paused = fields.Boolean()
+
+
+def agent(brief: Brief) -> Json:
+    """An agent as the API shows it."""
+    return {
+        "name": brief.name,
+        "state": brief.state.key,
+        "online": brief.connected,
+        "seenOn": brief.seen_on or None,
+        "system": brief.system,
+        "kind": brief.kind,
+        "version": brief.version,
+        "labels": list(brief.labels),
+        "pausedSince": brief.paused_on,
+        "running": brief.running,
+        "runningIsReported": brief.is_reported,
+        "deployment": None if brief.open is None else brief.open.index,
+        "lastDeployment": None if brief.ended is None else brief.ended.index,
+        "lastState": None if brief.ended is None else brief.ended.state.key,
+        "lastEndedOn": None if brief.ended is None else brief.ended.time,
+    }
+
+
+# --- deployments and runs -------------------------------------------------------------------------
+
+
+class DeploymentQuery(Paging):
+    """Which deployments."""
+
+    agent = fields.String(load_default=None, validate=validate.Length(max=128))
+    status = fields.String(
+        load_default=None,
+        validate=validate.OneOf(["Pending", "InProgress", "Succeeded", "Failed", "Cancelled"]),
+    )
+
+
+class Deployment(Schema):
+    """A deployment; docs/protocol.rst says what the fields mean."""
+
+    id = fields.String(required=True)
+    agent = fields.String(required=True)
+    index = fields.Integer(required=True)
+    state = fields.String(required=True)
+    status = fields.String(required=True)
+    outcome = fields.String(allow_none=True)
+    step = fields.String(allow_none=True)
+    reason = fields.String(allow_none=True)
+    storePath = fields.String(required=True)
+    before = fields.String(allow_none=True)
+    closureSize = fields.Integer(allow_none=True)
+    createdOn = fields.String(required=True)
+    startedOn = fields.String(allow_none=True)
+    finishedOn = fields.String(allow_none=True)
+    cancelRequested = fields.String(allow_none=True)
+    startedBy = fields.String(allow_none=True)
+    retryOf = fields.Integer(allow_none=True)
+    run = fields.Integer(allow_none=True)
+
+
+class Deployments(Schema):
+    """A page of deployments."""
+
+    deployments = fields.List(fields.Nested(Deployment), required=True)
+    next = fields.Integer(allow_none=True)
+
+
+def deployment(name: str, row: DeploymentRow, is_lost: bool = False) -> Json:
+    """A deployment as the API shows it."""
+    known = row.to_json()
+    shown = {key: known[key] for key in Deployment._declared_fields if key in known}
+    return {
+        **shown,
+        "agent": name,
+        "state": states.of_deployment(row.status, row.outcome, is_lost).key,
+    }
+
+
+class Run(Schema):
+    """A run: what one order did."""
+
+    id = fields.Integer(required=True)
+    createdOn = fields.String(required=True)
+    startedBy = fields.String(required=True)
+    action = fields.String(required=True)
+    ofRun = fields.Integer(allow_none=True)
+    source = fields.Dict(keys=fields.String(), values=fields.String())
+    counts = fields.Dict(keys=fields.String(), values=fields.Integer())
+    deployments = fields.List(fields.Nested(Deployment))
+
+
+class Runs(Schema):
+    """A page of runs."""
+
+    runs = fields.List(fields.Nested(Run), required=True)
+    next = fields.Integer(allow_none=True)
+
+
+class Names(Schema):
+    """Some agents of a run; all of them if it is left out."""
+
+    agents = fields.List(fields.String(validate=NAME), load_default=None, allow_none=True)
+
+
+class Back(Schema):
+    """What an agent would go back to: null, and why not, if it can't."""
+
+    agent = fields.String(required=True)
+    now = fields.String(allow_none=True)
+    then = fields.String(allow_none=True)
+    reason = fields.String()
+
+
+class Plan(Schema):
+    """What a roll-back would do."""
+
+    agents = fields.List(fields.Nested(Back), required=True)
+
+
+class Order(Schema):
+    """What is to be deployed: one path, to some agents."""
+
+    agents = fields.List(fields.String(validate=NAME), required=True, validate=validate.Length(1))
+    storePath = fields.String(required=True, validate=validate.Length(max=400))
+
+
+def run(row: RunRow, counts: dict[str, int], members: list[Json] | None = None) -> Json:
+    """A run as the API shows it."""
+    said = {key: value for key, value in vars(row.said).items() if value}
+    shown = {
+        "id": row.id,
+        "createdOn": row.created_on,
+        "startedBy": row.actor,
+        "action": row.action,
+        "ofRun": row.of_run,
+        "source": said,
+        "counts": counts,
+    }
+    return shown if members is None else {**shown, "deployments": members}
