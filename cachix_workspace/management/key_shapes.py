@@ -46,13 +46,6 @@ class Tokens(Schema):
     tokens = fields.List(fields.Nested(TokenShape), required=True)
 
 
-class Secret(Schema):
-    """A secret, which is shown this once."""
-
-    id = fields.Integer(required=True)
-    secret = fields.String(required=True)
-
-
 def token(row: Token, now: str, users: list[str]) -> Json:
     """A token as the API shows it."""
     return {

@@ -20,7 +20,7 @@ from cachix_workspace.context import current_workspace
 from cachix_workspace.enrolment import Terms
 from cachix_workspace.management import key_shapes as shapes
 from cachix_workspace.management.access import admins, by, operators
-from cachix_workspace.management.shapes import Json, paged
+from cachix_workspace.management.shapes import Json, Secret, paged
 from cachix_workspace.people import INVITATION_LASTS, Person
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.tokens import AGENT
@@ -47,7 +47,7 @@ def list_tokens() -> Json:
 
 @blueprint.post("/tokens")
 @blueprint.arguments(shapes.NewToken)
-@blueprint.response(201, shapes.Secret)
+@blueprint.response(201, Secret)
 @admins
 def create_token(new: Json) -> Json:
     """Create a token"""
@@ -78,7 +78,7 @@ def _agents(new: Json) -> str | None:
 
 
 @blueprint.post("/tokens/<int:number>/rotate")
-@blueprint.response(201, shapes.Secret)
+@blueprint.response(201, Secret)
 @admins
 def rotate_token(number: int) -> Json:
     """Make the successor of a token"""

@@ -32,6 +32,13 @@ def paged(found: list[Any], page: int, limit: int, key: str) -> Json:
     return {key: found[:limit], "next": page + 1 if len(found) > limit else None}
 
 
+class Secret(Schema):
+    """A secret, which is shown this once."""
+
+    id = fields.Integer(required=True)
+    secret = fields.String(required=True)
+
+
 # --- agents ---------------------------------------------------------------------------------------
 
 
