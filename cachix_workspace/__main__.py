@@ -40,7 +40,7 @@ def _run(options: dict[str, Any]) -> int:
         from cachix_workspace.cli import token
 
         token.run(options)
-    elif options["cache"]:
+    elif options["cache"] and not options["list"]:
         from cachix_workspace.cli import cache
 
         cache.run(options)
@@ -48,11 +48,30 @@ def _run(options: dict[str, Any]) -> int:
         from cachix_workspace.cli import audit
 
         audit.run(options)
-    else:
+    elif options["move"] or (options["agent"] and options["list"] and not options["--url"]):
         from cachix_workspace.cli import agent
 
         agent.run(options)
+    else:
+        _run_by_api(options)
     return 0
+
+
+def _run_by_api(options: dict[str, Any]) -> None:
+    """Run a command that works from afar as well."""
+    from cachix_workspace.cli import fleet, people
+
+    commands = {
+        "init": people.init,
+        "login-link": people.login_link,
+        "person": people.person,
+        "webhook": people.webhook,
+        "freeze": people.freeze,
+        "thaw": people.freeze,
+        "cache": people.list_caches,
+    }
+    name = next((name for name in commands if options[name]), "")
+    commands.get(name, fleet.run)(options)
 
 
 if __name__ == "__main__":

@@ -86,10 +86,8 @@ def open_database(settings: Settings, create: bool = False) -> Database:
     """
     path = Path(settings.data)
     if not create and not path.joinpath(DATABASE).exists():
-        raise Error(
-            f"there is no workspace in {path}: name its directory with --data, "
-            "or start one there with `cachix-workspace token create`"
-        )
+        hint = f"`cachix-workspace init --data={path}` makes one"
+        raise Error(f"no workspace at {path}: name its directory with --data, or {hint}")
     try:
         _prepare_directory(path)
         database = Database(settings.database_url)

@@ -33,7 +33,14 @@ from cachix_workspace.life import Decision, Sent
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.reports import Report
 from cachix_workspace.tokens import CI, Token
-from cachix_workspace.websocket import COMPLETE, INTERNAL_ERROR, MAX_MESSAGE, REVOKED, Socket
+from cachix_workspace.websocket import (
+    COMPLETE,
+    INTERNAL_ERROR,
+    MAX_MESSAGE,
+    RESTART,
+    REVOKED,
+    Socket,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +173,9 @@ def _send_all(workspace: Workspace, sock: Socket, agent: AgentRow) -> None:
     """Send the agent's deployments, each when it is due, until the socket ends."""
     sent = Sent()
     while sock.open:
+        if _is_another(workspace, agent):  # a command beside the server can't close sockets
+            sock.end(*RESTART)
+            return
         decision = _decide(workspace, agent, sent)
         if decision.end is not None and decision.send is not None:
             _give_up(workspace, decision.end, decision.send)
@@ -174,6 +184,12 @@ def _send_all(workspace: Workspace, sock: Socket, agent: AgentRow) -> None:
             workspace.signs.note(decision.send.id)
         sent = life.after(sent, decision)
         sock.take(IDLE if decision.pause is None else min(IDLE, decision.pause))
+
+
+def _is_another(workspace: Workspace, agent: AgentRow) -> bool:
+    """Whether the agent was renamed or removed since it registered."""
+    with workspace.database.read() as connection:
+        return agents.find_id(connection, agent.name) != agent.id
 
 
 def _decide(workspace: Workspace, agent: AgentRow, sent: Sent) -> Decision:

@@ -1159,6 +1159,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str,
         return output.split()[-1]
 
     log, argv = tmp_path / "serve.log", workspace("serve", "--listen=127.0.0.1:0")
+    subprocess.run(workspace("init"), env=env, check=True)
     agent_token, activate_token = token("agent"), token("activate")
     with log.open("wb") as file:
         process = subprocess.Popen(argv, env=env, stdout=file, stderr=file)

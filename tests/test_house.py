@@ -60,7 +60,8 @@ MAY_IMPORT = {
     "cachix_workspace.pages": "cachix_protocol cachix_workspace cachix_workspace.pages",
     "cachix_workspace.migrations": "cachix_workspace",
     "cachix_workspace.migrations.versions": "",
-    "cachix_workspace.cli": "cachix_protocol cachix_console cachix_workspace cachix_workspace.cli",
+    "cachix_workspace.cli": "cachix_protocol cachix_console cachix_workspace cachix_workspace.cli"
+    " cachix_workspace.management",
 }
 STANDARD_LIBRARY_ONLY = r"activate(\.|$)|cachix_protocol$|cachix_errors$"
 # Lines of a file, by its path; the first pattern that matches counts.

@@ -21,7 +21,12 @@ from cachix_workspace.cli.usage import USAGE, parse
 
 Captured = pytest.CaptureFixture[str]
 SECRET = "agent-S3CRET"
-THERE_ARE = "there are: serve, token, agent, cache, audit: see --help"
+WORDS_OF_GROUPS = (
+    "serve init login-link person token agent deployment run freeze thaw webhook cache"
+)
+NAMES = [*WORDS_OF_GROUPS.split(), "audit"]
+THERE_ARE = f"there are: {', '.join(NAMES)}: see --help"
+GROUPS = f"{', '.join(NAMES[:-1])} or audit"
 
 
 @pytest.fixture
@@ -64,7 +69,7 @@ def test_the_usage_fits_a_terminal_and_lists_each_option() -> None:
             "--max-connections must be a number from 4 to 100000, not 'none'",
         ),
         (["token", "revoke", "x"], "ID is a number of `cachix-workspace token list`, not 'x'"),
-        ([], "missing command: serve, token, agent, cache or audit: see --help"),
+        ([], f"missing command: {GROUPS}: see --help"),
         (["push"], f"unknown command `push`; {THERE_ARE}"),
         ([SECRET], f"unknown command; {THERE_ARE}"),
     ],
@@ -77,6 +82,7 @@ def test_one_sentence_for_wrong_usage(
 
 
 CACHE_FORMS = """\
+  cachix-workspace cache list [--json] [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace cache create NAME [--private] [--public-url=URL] [--out=FILE] [--data=DIR]
   cachix-workspace cache show NAME [--json] [--data=DIR]
   cachix-workspace cache key (rotate | retire) NAME [--out=FILE] [--data=DIR]
@@ -93,12 +99,16 @@ CREATE_FORM = """\
     ("argv", "sentence", "forms"),
     [
         (
-            ["cache", "list"],
-            "unknown command `cache list`; cache has: create, show, key",
+            ["cache", "push"],
+            "unknown command `cache push`; cache has: list, create, show, key",
             CACHE_FORMS,
         ),
-        (["cache", SECRET], "unknown command; cache has: create, show, key", CACHE_FORMS),
-        (["cache"], "missing command after `cache`; cache has: create, show, key", CACHE_FORMS),
+        (["cache", SECRET], "unknown command; cache has: list, create, show, key", CACHE_FORMS),
+        (
+            ["cache"],
+            "missing command after `cache`; cache has: list, create, show, key",
+            CACHE_FORMS,
+        ),
         (["token", "create"], "missing or unexpected arguments for `token create`", CREATE_FORM),
         (
             ["token", "create", "root", "--expires", "3"],
@@ -108,7 +118,7 @@ CREATE_FORM = """\
         (
             ["agent", "list", "web"],
             "missing or unexpected arguments for `agent list`",
-            "  cachix-workspace agent list [--json] [--data=DIR]\n",
+            "  cachix-workspace agent list [--json] [--data=DIR | --url=URL [--token-file=FILE]]\n",
         ),
     ],
 )
@@ -168,7 +178,8 @@ def test_public_urls() -> None:
 
 def test_tokens_and_a_cache(tmp_path: Path, capsys: Captured, data: str) -> None:
     assert main(["token", "list", data]) == 1
-    assert "there is no workspace in" in capsys.readouterr().err
+    assert "no workspace at" in capsys.readouterr().err
+    assert main(["init", data]) == 0
     assert main(["cache", "create", "mine", "--public-url=https://x.org", data]) == 0
     out, _ = capsys.readouterr()
     assert out.startswith("mine.x.org-1:") and out.count("\n") == 1
@@ -194,6 +205,7 @@ def test_tokens_and_a_cache(tmp_path: Path, capsys: Captured, data: str) -> None
 
 
 def test_tables(capsys: Captured, data: str) -> None:
+    assert main(["init", data]) == 0
     assert main(["token", "create", "admin", "--description=for me", data]) == 0
     capsys.readouterr()
     assert main(["token", "list", data]) == 0
@@ -212,6 +224,7 @@ def test_tables(capsys: Captured, data: str) -> None:
 
 @pytest.mark.parametrize("description", ["--weird", "--expires=0", "-x", "two words", ""])
 def test_a_description_may_be_anything(description: str, capsys: Captured, data: str) -> None:
+    assert main(["init", data]) == 0
     assert main(["token", "create", "agent", "--description", description, data]) == 0
     capsys.readouterr()
     assert main(["token", "list", "--json", data]) == 0
@@ -227,6 +240,7 @@ def test_a_token_expires_in_the_future(days: str, capsys: Captured, data: str) -
 
 
 def test_a_reader_that_leaves(data: str) -> None:
+    assert main(["init", data]) == 0
     argv = [sys.executable, "-m", "cachix_workspace", "token", "create", "agent", data]
     with subprocess.Popen(
         argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -238,6 +252,7 @@ def test_a_reader_that_leaves(data: str) -> None:
 
 
 def test_a_full_disk_below_stdout(data: str) -> None:
+    assert main(["init", data]) == 0
     with open("/dev/full", "w", encoding="utf-8") as full:
         process = subprocess.run(
             [sys.executable, "-m", "cachix_workspace", "token", "create", "agent", data],

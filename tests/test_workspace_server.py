@@ -338,18 +338,19 @@ def test_a_data_directory_that_cannot_be_used(tmp_path: Path) -> None:
     for data in (tmp_path / "file", tmp_path / "file" / "below"):
         assert serve(data).count("\n") == 1
     # a directory of other files is not made private, whatever it is
-    process = command("token", "create", "agent", f"--data={tmp_path}", status=1)
+    process = command("init", f"--data={tmp_path}", status=1)
     assert "holds other files" in process.stderr and tmp_path.stat().st_mode == mode
     junk = "this is no database, and longer than the header of one is" * 9
     (tmp_path / "workspace.db").write_text(junk)
     assert "not a database" in serve(tmp_path)
 
 
-def test_the_server_prints_one_line_and_its_directory_is_private() -> None:
+def test_the_server_prints_two_lines_and_its_directory_is_private() -> None:
     with running() as server:
         assert server.data.stat().st_mode & 0o777 == 0o700
         assert server.stop() == 0
-        assert server.lines == [f"listening on {server.url}"]
+        link = "nobody has signed in yet: run `cachix-workspace login-link`"
+        assert server.lines == [link, f"listening on {server.url}"]
 
 
 def test_the_host_of_a_public_url(tmp_path: Path) -> None:

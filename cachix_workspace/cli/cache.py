@@ -24,7 +24,7 @@ def run(options: dict[str, Any]) -> None:
 
 def create(options: dict[str, Any]) -> None:
     """Create a cache and print its secret key."""
-    database, settings = open_workspace(options, create=True)
+    database, settings = open_workspace(options)
     with database.write() as connection:
         row, secret_key = cache.create(
             connection, options["NAME"], not options["--private"], settings

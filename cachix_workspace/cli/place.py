@@ -7,9 +7,12 @@ import pwd
 from pathlib import Path
 from typing import Any
 
-from cachix_protocol import checked_url
+from cachix_protocol import UsageError, checked_url
 from cachix_workspace.database import Database, get_meta, open_database
 from cachix_workspace.settings import DEFAULT_URL, Settings
+
+VARIABLE = "CACHIX_WORKSPACE_DATA"
+DEFAULT = "/var/lib/cachix-workspace"  # of root
 
 
 def public_url(options: dict[str, Any]) -> str | None:
@@ -35,10 +38,21 @@ def operator() -> str:
     return f"command of {user}"
 
 
+def data_of(options: dict[str, Any]) -> Path:
+    """The directory of the workspace. Raises UsageError if nothing names one."""
+    named = options["--data"] or os.environ.get(VARIABLE)
+    state = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]  # systemd may name several
+    if named or state:
+        return Path(named or state).absolute()
+    if os.geteuid() == 0:
+        return Path(DEFAULT)
+    raise UsageError(f"name the directory of the workspace with --data, or in {VARIABLE}")
+
+
 def open_workspace(options: dict[str, Any], create: bool = False) -> tuple[Database, Settings]:
-    """The workspace in --data, and its settings as `serve` last had them. Raises Error."""
+    """The workspace, and its settings as `serve` last had them. Raises Error."""
     url = public_url(options)
-    data = Path(options["--data"])
+    data = data_of(options)
     database = open_database(Settings(data), create)
     with database.read() as connection:
         stored = get_meta(connection, "public_url")

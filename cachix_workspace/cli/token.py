@@ -86,7 +86,7 @@ def create_all(
     kind, created, most = kind_of(options), [], count_of(options)
     days = positive(options, "--expires", "days", MAX_DAYS) if options["--expires"] else None
     description = options["--description"] or ""
-    database, _ = open_workspace(options, create=True)
+    database, _ = open_workspace(options)
     with contextlib.ExitStack() as written, database.write() as connection:
         cache_id = None
         if options["--cache"]:

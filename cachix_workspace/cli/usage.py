@@ -15,7 +15,13 @@ Usage:
   cachix-workspace serve [--listen=ADDRESS] [--public-url=URL] [--data=DIR] [--max-connections=N]
                          [--certificate=FILE --key=FILE] [--behind-proxy=N]
                          [--also-known-as=URL]... [--max-nar=GIB] [--keep-free=GIB]
-                         [--max-log=MIB]
+                         [--max-log=MIB] [--auth-header=NAME]
+  cachix-workspace init [--data=DIR]
+  cachix-workspace login-link [NAME] [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace person list [--json] [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace person add NAME --role=ROLE [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace person (link | remove) NAME [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace person role NAME ROLE [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace token create (agent | activate | admin) [--description=TEXT]
                                 [--expires=DAYS] [--cache=NAME] [--data=DIR]
                                 [--name=NAME | --names=PATTERNS | --agents=PATTERNS | --shared]
@@ -23,8 +29,28 @@ Usage:
   cachix-workspace token list [--json] [--data=DIR]
   cachix-workspace token rotate ID [--out=FILE] [--data=DIR]
   cachix-workspace token revoke ID [--and-agents] [--data=DIR]
-  cachix-workspace agent list [--json] [--data=DIR]
+  cachix-workspace agent list [--json] [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace agent move NAME [--data=DIR]
+  cachix-workspace agent (show | pause | resume | remove) NAME [--json]
+                         [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace agent rename NAME NEW [--json] [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace agent label NAME [LABEL]... [--json]
+                         [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace deployment list [--agent=NAME] [--limit=N] [--json]
+                         [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace deployment (show | log | retry | cancel) AGENT INDEX [--json]
+                         [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace run list [--limit=N] [--json] [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace run (show | retry) RUN [--json] [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace run rollback RUN [--yes] [--json]
+                         [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace freeze REASON [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace thaw [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace webhook list [--json] [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace webhook add HOOK [--format=FORMAT] [--events=EVENTS] [--label=LABEL]
+                         [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace webhook (test | remove) ID [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace cache list [--json] [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace cache create NAME [--private] [--public-url=URL] [--out=FILE] [--data=DIR]
   cachix-workspace cache show NAME [--json] [--data=DIR]
   cachix-workspace cache key (rotate | retire) NAME [--out=FILE] [--data=DIR]
@@ -33,14 +59,22 @@ Usage:
   cachix-workspace --version
 
 Commands:
-  serve         Serve agents, CI and the binary caches.
+  serve         Serve agents, CI, the dashboard and the binary caches.
+  init          Make a workspace. Only this and `serve` do.
+  login-link    Print a link that signs in the first admin, or the person NAME, once.
+  person        The people who may sign in: viewers read, operators also deploy, admins do all.
   token create  Create a token for agents, for CI (activate) or for everything (admin), and print
                 it. It is not shown again.
   token list    List the tokens, without their secrets.
   token rotate  Create the successor of a token, and print it. The old one ends when the new one is
                 used first (one of agents: for each agent by itself), after 7 days at the latest.
   token revoke  Revoke a token. A running server closes its connections within seconds.
-  agent list    List the agents that have ever connected.
+  agent         List, show, pause, resume, label, rename or remove agents. While an agent is
+                paused its deployments wait.
+  deployment    List and show deployments and their logs, retry or cancel one.
+  run           List, show, retry or roll back runs: a run is what one order deployed.
+  freeze        Take no orders until `thaw`. Whoever wants to deploy reads the reason.
+  webhook       Who is told of failures, and of agents that are offline.
   agent move    Let another machine have the name of an agent that keeps a token of its own, because
                 the former machine was reinstalled or is gone.
   cache create  Create a binary cache, and print the secret key to sign with. It is not shown
@@ -51,7 +85,11 @@ Commands:
   audit         Show who did what when.
 
 Options:
-  --data=DIR           The directory of the workspace [default: ./cachix-workspace].
+  --data=DIR           The directory of the workspace. By default it is CACHIX_WORKSPACE_DATA, else
+                       STATE_DIRECTORY, and for root /var/lib/cachix-workspace.
+  --url=URL            Work from afar, on the workspace at this URL,
+  --token-file=FILE    with the admin token in FILE, or in CACHIX_WORKSPACE_TOKEN; for agents,
+                       deployments and runs one of CI will do.
   --listen=ADDRESS     HOST:PORT; port 0 picks a free one [default: 127.0.0.1:8080].
   --public-url=URL     The URL by which agents and CI reach the workspace. `serve` defaults to the
                        address it listens on, `cache create` to the URL that `serve` last used.
@@ -61,6 +99,8 @@ Options:
   --behind-proxy=N     N proxies stand in front, and each adds what it has seen to X-Forwarded-For,
                        X-Forwarded-Proto and X-Forwarded-Host. With 0 nobody's are believed
                        [default: 0].
+  --auth-header=NAME   The header in which such a proxy names who is signed in: a person of that
+                       name. The proxy must overwrite what clients send.
   --certificate=FILE   Speak TLS, without a proxy: a PEM file with the certificate and the ones
                        that it is signed by. A renewed file is used at once.
   --key=FILE           Its private key, a PEM file without a password.
@@ -89,6 +129,12 @@ Options:
   --cache=NAME         The only binary cache that the token is for. Agents use it; by default they
                        use the oldest one.
   --private            Only requests with a token may read the cache.
+  --role=ROLE          viewer, operator or admin.
+  --agent=NAME         The agent whose deployments are listed.
+  --yes                Do it without asking.
+  --format=FORMAT      json (signed), slack (Mattermost too) or ntfy [default: json].
+  --events=EVENTS      Of failed,rollback-failed,offline,back; all by default.
+  --label=LABEL        The agents that a webhook is about: those with this label.
   --limit=N            The number of entries, the newest ones [default: 100].
   --json               Print JSON.
   -h --help            Show this text.
@@ -104,12 +150,20 @@ def parse(argv: list[str]) -> dict[str, Any]:
 
 
 def command_forms() -> list[tuple[tuple[str, ...], list[str]]]:
-    """The forms of the usage text: the words of the command, and its lines."""
+    """The forms of the usage text: the words of the command, and its lines.
+
+    A form such as `agent (show | pause) NAME` counts for each of its commands.
+    """
     forms: list[tuple[tuple[str, ...], list[str]]] = []
     for line in USAGE.split("Usage:\n")[1].split("\n\n")[0].splitlines():
-        match = re.match(r"  cachix-workspace((?: [a-z]+)+)", line)
+        match = re.match(
+            r"  cachix-workspace ([a-z][a-z-]*)(?: \(([a-z| -]+)\)| ([a-z-]+)\b)?", line
+        )
         if match:
-            forms.append((tuple(match[1].split()), [line]))
+            commands = match[2].split(" | ") if match[2] else filter(None, [match[3]])
+            words: list[tuple[str, ...]] = [(match[1], command) for command in commands]
+            lines = [line]
+            forms += [(each, lines) for each in words or [(match[1],)]]
         elif line.startswith("    "):
             forms[-1][1].append(line)
     return forms
@@ -137,7 +191,8 @@ def fitting_lines(words: list[str]) -> list[str]:
     group, command = _commands(words)
     mine = [(form, lines) for form, lines in command_forms() if form[0] == group]
     exact = [(form, lines) for form, lines in mine if form == (group, command)]
-    return [line for _, lines in exact or mine for line in lines]
+    found = {id(lines): lines for _, lines in exact or mine}
+    return [line for lines in found.values() for line in lines]
 
 
 def _commands(words: list[str]) -> tuple[str | None, str | None]:
