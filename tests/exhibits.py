@@ -47,7 +47,7 @@ PLOTS = (
     *("well", "under-way", "failed", "rollback-failed", "lost", "offline", "never", "by-hand"),
     *("reboot-needed", "paused", "nothing-changed", "waiting"),
 )
-RARE = {7: "failed", 31: "under-way", 43: "offline", 61: "by-hand", 83: "reboot-needed"}
+RARE = {71: "failed", 31: "under-way", 43: "offline", 61: "by-hand", 83: "reboot-needed"}
 RARE |= {97: "lost", 113: "rollback-failed", 127: "paused", 139: "never", 149: "waiting"}
 LONG = "a-rather-long-name-of-a-machine-in-the-basement-of-the-third-building-on-the-left-"
 HOSTILE = '<script>alert(1)</script><b>"bold"</b> \u202eback\u202c \x1b[31mred\x1b[0m \x07{{ 7*7 }}'

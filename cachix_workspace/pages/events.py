@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from flask import Blueprint, Response, request
 
@@ -14,37 +14,57 @@ from cachix_workspace import people
 from cachix_workspace.context import Workspace, current_workspace
 from cachix_workspace.feed import ALL
 from cachix_workspace.pages.access import COOKIE, current, page
-from cachix_workspace.refusal import Refusal
 
 events_pages = Blueprint("events", __name__)
 
 PAUSE = 0.5  # seconds between two messages: changes meanwhile are told together
-QUIET = 15.0  # seconds without a change after which a comment shows that the stream lives
+QUIET = 15.0  # seconds after which a comment shows that the stream lives, if the session does
+LOOK = 1.0  # seconds between two looks whether it shall end
 LASTS = 3600.0  # seconds until a browser must ask again, and show who it is
 MOST_TOPICS = 200  # in one message: more mean `all`
 MOST_OF_ONE = 8  # streams of one session: the tabs of a browser share one
 
 
 class Readers:
-    """How many streams each session has."""
+    """The streams of each session. The newest ones count: it has left the pages of the others.
+
+    A server hears of that only when it sends something.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
+        self._streams: dict[str, list[Stream]] = {}
 
-    def enter(self, key: str) -> None:
-        """Count a stream. Raises Refusal (429) if there are MOST_OF_ONE."""
+    def enter(self, key: str) -> Stream:
+        """A new stream of a session, which ends the oldest one if there are MOST_OF_ONE."""
         with self._lock:
-            if self._counts[key] >= MOST_OF_ONE:
-                raise Refusal(429, f"this session has {MOST_OF_ONE} streams already")
-            self._counts[key] += 1
+            streams = self._streams.setdefault(key, [])
+            if len(streams) == MOST_OF_ONE:
+                streams.pop(0).ended.set()
+            streams.append(Stream(key))
+            return streams[-1]
 
-    def leave(self, key: str) -> None:
-        """Count a stream no more."""
+    def leave(self, stream: Stream) -> None:
+        """Forget a stream."""
         with self._lock:
-            self._counts[key] -= 1
-            if not self._counts[key]:
-                del self._counts[key]
+            streams = self._streams.get(stream.key, [])
+            if stream in streams:
+                streams.remove(stream)
+            if not streams:
+                self._streams.pop(stream.key, None)
+
+    def count(self) -> int:
+        """How many streams there are."""
+        with self._lock:
+            return sum(map(len, self._streams.values()))
+
+
+@dataclass(eq=False)
+class Stream:
+    """A stream of a session, until it ends."""
+
+    key: str
+    ended: threading.Event = field(default_factory=threading.Event)
 
 
 readers = Readers()
@@ -56,32 +76,33 @@ def get_events() -> Response:
     text = request.headers.get("Last-Event-ID") or request.args.get("since", "")
     after = int(text) if text.isascii() and text.isdigit() and len(text) < 18 else 0
     one = current()
-    workspace, key = current_workspace(), f"{one.session_id}/{one.name}"
-    readers.enter(key)
-    answer = Response(_stream(workspace, after, request.cookies.get(COOKIE, "")))
-    answer.call_on_close(lambda: readers.leave(key))
+    stream = readers.enter(f"{one.session_id}/{one.name}")
+    messages = _messages(current_workspace(), stream, after, request.cookies.get(COOKIE, ""))
+    answer = Response(messages)
+    answer.call_on_close(lambda: readers.leave(stream))
     answer.mimetype = "text/event-stream"
     answer.headers["X-Accel-Buffering"] = "no"  # nginx would keep messages back
     return answer
 
 
-def _stream(workspace: Workspace, after: int, cookie: str) -> Iterator[bytes]:
-    """The messages, until the workspace stops, the session ends or LASTS seconds are over."""
-    end = time.monotonic() + LASTS
+def _messages(workspace: Workspace, stream: Stream, after: int, cookie: str) -> Iterator[bytes]:
+    """The messages, until workspace, session or stream end, or LASTS seconds are over."""
+    end, checked = time.monotonic() + LASTS, time.monotonic()
     yield b"retry: 2000\n\n"
-    while time.monotonic() < end:
-        found = workspace.feed.wait(after, QUIET)
+    while time.monotonic() < end and not stream.ended.is_set():
+        found = workspace.feed.wait(after, LOOK)
         if found is None:
             return
         after, topics = found
-        if not topics:
+        if topics:
+            told = topics if len(topics) <= MOST_TOPICS else [ALL]
+            yield f"id: {after}\ndata: {dumps(told)}\n\n".encode()
+            stream.ended.wait(PAUSE)
+        if time.monotonic() > checked + QUIET:
+            checked = time.monotonic()
             if not _is_valid(workspace, cookie):
                 return
             yield b": alive\n\n"
-            continue
-        told = topics if len(topics) <= MOST_TOPICS else [ALL]
-        yield f"id: {after}\ndata: {dumps(told)}\n\n".encode()
-        time.sleep(PAUSE)
 
 
 def _is_valid(workspace: Workspace, cookie: str) -> bool:

@@ -41,7 +41,7 @@ def page(template: str, status: int = 200, topics: str = "", **values: Any) -> R
 
 def prepare(app: Flask) -> None:
     """Give an application's templates their filters."""
-    for function in (ago, code, exact, lines, store_name, store_hash, since, size, plain):
+    for function in (is_older, ago, code, exact, lines, store_name, store_hash, since, size, plain):
         app.jinja_env.filters[function.__name__] = function
     app.jinja_env.filters["span"] = lasting
     app.jinja_env.globals["static"] = static_url
@@ -132,6 +132,14 @@ def size(count: int | None) -> str:
 def plain(text: str | None) -> str:
     """Text from agents or CI without what hides or turns text: one can see what it says."""
     return HIDDEN.sub(UNSEEN, CONTROLS.sub(UNSEEN, text or ""))
+
+
+def is_older(version: str, than: str) -> bool:
+    """Whether a release such as 0.9.1 is older than another one, as far as their numbers tell."""
+    mine, other = (
+        [int(part) for part in re.findall(r"[0-9]{1,6}", one)] for one in (version, than)
+    )
+    return bool(mine) and mine < other
 
 
 def lines(text: str | None) -> str:

@@ -180,6 +180,7 @@
     const count = document.querySelectorAll("#select input[name=name]:checked").length;
     const bar = byId("bar");
     if (!bar) return;
+    bar.classList.toggle("picked", count > 0); // it stays in view
     byId("picked").textContent = count ? `${count} selected:` : "Select agents to:";
     for (const button of bar.querySelectorAll("button")) button.disabled = !count;
   };
