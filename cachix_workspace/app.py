@@ -11,13 +11,14 @@ from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from cachix_protocol import listed
-from cachix_workspace import agents, browsers, cache, delivery, owners, tokens
+from cachix_workspace import agents, browsers, cache, delivery, health, owners, tokens
 from cachix_workspace.answers import register_error_handlers
 from cachix_workspace.api import deployment_routes, log_routes
 from cachix_workspace.cache_api import ByHost, cache_routes
 from cachix_workspace.context import KEY, Workspace, workspace_of
 from cachix_workspace.database import CHANGED, get_meta, open_database, put_meta, secret_key
 from cachix_workspace.feed import ALL
+from cachix_workspace.health import health_routes
 from cachix_workspace.hub import Hub
 from cachix_workspace.life import Signs
 from cachix_workspace.management import document
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 EXPIRY_INTERVAL = 600.0  # seconds between two looks for tokens that expire soon
 USED_INTERVAL = 60.0  # seconds between two notes of when tokens were used
-ROUTES = (deployment_routes, log_routes, cache_routes, socket_routes)
+ROUTES = (health_routes, deployment_routes, log_routes, cache_routes, socket_routes)
 PAGES = (
     events_pages,
     overview_pages,
@@ -71,6 +72,7 @@ def create_app(settings: Settings) -> Flask:
     app = Flask("cachix_workspace", static_folder=None)
     app.extensions[KEY] = workspace
     register_error_handlers(app, error_page)
+    health.watch(app)
     browsers.protect(app)
     with database.write() as connection:
         forms.protect(app, secret_key(connection), (*ROUTES, *document.BLUEPRINTS))

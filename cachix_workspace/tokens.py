@@ -17,9 +17,9 @@ from cachix_protocol import UsageError, utc_now
 from cachix_workspace.refusal import Refusal, UnknownToken
 from cachix_workspace.tables import tokens
 
-AGENT, ACTIVATE, ADMIN = "agent", "activate", "admin"
-KINDS = (AGENT, ACTIVATE, ADMIN)
-ANY = frozenset(KINDS)
+AGENT, ACTIVATE, ADMIN, METRICS = "agent", "activate", "admin", "metrics"
+KINDS = (AGENT, ACTIVATE, ADMIN, METRICS)
+ANY = frozenset({AGENT, ACTIVATE, ADMIN})  # may read caches
 CI = frozenset({ACTIVATE, ADMIN})  # may deploy, follow logs and push to caches
 AGENTS = frozenset({AGENT})
 OVERLAP = 7.0  # days for which a token is valid beside its successor, unless that is used
@@ -273,7 +273,8 @@ def authenticate(connection: Connection, authorization: str | None, kinds: froze
 
     Raises Refusal: 401 without a valid token, 403 if the token's kind is not among `kinds`.
     """
-    right = " or ".join(f"an {kind} token" for kind in KINDS if kind in kinds)
+    names = [f"{'a' if kind == METRICS else 'an'} {kind} token" for kind in KINDS if kind in kinds]
+    right = " or ".join(names)
     remedy = f"create {right} with `cachix-workspace token create`"
     secret = secret_of(authorization)
     if secret is None:
@@ -287,5 +288,6 @@ def authenticate(connection: Connection, authorization: str | None, kinds: froze
     if state != "valid":
         raise Refusal(401, f"this token is {state}: {remedy}")
     if token.kind not in kinds:
-        raise Refusal(403, f"this needs {right}, and yours is an {token.kind} token")
+        article = "a" if token.kind == METRICS else "an"
+        raise Refusal(403, f"this needs {right}, and yours is {article} {token.kind} token")
     return token

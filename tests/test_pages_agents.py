@@ -121,7 +121,7 @@ def test_what_can_not_be_added_is_said_in_the_form(
     page = browser.send("/add/one", **form)
     assert page.status_code in (400, 404) and said in words(page.text)
     assert f'value="{form["name"]}"' in page.text
-    assert "good" not in browser.get("/")
+    browser.get("/agents/good", 404)
 
 
 def test_each_block_is_one_that_its_program_reads(browser: Browser, tmp_path: Path) -> None:

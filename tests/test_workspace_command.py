@@ -88,8 +88,8 @@ CACHE_FORMS = """\
   cachix-workspace cache key (rotate | retire) NAME [--out=FILE] [--data=DIR]
 """
 CREATE_FORM = """\
-  cachix-workspace token create (agent | activate | admin) [--description=TEXT]
-                                [--expires=DAYS] [--cache=NAME] [--data=DIR]
+  cachix-workspace token create (agent | activate | admin | metrics)
+                                [--description=TEXT] [--expires=DAYS] [--cache=NAME] [--data=DIR]
                                 [--name=NAME | --names=PATTERNS | --agents=PATTERNS | --shared]
                                 [--out=FILE | --names-from=FILE --out-dir=DIR] [--count=N]
 """

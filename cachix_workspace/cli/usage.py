@@ -22,8 +22,8 @@ Usage:
   cachix-workspace person add NAME --role=ROLE [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace person (link | remove) NAME [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace person role NAME ROLE [--data=DIR | --url=URL [--token-file=FILE]]
-  cachix-workspace token create (agent | activate | admin) [--description=TEXT]
-                                [--expires=DAYS] [--cache=NAME] [--data=DIR]
+  cachix-workspace token create (agent | activate | admin | metrics)
+                                [--description=TEXT] [--expires=DAYS] [--cache=NAME] [--data=DIR]
                                 [--name=NAME | --names=PATTERNS | --agents=PATTERNS | --shared]
                                 [--out=FILE | --names-from=FILE --out-dir=DIR] [--count=N]
   cachix-workspace token list [--json] [--data=DIR]
@@ -63,8 +63,8 @@ Commands:
   init          Make a workspace. Only this and `serve` do.
   login-link    Print a link that signs in the first admin, or the person NAME, once.
   person        The people who may sign in: viewers read, operators also deploy, admins do all.
-  token create  Create a token for agents, for CI (activate) or for everything (admin), and print
-                it. It is not shown again.
+  token create  Create a token for agents, for CI (activate), for everything (admin), or to read
+                /metrics, and print it. It is not shown again.
   token list    List the tokens, without their secrets.
   token rotate  Create the successor of a token, and print it. The old one ends when the new one is
                 used first (one of agents: for each agent by itself), after 7 days at the latest.
