@@ -6,14 +6,13 @@ import shlex
 from dataclasses import dataclass
 
 from flask import Blueprint, Response, request
-from sqlalchemy import Connection
 
 from cachix_protocol import is_store_path
-from cachix_workspace import agents, cache, difference, fleet, orders, recent
+from cachix_workspace import agents, cache, difference, orders, recent
 from cachix_workspace.cache import CacheRow
 from cachix_workspace.context import Workspace, current_workspace
 from cachix_workspace.difference import Difference
-from cachix_workspace.fleet import Brief
+from cachix_workspace.fleet import Brief, Filter
 from cachix_workspace.pages import show
 from cachix_workspace.pages.access import actor, page, to
 from cachix_workspace.people import OPERATOR
@@ -22,6 +21,7 @@ from cachix_workspace.refusal import Refusal
 
 start_pages = Blueprint("start_pages", __name__)
 
+MOST_SHOWN = 200  # agents to choose among
 MOST_DIFFERENCES = 5  # agents whose packages are compared
 
 
@@ -44,11 +44,9 @@ class Step:
     difference: Difference | None
 
 
-def _chosen(connection: Connection, workspace: Workspace) -> tuple[list[Brief], list[Brief]]:
+def _chosen(workspace: Workspace) -> tuple[list[Brief], list[Brief]]:
     """All agents, and those that the request chooses: by name, or by label."""
-    settings = workspace.settings
-    briefs = fleet.brief_of_all(connection, workspace.signs, settings.lost_after)
-    briefs.sort(key=lambda brief: brief.name)
+    briefs = sorted(workspace.briefs(), key=lambda brief: brief.name)
     names, label = set(request.values.getlist("name")), request.values.get("label", "")
     chosen = [b for b in briefs if b.name in names or (label and label in b.labels)]
     return briefs, chosen
@@ -58,8 +56,8 @@ def _chosen(connection: Connection, workspace: Workspace) -> tuple[list[Brief], 
 def get_start() -> Response:
     """Agents, and the paths that were pushed of late."""
     workspace = current_workspace()
+    briefs, chosen = _chosen(workspace)
     with workspace.database.read() as connection:
-        briefs, chosen = _chosen(connection, workspace)
         rows = cache.list_all(connection)
     offers = [
         Offer(one, row.name, _misfit(one, chosen))
@@ -68,10 +66,17 @@ def get_start() -> Response:
     ]
     offers.sort(key=lambda offer: -offer.recent.pushed)
     labels = sorted({label for brief in briefs for label in brief.labels})
+    text = request.args.get("q", "").strip()[:200]
+    names = {brief.name for brief in chosen}
+    shown = [b for b in briefs if b.name in names or Filter(text).matches(b)]
+    shown.sort(key=lambda brief: brief.name not in names)  # what is chosen is never left out
     return show.page(
         "start.html",
-        briefs=briefs,
-        chosen={brief.name for brief in chosen},
+        total=len(briefs),
+        briefs=shown[:MOST_SHOWN],
+        left_out=max(0, len(shown) - MOST_SHOWN),
+        text=text,
+        chosen=names,
         offers=offers[:60],
         labels=labels,
         label=request.args.get("label", ""),
@@ -104,10 +109,10 @@ def _push_line(workspace: Workspace, rows: list[CacheRow], path: str) -> str:
 def get_confirm() -> Response:
     """What would change on each agent."""
     workspace, path = current_workspace(), _path()
+    _, chosen = _chosen(workspace)
+    if not chosen:
+        raise Refusal(400, "choose the agents to deploy to")
     with workspace.database.read() as connection:
-        _, chosen = _chosen(connection, workspace)
-        if not chosen:
-            raise Refusal(400, "choose the agents to deploy to")
         rows = cache.list_all(connection)
         signed = orders.signed_only(connection, [brief.name for brief in chosen])
     info = recent.find(workspace.settings, rows, path)
