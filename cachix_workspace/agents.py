@@ -201,6 +201,12 @@ def get(connection: Connection, agent_id: str) -> AgentRow:
     return AgentRow(**row._mapping)
 
 
+def names_of(connection: Connection, agent_ids: Collection[str]) -> dict[str, str]:
+    """The names of these agents, by their ids."""
+    query = select(agents.c.id, agents.c.name).where(agents.c.id.in_(agent_ids))
+    return {row.id: row.name for row in connection.execute(query)}
+
+
 def list_all(connection: Connection) -> list[AgentRow]:
     """All agents by name."""
     rows = connection.execute(select(agents).order_by(agents.c.name))

@@ -60,24 +60,11 @@ def _refused(error: Refusal) -> Response:
 
 def _http_error(error: HTTPException) -> Response:
     reason = "not found" if error.code == 404 else error.description
-    code = error.code or 500
-    if error.code == 422 and hasattr(error, "data"):  # of the management API
-        code, reason = 400, _first_problem(error.data.get("messages"))
-    answer = error_answer(code, f"{request.method} {request.path}: {reason}")
+    answer = error_answer(error.code or 500, f"{request.method} {request.path}: {reason}")
     for name, value in error.get_headers(request.environ):
         if name in ("Allow", "Content-Range"):
             answer.headers[name] = value
     return answer
-
-
-def _first_problem(messages: Any) -> str:
-    """The first thing that is wrong with a request, and where."""
-    where: list[str] = []
-    while isinstance(messages, dict) and messages:
-        key, messages = next(iter(messages.items()))
-        where.append(str(key))
-    text = messages[0] if isinstance(messages, list) and messages else messages
-    return f"{'.'.join(where[1:] or where)}: {text}"[:500]
 
 
 def _wrong_protocol(_error: WebsocketMismatch) -> Response:

@@ -178,9 +178,12 @@ def list_some(
     status: str | None = None,
     outcome: str | None = None,
     offset: int = 0,
+    agent_ids: Collection[str] | None = None,
 ) -> list[DeploymentRow]:
     """The newest deployments that match, without the first `offset` of them."""
     query = select(deployments).join(agents)
+    if agent_ids is not None:
+        query = query.where(deployments.c.agent_id.in_(agent_ids))
     for column, value in (
         (agents.c.name, agent),
         (deployments.c.status, status),

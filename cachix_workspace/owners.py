@@ -7,6 +7,8 @@ secret that was not used, because it got lost on the way, binds nothing.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from sqlalchemy import Connection, delete, func, select, update
 
 from cachix_protocol import IN_PROGRESS, PENDING, utc_now
@@ -140,3 +142,12 @@ def users(connection: Connection, token_id: int) -> list[str]:
     """The agents that connected with this token last, by name."""
     query = select(agents.c.name).where(agents.c.token_id == token_id).order_by(agents.c.name)
     return list(connection.execute(query).scalars())
+
+
+def users_of(connection: Connection, token_ids: Collection[int]) -> dict[int, list[str]]:
+    """The agents that connected with each of these tokens last, by name."""
+    query = select(agents.c.token_id, agents.c.name).where(agents.c.token_id.in_(token_ids))
+    found: dict[int, list[str]] = {}
+    for row in connection.execute(query.order_by(agents.c.name)):
+        found.setdefault(row.token_id, []).append(row.name)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,10 +105,20 @@ def get(connection: Connection, run_id: int) -> RunRow:
 
 
 def list_some(
-    connection: Connection, limit: int, before: int | None = None, offset: int = 0
+    connection: Connection,
+    limit: int,
+    before: int | None = None,
+    offset: int = 0,
+    agent_ids: Collection[str] | None = None,
 ) -> list[RunRow]:
-    """The newest runs but for `offset` of them, those before a number if it is given."""
+    """The newest runs but for `offset` of them, those before a number if it is given.
+
+    Only runs with a deployment of one of these agents, if they are given.
+    """
     query = select(runs) if before is None else select(runs).where(runs.c.id < before)
+    if agent_ids is not None:
+        theirs = select(deployments.c.run_id).where(deployments.c.agent_id.in_(agent_ids))
+        query = query.where(runs.c.id.in_(theirs))
     rows = connection.execute(query.order_by(runs.c.id.desc()).limit(limit).offset(offset))
     return [RunRow(**row._mapping) for row in rows]
 
@@ -125,10 +136,17 @@ def members(connection: Connection, run_id: int) -> list[Member]:
     return found
 
 
-def counts(connection: Connection, run_ids: list[int]) -> dict[int, Counter[tuple[str, str]]]:
-    """How many deployments of each run have which status and outcome (empty for none)."""
+def counts(
+    connection: Connection, run_ids: list[int], agent_ids: Collection[str] | None = None
+) -> dict[int, Counter[tuple[str, str]]]:
+    """How many deployments of each run, perhaps of some agents only, have which status and outcome.
+
+    The outcome is empty where there is none.
+    """
     what = (deployments.c.run_id, deployments.c.status, deployments.c.outcome)
     query = select(*what, func.count()).where(deployments.c.run_id.in_(run_ids)).group_by(*what)
+    if agent_ids is not None:
+        query = query.where(deployments.c.agent_id.in_(agent_ids))
     found: dict[int, Counter[tuple[str, str]]] = {run_id: Counter() for run_id in run_ids}
     for run_id, status, outcome, count in connection.execute(query):
         found[run_id][status, outcome or ""] += count

@@ -1,4 +1,4 @@
-"""What operators do with agents and tokens: each change is noted in the audit with it."""
+"""What operators do with agents, tokens and the workspace: each change is audited with it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from cachix_protocol import IN_PROGRESS, is_agent_name, listed, utc_now
 from cachix_workspace import agents, audit, owners, tokens
 from cachix_workspace import tables as t
 from cachix_workspace.agents import AgentRow
+from cachix_workspace.database import put_meta
 from cachix_workspace.orders import Actor
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.tokens import Token
+
+MAX_NAME = 60  # characters of the workspace's name
 
 
 def _note(connection: Connection, by: Actor, action: str, detail: str) -> None:
@@ -147,3 +150,15 @@ def revoke_token(connection: Connection, number: int, and_agents: bool, by: Acto
     also = f" and {issued} of its agents" if and_agents else ""
     _note(connection, by, "token revoke", f"{number}{also}")
     return issued
+
+
+# --- the workspace --------------------------------------------------------------------------------
+
+
+def name_workspace(connection: Connection, name: str, by: Actor) -> None:
+    """Name the workspace. Raises Refusal (400)."""
+    name = " ".join(name.split())[:MAX_NAME].rstrip()
+    if not name or not name.isprintable():
+        raise Refusal(400, "the workspace's name has letters that one can see")
+    put_meta(connection, "name", name)
+    _note(connection, by, "workspace name", name)

@@ -1,26 +1,14 @@
-"""The management API: every operation, whom it is for, and its document."""
+"""The management API: every operation against a real server."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
-import requests
-import schemathesis
-from flask import Flask
-from hypothesis import HealthCheck, given, settings
+from management_support import Client
+from pages_support import Browser
 from workspace_support import DEADLINE, OURS, STORE_PATHS, Peer, Server, running
-
-from cachix_workspace import tokens
-from cachix_workspace.app import create_app
-from cachix_workspace.database import open_database
-from cachix_workspace.management.access import ALLOWED
-from cachix_workspace.management.document import BLUEPRINTS
-from cachix_workspace.settings import Settings
-from cachix_workspace.tokens import ACTIVATE, ADMIN
 
 FAILED, SUCCEEDED = "Failed", "Succeeded"
 
@@ -34,21 +22,6 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def peer(server: Server) -> Peer:
     return Peer(server)
-
-
-class Client:
-    """A program with a token."""
-
-    def __init__(self, server: Server, token: str | None) -> None:
-        self.server, self.token = server, token
-
-    def __call__(self, method: str, path: str, status: int = 200, **body: Any) -> Any:
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        url = f"{self.server.url}/api/v1{path}"
-        answer = requests.request(method, url, json=body or None, headers=headers, timeout=DEADLINE)
-        assert answer.status_code == status, (method, path, answer.status_code, answer.text)
-        is_json = answer.headers.get("Content-Type", "").startswith("application/json")
-        return answer.json() if is_json and answer.content else answer.text
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +106,7 @@ def test_tokens_caches_people_webhooks_and_the_freeze(admin: Client) -> None:
     assert made["secret"] not in str(admin("GET", "/tokens"))
     after = admin("POST", f"/tokens/{made['id']}/rotate", 201)
     assert after["id"] > made["id"]
-    admin("DELETE", f"/tokens/{after['id']}", 204)
+    assert admin("DELETE", f"/tokens/{after['id']}?andAgents=true")["agents"] == 0
     admin("POST", "/tokens", 400, kind="activate", count=2)
     cache = admin("POST", "/caches", 201, name="main", public=False)
     assert cache["secretKey"] not in str(admin("GET", "/caches"))
@@ -155,148 +128,64 @@ def test_tokens_caches_people_webhooks_and_the_freeze(admin: Client) -> None:
     assert {"freeze", "thaw", "webhook create", "person add", "token rotate"} <= set(actions)
 
 
-# --- whom it is for -------------------------------------------------------------------------------
+def test_an_agent_is_shown_with_all_that_is_known(admin: Client, peer: Peer, name: str) -> None:
+    peer.registered(name, **OURS)
+    deployment = peer.activate({name: STORE_PATHS[0]})[name]
+    peer.report(name, deployment, SUCCEEDED, outcome="succeeded")
+    admin("PATCH", f"/agents/{name}", description="in the cellar", paused=True)
+    shown = admin("GET", f"/agents/{name}")
+    assert shown["description"] == "in the cellar" and shown["pausedBy"].startswith("token")
+    assert shown["deployed"] == STORE_PATHS[0] and shown["formerPaths"] == [STORE_PATHS[0]]
+    assert shown["lastState"] == "succeeded" and not shown["isBound"] and shown["token"]
+    listed = admin("GET", f"/agents?text={name}")["agents"][0]
+    assert listed == {key: shown[key] for key in listed}
 
 
-@pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Flask:
-    data: Path = tmp_path_factory.mktemp("data") / "data"
-    return create_app(Settings(data))
+def test_tokens_are_paged_and_say_who_uses_them(admin: Client, peer: Peer, name: str) -> None:
+    peer.registered(name, **OURS)
+    found, page = [], 1
+    while page is not None:
+        answer = admin("GET", f"/tokens?limit=2&page={page}")
+        assert len(answer["tokens"]) <= 2
+        found += answer["tokens"]
+        page = answer["next"]
+    numbers = [token["id"] for token in found]
+    assert numbers == sorted(set(numbers), reverse=True) and len(numbers) > 2
+    assert [name] == [one for token in found for one in token["usedBy"] if one == name]
 
 
-def operations(app: Flask) -> list[tuple[str, str, str]]:
-    """The function, method and path of each operation."""
-    names = {blueprint.name for blueprint in BLUEPRINTS}
-    found = []
-    for rule in app.url_map.iter_rules():
-        blueprint, _, function = rule.endpoint.partition(".")
-        if blueprint in names:
-            path = re.sub("<(int:)?[a-z_]+>", "1", rule.rule)
-            found += [
-                (function, method, path) for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
-            ]
-    return found
+def test_revoking_an_enrolment_token_ends_what_its_agents_got(server: Server, name: str) -> None:
+    admin = Client(server, server.token("admin"))
+    made = admin("POST", "/tokens", 201, kind="agent", agents=f"{name}-*")
+    peer = Peer(server)
+    peer.agent_token = made["secret"]
+    peer.registered(f"{name}-1", **OURS)
+    assert admin("DELETE", f"/tokens/{made['id']}?andAgents=true")["agents"] == 1
+    states = {token["issuedBy"]: token["state"] for token in admin("GET", "/tokens")["tokens"]}
+    assert states[made["id"]] == "revoked"
 
 
-def test_each_operation_says_whom_it_is_for(app: Flask) -> None:
-    assert {function for function, _, _ in operations(app)} == set(ALLOWED)
+def test_a_cache_is_shown_and_a_session_ended(server: Server, admin: Client) -> None:
+    cache = admin("POST", "/caches", 201, name="shown")
+    shown = admin("GET", "/caches/shown")
+    assert "secretKey" in cache and shown["recent"] == shown["unsigned"] == []
+    assert {**shown, "secretKey": cache["secretKey"]}.items() >= cache.items()
+    admin("GET", "/caches/nothing", 404)
+    browser = Browser(server, "sam")
+    assert "Agents" in browser.get("/")
+    [session] = [one for one in admin("GET", "/sessions")["sessions"] if one["name"] == "sam"]
+    assert session["browser"] == "a test"
+    admin("DELETE", f"/sessions/{session['id']}", 204)
+    assert "sam" not in str(admin("GET", "/sessions"))
+    assert browser.session.get(f"{server.url}/", timeout=DEADLINE).url.endswith("/sign-in?next=%2F")
 
 
-def test_wrong_credentials_get_nothing(app: Flask, server: Server) -> None:
-    database = open_database(Settings(server.data))
-    with database.write() as connection:
-        _, expired = tokens.create(connection, ADMIN, expires_in=-1)
-        number, revoked = tokens.create(connection, ADMIN)
-        tokens.revoke(connection, number)
-    database.close()
-    secrets = {None: 401, "wrong": 401, expired: 401, revoked: 401, server.token("agent"): 403}
-    ci = server.token("activate")
-    for function, method, path in operations(app):
-        wanted = dict(secrets) | ({} if ACTIVATE in ALLOWED[function] else {ci: 403})
-        for secret, status in wanted.items():
-            headers = {"Authorization": f"Bearer {secret}"} if secret else {}
-            body = valid_body(function)
-            answer = requests.request(
-                method, server.url + path, headers=headers, json=body, timeout=DEADLINE
-            )
-            assert answer.status_code == status, (method, path, secret, answer.text)
-
-
-def valid_body(function: str) -> dict[str, Any] | None:
-    """A body with what the operation needs: whoever may not gets no hint of what is missing."""
-    return {
-        "add_agent": {"name": "x"},
-        "change_agent": {},
-        "start_deployments": {"agents": ["x"], "storePath": STORE_PATHS[0]},
-        "roll_back_run": {},
-        "create_token": {"kind": "admin"},
-        "create_cache": {"name": "x"},
-        "add_person": {"name": "x", "role": "viewer"},
-        "change_role": {"role": "viewer"},
-        "create_webhook": {"url": "https://x"},
-        "freeze_workspace": {"reason": "x"},
-    }.get(function)
-
-
-def test_a_token_for_some_agents_reaches_no_other(
-    server: Server, peer: Peer, admin: Client, name: str
-) -> None:
-    mine, other = f"{name}-mine", f"{name}-other"
-    for each in (mine, other):
-        peer.registered(each, **OURS)
-    body = {"agents": [mine, other], "storePath": STORE_PATHS[0]}
-    run = admin("POST", "/deployments", 201, **body)["id"]
-    secret = admin("POST", "/tokens", 201, kind="activate", agents=mine)["secret"]
-    client = Client(server, secret)
-    assert [agent["name"] for agent in client("GET", "/agents?limit=1000")["agents"]] == [mine]
-    shown = client("GET", f"/runs/{run}")
-    assert [one["agent"] for one in shown["deployments"]] == [mine]
-    found = client("GET", "/deployments?limit=1000")["deployments"]
-    assert {one["agent"] for one in found} == {mine}
-    client("PATCH", f"/agents/{mine}", paused=False)
-    for method, path, more in (
-        ("GET", f"/agents/{other}", {}),
-        ("PATCH", f"/agents/{other}", {"paused": True}),
-        ("PATCH", f"/agents/{mine}", {"name": "another"}),
-        ("GET", f"/agents/{other}/deployments/1", {}),
-        ("GET", f"/agents/{other}/deployments/1/log", {}),
-        ("POST", f"/agents/{other}/deployments/1/cancel", {}),
-        ("POST", f"/agents/{other}/deployments/1/retry", {}),
-        ("POST", f"/runs/{run}/roll-back", {}),
-        ("POST", "/deployments", body),
-        ("DELETE", f"/agents/{mine}", {}),
-    ):
-        client(method, path, 403, **more)
-
-
-def test_a_cookie_is_no_key_to_it(server: Server) -> None:
-    from pages_support import Browser
-
-    browser = Browser(server)
-    answer = browser.session.get(f"{server.url}/api/v1/agents", timeout=DEADLINE)
-    assert answer.status_code == 401
-
-
-# --- the document ---------------------------------------------------------------------------------
-
-
-def test_the_document_has_every_operation_and_people_can_read_it(app: Flask) -> None:
-    client = app.test_client()
-    document = client.get("/api/v1/openapi.json").get_json()
-    assert document["openapi"] == "3.1.0"
-    described = {
-        (method.upper(), re.sub("{[a-z_]+}", "1", path))
-        for path, item in document["paths"].items()
-        for method in item
-        if method != "parameters"
-    }
-    assert described == {(method, path) for _, method, path in operations(app)}
-    page = client.get("/api/v1/docs").get_data(as_text=True)
-    for _, path in described:
-        assert path.split("/1")[0] in page
-    assert "<script" not in page
-
-
-@pytest.mark.long
-def test_whatever_is_sent_is_answered_as_the_document_says(app: Flask) -> None:
-    secret = "admin-for-schemathesis"
-    with app.extensions["workspace"].database.write() as connection:
-        tokens.create(connection, ADMIN, secret=secret)
-    document = schemathesis.openapi.from_wsgi("/api/v1/openapi.json", app)
-    tried = 0
-    for found in document.get_all_operations():
-        operation = found.ok()
-
-        @given(case=operation.as_strategy())
-        @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-        def try_it(case: Any) -> None:
-            answer = case.call(headers={"Authorization": f"Bearer {secret}"})
-            assert answer.status_code < 500, answer.text
-            if answer.status_code >= 400:
-                assert "error" in answer.json(), answer.text
-            elif answer.status_code in (200, 201, 202) and "log" not in case.path:
-                case.operation.validate_response(answer)
-
-        try_it()
-        tried += 1
-    assert tried == len(operations(app))
+def test_the_workspace_is_named_and_counted(server: Server, admin: Client, name: str) -> None:
+    admin("POST", "/agents", 201, name=name)
+    admin("PATCH", f"/agents/{name}", paused=True)
+    assert admin("PATCH", "/workspace", name="  The  Cellar ")["name"] == "The Cellar"
+    admin("PATCH", "/workspace", 400, name="\u202e")
+    shown = admin("GET", "/workspace")
+    assert shown["name"] == "The Cellar" and shown["url"] == server.url
+    assert shown["agents"] == sum(shown["states"].values()) and shown["paused"] >= 1
+    assert not shown["freeze"]["frozen"]

@@ -8,15 +8,18 @@ from flask import Flask, render_template
 from flask_smorest import Api
 
 from cachix_protocol import __version__
-from cachix_workspace.management import fleet, keys
+from cachix_workspace.management import fleet, keys, workspace
+from cachix_workspace.management.shapes import Problem
 
-BLUEPRINTS = (fleet.blueprint, keys.blueprint)
+BLUEPRINTS = (fleet.blueprint, keys.blueprint, workspace.blueprint)
 METHODS = ("get", "post", "put", "patch", "delete")
 BEARER = {"type": "http", "scheme": "bearer", "description": "an admin token, or one of CI"}
 
 
 class Management(Api):
     """flask-smorest's, but for errors: those are answered as everywhere in the workspace."""
+
+    ERROR_SCHEMA = Problem
 
     def _register_error_handlers(self) -> None:
         """Leave the application's handlers as they are."""

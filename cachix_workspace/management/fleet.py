@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from flask import Response
-from flask_smorest import Blueprint
 from sqlalchemy import Connection
 
 from cachix_protocol import FAILED, is_store_path, loads
@@ -34,15 +33,17 @@ from cachix_workspace.management.access import (
     by,
     check_admin,
     check_agents,
+    operations,
     operators,
+    own_agents,
 )
 from cachix_workspace.management.shapes import Json
-from cachix_workspace.orders import Order
 from cachix_workspace.refusal import Refusal
 
-blueprint = Blueprint(
-    "fleet", __name__, url_prefix="/api/v1", description="Agents, deployments and runs"
-)
+blueprint = operations("fleet", "Agents, deployments and runs")
+
+
+# --- agents ---------------------------------------------------------------------------------------
 
 
 def _briefs(connection: Connection, names: list[str] | None = None) -> list[Brief]:
@@ -51,7 +52,11 @@ def _briefs(connection: Connection, names: list[str] | None = None) -> list[Brie
     return fleet.brief_of_all(connection, workspace.signs, lost_after, names)
 
 
-# --- agents ---------------------------------------------------------------------------------------
+def _detail(connection: Connection, name: str) -> Json:
+    """All that is known of an agent. Raises Refusal (404)."""
+    [row] = agents.find_all(connection, [name])
+    former = deployments.succeeded_paths(connection, row.id)
+    return shapes.agent_detail(_briefs(connection, [name])[0], row, former)
 
 
 @blueprint.get("/agents")
@@ -84,19 +89,18 @@ def add_agent(new: Json) -> Json:
 
 
 @blueprint.get("/agents/<name>")
-@blueprint.response(200, shapes.Agent)
+@blueprint.response(200, shapes.AgentDetail)
 @operators
 def show_agent(name: str) -> Json:
     """Show an agent"""
     check_agents([name])
     with current_workspace().database.read() as connection:
-        agents.find_all(connection, [name])
-        return shapes.agent(_briefs(connection, [name])[0])
+        return _detail(connection, name)
 
 
 @blueprint.patch("/agents/<name>")
 @blueprint.arguments(shapes.AgentChange)
-@blueprint.response(200, shapes.Agent)
+@blueprint.response(200, shapes.AgentDetail)
 @operators
 def change_agent(change: Json, name: str) -> Json:
     """Pause or resume an agent, label, describe or rename it"""
@@ -105,7 +109,7 @@ def change_agent(change: Json, name: str) -> Json:
         check_admin()
     workspace = current_workspace()
     with workspace.database.write() as connection:
-        agents.find_all(connection, [name])
+        [row] = agents.find_all(connection, [name])
         if "paused" in change:
             act = upkeep.pause if change["paused"] else upkeep.resume
             act(connection, [name], by())
@@ -115,15 +119,15 @@ def change_agent(change: Json, name: str) -> Json:
             upkeep.describe(connection, name, change["description"], by())
         if "name" in change:
             name = upkeep.rename(connection, name, change["name"], by()).name
-        brief = _briefs(connection, [name])[0]
+        shown = _detail(connection, name)
     if "name" in change:
-        workspace.dismiss(brief.id)
-    workspace.note_agents(brief.id)
-    return shapes.agent(brief)
+        workspace.dismiss(row.id)
+    workspace.note_agents(row.id)
+    return shown
 
 
 @blueprint.post("/agents/<name>/move")
-@blueprint.response(200, shapes.Agent)
+@blueprint.response(200, shapes.AgentDetail)
 @admins
 def move_agent(name: str) -> Json:
     """Let another machine have the name of an agent"""
@@ -132,9 +136,10 @@ def move_agent(name: str) -> Json:
         if not upkeep.move(connection, name, by()):
             text = f"{name} is not bound to a machine: any that has a token for it can connect"
             raise Refusal(409, text)
-        brief = _briefs(connection, [name])[0]
-    workspace.dismiss(brief.id)
-    return shapes.agent(brief)
+        row = agents.find(connection, name)
+        shown = _detail(connection, name)
+    workspace.dismiss(row.id)
+    return shown
 
 
 @blueprint.delete("/agents/<name>")
@@ -151,10 +156,10 @@ def remove_agent(name: str) -> None:
 # --- deployments ----------------------------------------------------------------------------------
 
 
-def _shown(connection: Connection, row: DeploymentRow) -> Json:
+def _shown(name: str, row: DeploymentRow) -> Json:
     workspace = current_workspace()
     lost = workspace.signs.lost_since(row, workspace.settings.lost_after)
-    return shapes.deployment(agents.get(connection, row.agent_id).name, row, lost is not None)
+    return shapes.deployment(name, row, lost is not None)
 
 
 @blueprint.get("/deployments")
@@ -165,18 +170,23 @@ def list_deployments(query: Json) -> Json:
     """List deployments, the newest first"""
     page, limit = query["page"], query["limit"]
     with current_workspace().database.read() as connection:
-        wanted = (query["agent"], query["status"])
-        offset = min((page - 1) * limit, (1 << 31) - 1)
-        rows = deployments.list_some(connection, limit + 1, *wanted, offset=offset)
-        found = [_shown(connection, row) for row in rows]
-    answer = shapes.paged(found, page, limit, "deployments")
-    answer["deployments"] = [one for one in answer["deployments"] if allows(one["agent"])]
-    return answer
+        rows = deployments.list_some(
+            connection,
+            limit + 1,
+            query["agent"],
+            query["status"],
+            query["outcome"],
+            shapes.offset(query),
+            own_agents(connection),
+        )
+        names = agents.names_of(connection, {row.agent_id for row in rows})
+    found = [_shown(names[row.agent_id], row) for row in rows]
+    return shapes.paged(found, page, limit, "deployments")
 
 
 @blueprint.post("/deployments")
 @blueprint.arguments(shapes.Order)
-@blueprint.response(201, shapes.Run)
+@blueprint.response(201, shapes.RunDetail)
 @operators
 def start_deployments(order: Json) -> Json:
     """Deploy one path to some agents"""
@@ -203,11 +213,11 @@ def _find(connection: Connection, name: str, index: int) -> DeploymentRow:
 def show_deployment(name: str, index: int) -> Json:
     """Show a deployment"""
     with current_workspace().database.read() as connection:
-        return _shown(connection, _find(connection, name, index))
+        return _shown(name, _find(connection, name, index))
 
 
 @blueprint.get("/agents/<name>/deployments/<int:index>/log")
-@blueprint.response(200, content_type="text/plain")
+@blueprint.response(200, {"type": "string"}, content_type="text/plain")
 @operators
 def show_log(name: str, index: int) -> Response:
     """Show the log of a deployment as text"""
@@ -235,7 +245,7 @@ def retry_deployment(name: str, index: int) -> Json:
     """Order a deployment that has ended once more"""
     with current_workspace().database.write() as connection:
         order = orders.retry(connection, {name: _find(connection, name, index)}, by())
-        shown = _shown(connection, order.rows[name])
+        shown = _shown(name, order.rows[name])
     current_workspace().note_order(order)
     return shown
 
@@ -248,14 +258,14 @@ def cancel_deployment(name: str, index: int) -> Json:
     workspace, who = current_workspace(), by()
     with workspace.database.write() as connection:
         row, done = deployments.cancel(connection, _find(connection, name, index).id)
+        if not done:
+            ended = f"deployment {index} of {name} has ended already: it is {row.status}"
+            raise Refusal(409, ended)
         detail = f"{name}, deployment {row.index}: now {row.status}"
         audit.record(connection, who.name, "cancel", detail, who.address)
-        shown = _shown(connection, row)
-    if not done:
-        raise Refusal(409, f"deployment {index} of {name} has ended already: it is {row.status}")
     workspace.hub.wake_agent(row.agent_id)
     workspace.note_deployments(row)
-    return shown
+    return _shown(name, row)
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -269,13 +279,15 @@ def _counts(counts: Counter[tuple[str, str]]) -> dict[str, int]:
 
 
 def _run(connection: Connection, run_id: int) -> Json:
-    """A run with those of its deployments that the token is for."""
+    """A run with those of its deployments that the token is for. Raises Refusal (404)."""
     row = runs.get(connection, run_id)
     members = [
         shapes.deployment(one.name, one.row)
         for one in runs.members(connection, run_id)
         if allows(one.name)
     ]
+    if not members and own_agents(connection) is not None:
+        raise Refusal(404, f"there is no run {run_id}")
     return shapes.run(row, dict(Counter(one["state"] for one in members)), members)
 
 
@@ -287,15 +299,15 @@ def list_runs(query: Json) -> Json:
     """List runs, the newest first"""
     page, limit = query["page"], query["limit"]
     with current_workspace().database.read() as connection:
-        offset = min((page - 1) * limit, (1 << 31) - 1)
-        rows = runs.list_some(connection, limit + 1, offset=offset)
-        counts = runs.counts(connection, [row.id for row in rows])
+        mine = own_agents(connection)
+        rows = runs.list_some(connection, limit + 1, offset=shapes.offset(query), agent_ids=mine)
+        counts = runs.counts(connection, [row.id for row in rows], mine)
     found = [shapes.run(row, _counts(counts[row.id])) for row in rows]
     return shapes.paged(found, page, limit, "runs")
 
 
 @blueprint.get("/runs/<int:run_id>")
-@blueprint.response(200, shapes.Run)
+@blueprint.response(200, shapes.RunDetail)
 @operators
 def show_run(run_id: int) -> Json:
     """Show a run with its deployments"""
@@ -303,30 +315,31 @@ def show_run(run_id: int) -> Json:
         return _run(connection, run_id)
 
 
-def _rows(connection: Connection, run_id: int, names: Any) -> dict[str, DeploymentRow]:
-    runs.get(connection, run_id)
-    found = {one.name: one.row for one in runs.members(connection, run_id)}
+def _rows(connection: Connection, run_id: int, names: Any = None) -> dict[str, DeploymentRow]:
+    """The deployments of a run that the token is for, perhaps of some agents. Raises Refusal."""
+    run_id = runs.get(connection, run_id).id
+    members = runs.members(connection, run_id)
+    found = {one.name: one.row for one in members if allows(one.name)}
+    if members and not found:
+        raise Refusal(404, f"there is no run {run_id}")
     unknown = sorted(set(names or ()) - set(found))
     if unknown:
         raise Refusal(404, f"run {run_id} has no deployment for {', '.join(unknown)[:300]}")
     return {name: row for name, row in found.items() if names is None or name in names}
 
 
-def _placed(connection: Connection, order: Order) -> Json:
-    return _run(connection, order.run_id)
-
-
 @blueprint.post("/runs/<int:run_id>/retry")
-@blueprint.response(201, shapes.Run)
+@blueprint.arguments(shapes.Names)
+@blueprint.response(201, shapes.RunDetail)
 @operators
-def retry_run(run_id: int) -> Json:
+def retry_run(chosen: Json, run_id: int) -> Json:
     """Order what failed in a run once more"""
     with current_workspace().database.write() as connection:
-        rows = _rows(connection, run_id, None)
-        failed = {name: row for name, row in rows.items() if row.status == FAILED and allows(name)}
+        rows = _rows(connection, run_id, chosen["agents"])
+        failed = {name: row for name, row in rows.items() if row.status == FAILED}
         again = orders.retryable(connection, failed)
         order = orders.retry(connection, again, by(), run_id)
-        shown = _placed(connection, order)
+        shown = _run(connection, order.run_id)
     current_workspace().note_order(order)
     return shown
 
@@ -337,26 +350,27 @@ def retry_run(run_id: int) -> Json:
 def plan_roll_back(run_id: int) -> Json:
     """Show what a roll-back of a run would do"""
     with current_workspace().database.read() as connection:
-        plan = orders.plan_back(connection, _rows(connection, run_id, None))
+        plan = orders.plan_back(connection, _rows(connection, run_id))
     return {
         "agents": [
             {"agent": one.name, "now": one.now, "then": one.then, "reason": one.reason}
             for one in plan
-            if allows(one.name)
         ]
     }
 
 
 @blueprint.post("/runs/<int:run_id>/roll-back")
 @blueprint.arguments(shapes.Names)
-@blueprint.response(201, shapes.Run)
+@blueprint.response(201, shapes.RunDetail)
 @operators
 def roll_back_run(chosen: Json, run_id: int) -> Json:
     """Order what ran before a run"""
     with current_workspace().database.write() as connection:
         rows = _rows(connection, run_id, chosen["agents"])
-        check_agents(rows)
+        if chosen["agents"] is None and len(rows) < len(runs.members(connection, run_id)):
+            how = "name those of its agents that it is for"
+            raise Refusal(403, f"this token is not for all agents of run {run_id}: {how}")
         order = orders.roll_back(connection, rows, by(), run_id)
-        shown = _placed(connection, order)
+        shown = _run(connection, order.run_id)
     current_workspace().note_order(order)
     return shown

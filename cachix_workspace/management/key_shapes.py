@@ -1,6 +1,8 @@
-"""What the API takes and answers of tokens, caches, people, webhooks, the audit and the freeze."""
+"""What the API takes and answers of everything but agents, deployments and runs."""
 
 from __future__ import annotations
+
+import datetime
 
 from marshmallow import Schema, fields, validate
 
@@ -8,7 +10,8 @@ from cachix_workspace.audit import Entry
 from cachix_workspace.cache import CacheRow
 from cachix_workspace.freeze import Frozen
 from cachix_workspace.management.shapes import TEXT, Json, Paging
-from cachix_workspace.people import ROLES, Person
+from cachix_workspace.people import ROLES, Person, SessionRow
+from cachix_workspace.recent import Recent
 from cachix_workspace.tokens import KINDS, Token
 from cachix_workspace.webhooks import EVENTS, FORMATS, Message, Webhook
 
@@ -34,6 +37,8 @@ class TokenShape(Schema):
     agents = fields.String(allow_none=True)
     createdOn = fields.String()
     expiresOn = fields.String(allow_none=True)
+    cache = fields.String(allow_none=True)
+    count = fields.Integer(allow_none=True)
     usedOn = fields.String(allow_none=True)
     usedBy = fields.List(fields.String())
     replaces = fields.Integer(allow_none=True)
@@ -41,12 +46,26 @@ class TokenShape(Schema):
 
 
 class Tokens(Schema):
-    """All tokens."""
+    """A page of tokens, the newest first."""
 
     tokens = fields.List(fields.Nested(TokenShape), required=True)
+    next = fields.Integer(allow_none=True)
 
 
-def token(row: Token, now: str, users: list[str]) -> Json:
+class Revocation(Schema):
+    """Whether the tokens that agents got for an enrolment token end with it."""
+
+    andAgents = fields.Boolean(load_default=False)
+
+
+class Revoked(Schema):
+    """A token that is revoked, and how many that agents got for it."""
+
+    id = fields.Integer(required=True)
+    agents = fields.Integer(required=True)
+
+
+def token(row: Token, now: str, users: list[str], cache: str | None) -> Json:
     """A token as the API shows it."""
     return {
         "id": row.id,
@@ -56,6 +75,8 @@ def token(row: Token, now: str, users: list[str]) -> Json:
         "agents": row.agents,
         "createdOn": row.created_on,
         "expiresOn": row.expires_on,
+        "cache": cache,
+        "count": row.most,
         "usedOn": row.used_on,
         "usedBy": users,
         "replaces": row.replaces,
@@ -71,14 +92,37 @@ class NewCache(Schema):
 
 
 class Cache(Schema):
-    """A cache. `secretKey` is there when it was made just now."""
+    """A cache."""
 
     name = fields.String(required=True)
     url = fields.String(required=True)
     publicKey = fields.String(required=True)
     formerKey = fields.String(allow_none=True)
     public = fields.Boolean(required=True)
-    secretKey = fields.String()
+
+
+class CacheWithKey(Cache):
+    """A cache with its secret key, which is shown this once."""
+
+    secretKey = fields.String(required=True)
+
+
+class Pushed(Schema):
+    """A top-level path that was pushed of late. `size` is in bytes."""
+
+    storePath = fields.String(required=True)
+    pushedOn = fields.String(required=True)
+    size = fields.Integer(required=True)
+    kind = fields.String(required=True)
+    system = fields.String(allow_none=True)
+    isSigned = fields.Boolean(required=True)
+
+
+class CacheDetail(Cache):
+    """A cache with what was pushed to it of late, and with paths that no key of it has signed."""
+
+    recent = fields.List(fields.Nested(Pushed), required=True)
+    unsigned = fields.List(fields.String(), required=True)
 
 
 class Caches(Schema):
@@ -87,11 +131,27 @@ class Caches(Schema):
     caches = fields.List(fields.Nested(Cache), required=True)
 
 
-def cache(row: CacheRow, url: str) -> Json:
+def cache(row: CacheRow, url: str, secret: str | None = None) -> Json:
     """A cache as the API shows it."""
     former = f"{row.old_key_name}:{row.old_public_key}" if row.old_key_name else None
     facts = {"name": row.name, "url": url, "publicKey": row.key, "public": row.public}
-    return {**facts, "formerKey": former}
+    return {**facts, "formerKey": former, **({} if secret is None else {"secretKey": secret})}
+
+
+def pushed(one: Recent) -> Json:
+    """A path that was pushed of late."""
+    moment = datetime.datetime.fromtimestamp(one.pushed, datetime.timezone.utc)
+    return {
+        "storePath": one.store_path,
+        "pushedOn": moment.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "size": one.size,
+        "kind": one.kind,
+        "system": one.system,
+        "isSigned": one.is_signed,
+    }
+
+
+# --- people ---------------------------------------------------------------------------------------
 
 
 class NewPerson(Schema):
@@ -108,12 +168,17 @@ class Role(Schema):
 
 
 class PersonShape(Schema):
-    """A person. `link` is there when it was made just now: it signs him in, once."""
+    """A person."""
 
     name = fields.String(required=True)
     role = fields.String(required=True)
     createdOn = fields.String(required=True)
-    link = fields.String()
+
+
+class PersonWithLink(PersonShape):
+    """A person with a link that signs him in, once. It is shown this once."""
+
+    link = fields.String(required=True)
 
 
 class People(Schema):
@@ -122,13 +187,43 @@ class People(Schema):
     people = fields.List(fields.Nested(PersonShape), required=True)
 
 
-def person(one: Person, link: str | None = None) -> Json:
+def person(one: Person) -> Json:
     """A person as the API shows him."""
-    shown = {"name": one.name, "role": one.role, "createdOn": one.created_on}
-    return shown if link is None else {**shown, "link": link}
+    return {"name": one.name, "role": one.role, "createdOn": one.created_on}
 
 
-# --- webhooks, audit, freeze ----------------------------------------------------------------------
+class Session(Schema):
+    """A browser that is signed in."""
+
+    id = fields.Integer(required=True)
+    name = fields.String(required=True)
+    createdOn = fields.String(required=True)
+    expiresOn = fields.String(required=True)
+    seenOn = fields.String(required=True)
+    address = fields.String(required=True)
+    browser = fields.String(required=True)
+
+
+class Sessions(Schema):
+    """All browsers that are signed in."""
+
+    sessions = fields.List(fields.Nested(Session), required=True)
+
+
+def session(one: SessionRow) -> Json:
+    """A session as the API shows it."""
+    return {
+        "id": one.id,
+        "name": one.name,
+        "createdOn": one.created_on,
+        "expiresOn": one.expires_on,
+        "seenOn": one.seen_on,
+        "address": one.address,
+        "browser": one.browser,
+    }
+
+
+# --- webhooks, audit, workspace -------------------------------------------------------------------
 
 
 class NewWebhook(Schema):
@@ -143,7 +238,7 @@ class NewWebhook(Schema):
 
 
 class WebhookShape(Schema):
-    """A webhook. `key` is there when it was made just now: it signs the messages."""
+    """A webhook."""
 
     id = fields.Integer(required=True)
     url = fields.String(required=True)
@@ -153,7 +248,12 @@ class WebhookShape(Schema):
     createdOn = fields.String(required=True)
     lastAnswer = fields.String(allow_none=True)
     lastDeliveredOn = fields.String(allow_none=True)
-    key = fields.String()
+
+
+class WebhookWithKey(WebhookShape):
+    """A webhook with the key that signs its messages, which is shown this once."""
+
+    key = fields.String(required=True)
 
 
 class Webhooks(Schema):
@@ -162,9 +262,9 @@ class Webhooks(Schema):
     webhooks = fields.List(fields.Nested(WebhookShape), required=True)
 
 
-def webhook(row: Webhook, last: Message | None = None, with_key: bool = False) -> Json:
+def webhook(row: Webhook, last: Message | None = None) -> Json:
     """A webhook as the API shows it."""
-    shown = {
+    return {
         "id": row.id,
         "url": row.shown_url,
         "format": row.format,
@@ -174,7 +274,6 @@ def webhook(row: Webhook, last: Message | None = None, with_key: bool = False) -
         "lastAnswer": None if last is None else last.answer,
         "lastDeliveredOn": None if last is None else last.delivered_on,
     }
-    return {**shown, "key": row.key} if with_key else shown
 
 
 class AuditQuery(Paging):
@@ -228,5 +327,19 @@ def freeze(frozen: Frozen | None) -> Json:
     return {"frozen": True, "reason": frozen.reason, "since": frozen.since, "by": frozen.by}
 
 
-class Nothing(Schema):
-    """Nothing: it is done."""
+class Workspace(Schema):
+    """The workspace: its name and URL, how many agents are in which state, how many are paused."""
+
+    name = fields.String(allow_none=True)
+    url = fields.String(required=True)
+    version = fields.String(required=True)
+    agents = fields.Integer(required=True)
+    states = fields.Dict(keys=fields.String(), values=fields.Integer(), required=True)
+    paused = fields.Integer(required=True)
+    freeze = fields.Nested(Freeze, required=True)
+
+
+class WorkspaceChange(Schema):
+    """What changes of the workspace."""
+
+    name = fields.String(required=True, validate=validate.Length(1, 200))

@@ -10,14 +10,23 @@ from typing import Any
 from marshmallow import Schema, fields, validate
 
 from cachix_workspace import states
+from cachix_workspace.agents import MAX_DESCRIPTION, AgentRow
 from cachix_workspace.deployments import DeploymentRow
 from cachix_workspace.fleet import Brief
+from cachix_workspace.reports import OUTCOMES
 from cachix_workspace.runs import RunRow
 
 MOST = 1000  # things on a page
 NAME = validate.Regexp(r"^[0-9A-Za-z][0-9A-Za-z._-]{0,127}$")
-TEXT = validate.Length(max=300)
+TEXT = validate.Length(max=MAX_DESCRIPTION)
+LARGEST = (1 << 31) - 1  # a database's integers hold no more
 Json = dict[str, Any]
+
+
+class Problem(Schema):
+    """An error: one sentence that says what was wrong, and what to do."""
+
+    error = fields.String(required=True)
 
 
 class Paging(Schema):
@@ -25,6 +34,16 @@ class Paging(Schema):
 
     page = fields.Integer(load_default=1, validate=validate.Range(1, 1_000_000))
     limit = fields.Integer(load_default=100, validate=validate.Range(1, MOST))
+
+
+def offset(query: Json) -> int:
+    """How many things stand before a page."""
+    return min((int(query["page"]) - 1) * int(query["limit"]), LARGEST)
+
+
+def small(number: int) -> int:
+    """A number that a database takes: larger ones are no number of anything."""
+    return min(number, LARGEST)
 
 
 def paged(found: list[Any], page: int, limit: int, key: str) -> Json:
@@ -71,6 +90,23 @@ class Agent(Schema):
     lastDeployment = fields.Integer(allow_none=True)
     lastState = fields.String(allow_none=True)
     lastEndedOn = fields.String(allow_none=True)
+
+
+class AgentDetail(Agent):
+    """An agent with all that is known of it."""
+
+    id = fields.String(required=True)
+    description = fields.String(allow_none=True)
+    createdOn = fields.String(required=True)
+    pausedBy = fields.String(allow_none=True)
+    runningSince = fields.String(allow_none=True)
+    profile = fields.String(allow_none=True)
+    rebootNeededSince = fields.String(allow_none=True)
+    deployed = fields.String(allow_none=True)
+    deployedOn = fields.String(allow_none=True)
+    token = fields.Integer(allow_none=True)
+    isBound = fields.Boolean(required=True)
+    formerPaths = fields.List(fields.String(), required=True)
 
 
 class Agents(Schema):
@@ -120,6 +156,25 @@ def agent(brief: Brief) -> Json:
     }
 
 
+def agent_detail(brief: Brief, row: AgentRow, former: list[str]) -> Json:
+    """An agent with all that is known of it, and the paths that it has succeeded with."""
+    return {
+        **agent(brief),
+        "id": row.id,
+        "description": row.description,
+        "createdOn": row.created_on,
+        "pausedBy": row.paused_by,
+        "runningSince": row.running_since,
+        "profile": row.profile,
+        "rebootNeededSince": row.reboot_since,
+        "deployed": row.deployed,
+        "deployedOn": row.deployed_on,
+        "token": row.token_id,
+        "isBound": row.owner_id is not None,
+        "formerPaths": former,
+    }
+
+
 # --- deployments and runs -------------------------------------------------------------------------
 
 
@@ -131,6 +186,7 @@ class DeploymentQuery(Paging):
         load_default=None,
         validate=validate.OneOf(["Pending", "InProgress", "Succeeded", "Failed", "Cancelled"]),
     )
+    outcome = fields.String(load_default=None, validate=validate.OneOf(sorted(OUTCOMES)))
 
 
 class Deployment(Schema):
@@ -182,9 +238,14 @@ class Run(Schema):
     startedBy = fields.String(required=True)
     action = fields.String(required=True)
     ofRun = fields.Integer(allow_none=True)
-    source = fields.Dict(keys=fields.String(), values=fields.String())
-    counts = fields.Dict(keys=fields.String(), values=fields.Integer())
-    deployments = fields.List(fields.Nested(Deployment))
+    source = fields.Dict(keys=fields.String(), values=fields.String(), required=True)
+    counts = fields.Dict(keys=fields.String(), values=fields.Integer(), required=True)
+
+
+class RunDetail(Run):
+    """A run with its deployments."""
+
+    deployments = fields.List(fields.Nested(Deployment), required=True)
 
 
 class Runs(Schema):

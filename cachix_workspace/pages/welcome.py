@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from flask import Blueprint, Response, request
 
-from cachix_workspace import agents, audit, cache, tokens
+from cachix_workspace import agents, cache, tokens, upkeep
 from cachix_workspace.context import current_workspace
-from cachix_workspace.database import get_meta, put_meta
+from cachix_workspace.database import get_meta
 from cachix_workspace.pages import show
 from cachix_workspace.pages.access import actor, page, to
 from cachix_workspace.people import ADMINISTRATOR
-from cachix_workspace.refusal import Refusal
 from cachix_workspace.tokens import ACTIVATE, ADMIN
 
 welcome_pages = Blueprint("welcome_pages", __name__)
-
-MOST_NAME = 60  # characters
 
 
 @page(welcome_pages, "/welcome", ADMINISTRATOR)
@@ -43,11 +40,7 @@ def get_welcome() -> Response:
 @page(welcome_pages, "/welcome/name", ADMINISTRATOR, methods=("POST",))
 def post_name() -> Response:
     """Name the workspace."""
-    name, by = " ".join(request.form.get("name", "").split())[:MOST_NAME], actor()
-    if not name or not name.isprintable():
-        raise Refusal(400, "the workspace's name has letters that one can see")
     with current_workspace().database.write() as connection:
-        put_meta(connection, "name", name)
-        audit.record(connection, by.name, "workspace name", name, by.address)
+        upkeep.name_workspace(connection, request.form.get("name", ""), actor())
     back = request.form.get("back", "")
     return to(back if back in ("/settings", "/welcome") else "/welcome")
