@@ -7,6 +7,7 @@ A token is never part of a block that stays in a shell's history or in a file: i
 from __future__ import annotations
 
 import base64
+import shlex
 from dataclasses import dataclass
 
 TOKEN_FILE = "/etc/cachix-agent.token"
@@ -255,7 +256,15 @@ packages.x86_64-linux.deploy = pkgs.writeText "deploy.json" (builtins.toJSON {
 });"""
 
 
+def push_line(cache_url: str, path: str) -> str:
+    """What pushes a path to a cache, with the secret key in `cache.key` and a token in `netrc`."""
+    to = f"{cache_url}?secret-key=cache.key&compression=zstd"
+    nix = "nix --extra-experimental-features nix-command"
+    return f"{nix} copy --netrc-file ./netrc --to '{to}' {shlex.quote(path)}"
+
+
 def _ci_script(facts: CiFacts, indent: str) -> str:
+    features = "--extra-experimental-features nix-command"
     netrc = f"machine {_host(facts.url)} login x password $CACHIX_ACTIVATE_TOKEN"
     target = f"{facts.cache_url}?secret-key=/tmp/cache.key&compression=zstd"
     lines = [
@@ -264,7 +273,7 @@ def _ci_script(facts: CiFacts, indent: str) -> str:
         '(umask 077; printf %s "$CACHE_SIGNING_KEY" > /tmp/cache.key)',
         f'(umask 077; echo "{netrc}" > /tmp/netrc)',
         "nix build --print-out-paths .#deploy > /tmp/paths",
-        f"nix copy --netrc-file /tmp/netrc --to '{target}' $(cat /tmp/paths)",
+        f"nix {features} copy --netrc-file /tmp/netrc --to '{target}' $(cat /tmp/paths)",
         f"python3 /tmp/cachix-deploy activate ./result --host={facts.url}",
     ]
     return "\n".join(indent + line for line in lines)

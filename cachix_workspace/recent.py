@@ -19,7 +19,7 @@ from cachix_workspace.settings import Settings
 
 MOST_LOOKED_AT = 400  # narinfos, the newest
 MOST_SHOWN = 40
-KEPT = 10.0  # seconds for which a look at a directory counts
+KEPT = 1.0  # seconds for which a look counts, whatever is pushed meanwhile
 SYSTEMS = re.compile(r"\b(x86_64|aarch64|i686|armv7l|riscv64)-(linux|darwin)\b")
 KINDS = (
     (re.compile(r"nixos-system-"), "nixos"),
@@ -40,8 +40,17 @@ class Recent:
     is_signed: bool
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a look at a cache has found, when, and how old the directory was then."""
+
+    moment: float
+    changed: int
+    found: list[Recent]
+
+
 _lock = threading.Lock()
-_looks: dict[str, tuple[float, list[Recent]]] = {}
+_looks: dict[str, Look] = {}
 
 
 def kind_of(store_path: str) -> str:
@@ -51,20 +60,24 @@ def kind_of(store_path: str) -> str:
 
 
 def recent(settings: Settings, row: CacheRow) -> list[Recent]:
-    """The newest top-level paths of a cache."""
-    now, key = time.monotonic(), f"{settings.data}/{row.id}/{row.all_keys}"
+    """The newest top-level paths of a cache. A look counts until something is pushed."""
+    directory = cache.path_of(settings, row.name, "x").parent
+    now, key = time.monotonic(), f"{directory} {row.all_keys}"
+    try:
+        changed = directory.stat().st_mtime_ns
+    except OSError:
+        return []
     with _lock:
-        at, found = _looks.get(key, (-KEPT, []))
-    if now - at < KEPT:
-        return found
-    found = _look(settings, row)
+        last = _looks.get(key)
+    if last is not None and (last.changed == changed or now - last.moment < KEPT):
+        return last.found
+    found = _look(row, directory)
     with _lock:
-        _looks[key] = (now, found)
+        _looks[key] = Look(now, changed, found)
     return found
 
 
-def _look(settings: Settings, row: CacheRow) -> list[Recent]:
-    directory = cache.path_of(settings, row.name, "x").parent
+def _look(row: CacheRow, directory: Path) -> list[Recent]:
     infos = [(pushed, info) for pushed, path in _newest(directory) if (info := read(path))]
     parts = {
         reference

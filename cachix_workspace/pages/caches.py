@@ -49,6 +49,7 @@ def get_cache(name: str) -> Response:
         "cache.html",
         row=row,
         cache_url=cache.url(settings, row.name),
+        push=blocks.push_line(cache.url(settings, row.name), "./result"),
         host=url().partition("://")[2].partition("/")[0].partition(":")[0],
         offers=recent.recent(settings, row),
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 
 from flask import Blueprint, Response, request
 
 from cachix_protocol import is_store_path
-from cachix_workspace import agents, cache, difference, orders, recent
+from cachix_workspace import agents, blocks, cache, difference, orders, recent
 from cachix_workspace.cache import CacheRow
 from cachix_workspace.context import Workspace, current_workspace
 from cachix_workspace.difference import Difference
@@ -102,7 +101,7 @@ def _push_line(workspace: Workspace, rows: list[CacheRow], path: str) -> str:
     if not rows:
         return ""
     url = cache.url(workspace.settings, rows[0].name)
-    return f"nix copy --to '{url}?secret-key=cache.key&compression=zstd' {shlex.quote(path)}"
+    return blocks.push_line(url, path)
 
 
 @page(start_pages, "/start/confirm", role=OPERATOR)
