@@ -9,10 +9,10 @@ AGENT := $(wildcard cachix_*.py) activate
 AGENT_SOURCES := $(shell find $(AGENT) -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow quick faults soak lint bench pyz relock clean
+.PHONY: help setup run test test-slow quick faults soak lint bench screenshots pyz relock clean
 
 help: ## list these targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
 
 setup: .make/venv .make/nix .make/systemd .make/disks ## make .venv, and install Nix and test tools
 
@@ -22,7 +22,7 @@ run: setup ## watch the whole thing: three hosts, a cache, a deployment, a rollb
 test: setup ## run the tests, with real Nix, and some of the fault cases; ARGS="-k name" selects
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-test-slow: setup ## run those that take long: containers with systemd, old Pythons, random faults
+test-slow: setup .make/browser ## run those that take long: systemd, a browser, old Pythons, faults
 	$(BIN)/python -m pytest $(PARALLEL) --long $(ARGS)
 
 quick: lint ## run lint and the tests that need neither Nix nor root, in under a minute
@@ -46,6 +46,9 @@ lint: .make/venv ## run ruff and mypy
 
 bench: setup ## measure speed and size, as ratios
 	@set -e; for f in bench/[a-z]*.py; do PYTHONPATH=tests $(BIN)/python "$$f"; done
+
+screenshots: .make/venv .make/browser ## draw the pictures in docs/ anew; ALL=DIRECTORY: all pages
+	$(BIN)/python tools/screenshots.py $(if $(ALL),--all $(ALL))
 
 pyz: dist/cachix-deploy.pyz ## build dist/cachix-deploy.pyz: agent and CI command in one file
 
@@ -107,6 +110,12 @@ endef
 .make/systemd:
 	@{ $(call provide,systemd-nspawn,systemd-container); } \
 	  && { $(call provide,debootstrap,debootstrap debian-archive-keyring); } \
+	  && touch $@ || { [ ! -e $@.log ] || tail -n 3 $@.log; }
+
+# Without a browser its tests are skipped, and there are no screenshots.
+.make/browser:
+	@{ $(call provide,chromedriver,chromium chromium-driver fonts-dejavu-core); } \
+	  && { $(call provide,chromium,chromium); } \
 	  && touch $@ || { [ ! -e $@.log ] || tail -n 3 $@.log; }
 
 # tests/faults cuts the power of its own file systems, and checks by strace when they are synced.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable
 
+import pytest
 from selenium.common.exceptions import (
     ElementNotInteractableException,
     NoSuchElementException,
@@ -242,6 +243,16 @@ def quoted(text: str) -> str:
     if "'" not in text:
         return f"'{text}'"
     return "concat(" + ', "\'", '.join(f"'{part}'" for part in text.split("'")) + ")"
+
+
+def need_browser() -> None:
+    """Skip a test where there is no browser; in a CI it fails."""
+    if CHROMIUM and DRIVER:
+        return
+    install = "there is no browser: `apt-get install chromium chromium-driver`"
+    if os.environ.get("CI") == "true":
+        pytest.fail(install)
+    pytest.skip(install)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import re
 import socket
 import threading
 import time
@@ -29,6 +30,7 @@ from cachix_workspace.app import create_app
 from cachix_workspace.context import Workspace, workspace_of
 from cachix_workspace.database import put_meta
 from cachix_workspace.life import Sign
+from cachix_workspace.pages.access import ROLES as PAGES
 from cachix_workspace.people import ADMINISTRATOR
 from cachix_workspace.settings import Settings
 from cachix_workspace.tables import (
@@ -65,9 +67,9 @@ LOG = (
     "reloading user units for root...",
     "starting the following units: \x1b[1mnginx.service\x1b[0m",
     "error: \x1b[31mcurl: (7) Failed to connect to web port 443\x1b[0m",
-    HOSTILE,
-    "a line without an end " + "x" * 5000,
+    "warning: the following units failed: nginx.service",
 )
+HOSTILE_LOG = (*LOG, HOSTILE, "a line without an end " + "x" * 5000)
 
 
 def stamp(ago: float = 0.0) -> str:
@@ -131,6 +133,7 @@ class Story:
     count: int
     history: int
     paths: Paths
+    is_hostile: bool = True
 
     def __post_init__(self) -> None:
         self.plot = plot_of(self.index, self.count)
@@ -169,7 +172,7 @@ class Story:
         if self.plot == "never":
             return
         for index in range(1, self.history + 1):
-            ago = 3600.0 * (1 + (self.history - index) * 26)
+            ago = 3600.0 * (1 + (self.history - index) * 26) - 37.0 * (self.index % 80)
             yield self._deployment(index, ago, *self._end(index == self.history))
         if self.plot in OPEN:
             status, step = OPEN[self.plot]
@@ -189,12 +192,14 @@ class Story:
     ) -> dict[str, Any]:
         is_open = status in ("Pending", "InProgress")
         started = None if status == "Pending" else stamp(ago - 2)
-        way = ("received", "downloading", "activating", "checking", "committing")
-        way = way[:2] if is_open else way
+        way = ["received", "downloading", "activating", "checking", "committing"]
+        way = way[:2] if is_open or outcome == "nothing-changed" else way
+        if outcome in ("rolled-back", "rollback-failed"):
+            way[-1] = "rolling-back"
         last = [] if is_open else [[step, stamp(ago - 41)]]
         steps = [[word, stamp(ago - 2 - 7 * number)] for number, word in enumerate(way)] + last
         reason = REASONS.get(self.plot) if status == "Failed" else None
-        if self.index == 14 and status == "Failed":
+        if self.is_hostile and self.index == 14 and status == "Failed":
             reason = f"{HOSTILE}\nand a second line {'long' * 400}"
         return {
             **{"id": number_id(self.name, index), "agent_id": self.id, "index": index},
@@ -217,24 +222,30 @@ OPEN = {
 }
 
 
-def fill(connection: Connection, count: int, history: int = 3, paths: Paths | None = None) -> None:
-    """Write `count` agents with so many ended deployments each, and the runs that ordered them."""
-    if not count:
-        return
-    stories = [Story(index, count, history, paths or Paths()) for index in range(count)]
-    shared = paths or Paths()
-    for story in stories:
-        story.paths = shared
+def fill(
+    connection: Connection,
+    count: int,
+    history: int = 3,
+    paths: Paths | None = None,
+    is_hostile: bool = True,
+) -> None:
+    """Write `count` agents with so many ended deployments each, and the runs that ordered them.
+
+    Some texts are hostile, unless it shall be nice.
+    """
+    paths = paths or Paths()
+    stories = [Story(index, count, history, paths, is_hostile) for index in range(count)]
     connection.execute(insert(agents), [story.agent() for story in stories])
-    connection.execute(insert(runs), [_run(number, history) for number in range(1, history + 2)])
+    numbers = range(1, history + 2)
+    connection.execute(insert(runs), [_run(number, history, is_hostile) for number in numbers])
     rows = [row for story in stories for row in story.deployments()]
     for start in range(0, len(rows), 20_000):
         connection.execute(insert(deployments), rows[start : start + 20_000])
     for row in rows[:: max(1, len(rows) // 60)] if count < 1000 else []:
-        _log(connection, row["id"], LOG)
+        _log(connection, row["id"], HOSTILE_LOG if is_hostile else LOG)
 
 
-def _run(number: int, history: int) -> dict[str, Any]:
+def _run(number: int, history: int, is_hostile: bool) -> dict[str, Any]:
     title = ["Renew the certificates", "Update nixpkgs", "Open port 8443 for the new proxy"]
     commit = number_id("commit", number).replace("-", "")
     said = {
@@ -242,7 +253,7 @@ def _run(number: int, history: int) -> dict[str, Any]:
         **{"url": f"https://github.com/example/machines/commit/{commit}"},
         **{"job": f"https://github.com/example/machines/actions/runs/{number}"},
     }
-    if number == 2:
+    if number == 2 and is_hostile:
         said |= {"title": HOSTILE + " long" * 50, "branch": "a-branch-with-a-name-" * 5}
     ago = 3600.0 * (1 + (history - number) * 26)
     is_last = number > history
@@ -296,11 +307,12 @@ class Gallery:
     url: str
     app: Flask
     workspace: Workspace
+    is_hostile: bool
 
     def cookie(self, role: str = ADMINISTRATOR) -> str:
         """The cookie of a new session of somebody with this role."""
         with self.workspace.database.write() as connection:
-            name = f"the-{role}"
+            name = f"the-{role}" if self.is_hostile else "anna"
             person = people.find(connection, name) or people.add(connection, name, role)
             return people.begin(connection, "127.0.0.1", "tests", person_id=person.id)
 
@@ -309,6 +321,35 @@ class Gallery:
         with self.workspace.database.write() as connection:
             freeze.freeze(connection, reason, "anna")
         self.workspace.feed.publish("all")
+
+
+NO_PAGES = ("events.", "overview.get_static", "overview.get_icon", "get_text", "get_lines")
+NO_PAGES += ("get_program", "get_hash")
+# what stands for the variables of a page's address
+FILLED = {"name": "build-1", "index": "3", "run_id": "3", "what": "rename", "number": "4"}
+FILLED |= {"secret": "no-link"}
+MORE = (
+    *(f"/agents/{name}" for name in ("web-1", "web-2", "build-2", "mail-1", "mail-2", "db-3")),
+    *("/agents/build-1/move", "/agents/build-1/remove", "/runs/2", "/runs/4", "/caches/none"),
+    *("/?q=nobody-has-this", "/?state=failed&label=test", "/sign-in?next=/runs", "/nowhere"),
+    *("/start?label=prod", "/agents/nobody", "/agents/mail-1/deployments/3?q=nginx"),
+    *("/agents/db-1/deployments/4", "/agents/web-2/deployments/4", "/agents/db-3/deployments/4"),
+    *("/add/arrived?token=3", "/audit?q=anna", "/deployments?status=Failed", "/api/v1/docs"),
+    *("/start/confirm?name=web-1&path=/nix/store/" + "a" * 32 + "-x", "/runs/999"),
+)
+
+
+def pages(app: Flask) -> list[str]:
+    """The addresses of all pages that are got, with what is in a workspace of 12 agents."""
+    found = list(MORE)
+    for rule in app.url_map.iter_rules():
+        is_page = rule.endpoint in PAGES and "GET" in (rule.methods or ())
+        if is_page and not any(word in rule.endpoint for word in NO_PAGES):
+            names = "main" if rule.rule.startswith("/caches/") else FILLED["name"]
+            filled = {**FILLED, "name": names}
+            text = re.sub(r"<([^>:]*:)?(\w+)>", r"{\2}", rule.rule)
+            found.append(text.format(**filled))
+    return sorted(set(found))
 
 
 class Quiet(WSGIRequestHandler):
@@ -320,7 +361,12 @@ class Quiet(WSGIRequestHandler):
 
 @contextlib.contextmanager
 def gallery(
-    data: Path, count: int, history: int = 3, url: str = "", with_cache: bool = True
+    data: Path,
+    count: int,
+    history: int = 3,
+    url: str = "",
+    with_cache: bool = True,
+    is_hostile: bool = True,
 ) -> Iterator[Gallery]:
     """Serve a workspace with `count` agents; with none it is as it is after `init`."""
     with socket.socket() as sock:
@@ -333,7 +379,7 @@ def gallery(
             with workspace.database.write() as connection:
                 furnish(connection)
                 paths = Paths(_files(connection, workspace)) if with_cache else None
-                fill(connection, count, history, paths)
+                fill(connection, count, history, paths, is_hostile)
                 let_pass(connection, workspace)
         port = sock.getsockname()[1]
         server = make_server(
@@ -342,7 +388,7 @@ def gallery(
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
-            yield Gallery(own, app, workspace)
+            yield Gallery(own, app, workspace, is_hostile)
         finally:
             workspace.feed.close()
             server.shutdown()
