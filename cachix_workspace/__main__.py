@@ -36,7 +36,11 @@ def _run(options: dict[str, Any]) -> int:
         from cachix_workspace.cli import serve
 
         return serve.run(options)
-    if options["token"]:
+    if options["--url"] and _is_afar(options):
+        from cachix_workspace.cli import afar
+
+        afar.run(options)
+    elif options["token"]:
         from cachix_workspace.cli import token
 
         token.run(options)
@@ -55,6 +59,12 @@ def _run(options: dict[str, Any]) -> int:
     else:
         _run_by_api(options)
     return 0
+
+
+def _is_afar(options: dict[str, Any]) -> bool:
+    """Whether the command works otherwise on a workspace beside it, with more options there."""
+    is_cache = options["cache"] and not options["list"]
+    return bool(options["token"] or is_cache or options["audit"] or options["move"])
 
 
 def _run_by_api(options: dict[str, Any]) -> None:

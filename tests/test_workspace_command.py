@@ -81,17 +81,21 @@ def test_one_sentence_for_wrong_usage(
     assert capsys.readouterr() == ("", f"error: {sentence}\n")
 
 
-CACHE_FORMS = """\
-  cachix-workspace cache list [--json] [--data=DIR | --url=URL [--token-file=FILE]]
-  cachix-workspace cache create NAME [--private] [--public-url=URL] [--out=FILE] [--data=DIR]
-  cachix-workspace cache show NAME [--json] [--data=DIR]
-  cachix-workspace cache key (rotate | retire) NAME [--out=FILE] [--data=DIR]
+WHERE = "[--data=DIR | --url=URL [--token-file=FILE]]"
+CACHE_FORMS = f"""\
+  cachix-workspace cache list [--json] {WHERE}
+  cachix-workspace cache create NAME [--private] [--public-url=URL] [--out=FILE]
+                         {WHERE}
+  cachix-workspace cache show NAME [--json] {WHERE}
+  cachix-workspace cache key (rotate | retire) NAME [--out=FILE]
+                         {WHERE}
 """
-CREATE_FORM = """\
+CREATE_FORM = f"""\
   cachix-workspace token create (agent | activate | admin | metrics)
-                                [--description=TEXT] [--expires=DAYS] [--cache=NAME] [--data=DIR]
+                                [--description=TEXT] [--expires=DAYS] [--cache=NAME]
                                 [--name=NAME | --names=PATTERNS | --agents=PATTERNS | --shared]
                                 [--out=FILE | --names-from=FILE --out-dir=DIR] [--count=N]
+                                {WHERE}
 """
 
 

@@ -137,6 +137,24 @@ def test_people_webhooks_caches_and_the_freeze(
     assert peer.activate({name: STORE_PATHS[0]})
 
 
+def test_tokens_caches_and_the_audit(where: list[str], peer: Peer, name: str) -> None:
+    out, err = run("token", "create", "agent", f"--name={name}", "--expires=7", *where)
+    assert out.startswith("agent-")
+    number = re.findall(r"token (\d+)", err)[0]
+    assert re.search(rf"^{number} +agent.*{name}", run("token", "list", *where)[0], re.M)
+    after, _ = run("token", "rotate", number, *where)
+    assert after.startswith("agent-") and after != out
+    run("token", "revoke", number, *where)
+    assert "revoked" in run("token", "list", "--json", *where)[0]
+    cache = f"c{len(where)}"
+    secret, _ = run("cache", "create", cache, "--private", *where)
+    assert secret.startswith(f"{cache}.") and cache in run("cache", "show", cache, *where)[0]
+    run("cache", "key", "rotate", cache, *where)
+    run("cache", "key", "retire", cache, *where)
+    assert "cache key retire" in run("audit", "--limit=5", *where)[0]
+    peer.registered(name, **OURS)
+
+
 def test_who_did_it_is_noted(server: Server, token_file: Path, peer: Peer, name: str) -> None:
     peer.registered(name, **OURS)
     run("agent", "pause", name, f"--data={server.data}")
