@@ -34,11 +34,20 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory, shown: Gallery) -> Iterator[Browser]:
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     need_browser()
     with browsing(tmp_path_factory.mktemp("browser")) as browser:
-        browser.sign_in(shown.url, shown.cookie())
         yield browser
+
+
+@pytest.fixture
+def browser(chromium: Browser, shown: Gallery) -> Browser:
+    """A browser in which an admin is signed in. Cookies are the same for all ports of a host."""
+    chromium.driver.delete_all_cookies()
+    chromium.sign_in(shown.url, shown.cookie())
+    chromium.resize(*WIDE)
+    chromium.complaints()
+    return chromium
 
 
 def test_faults_would_be_found(browser: Browser, shown: Gallery) -> None:
@@ -122,7 +131,6 @@ def test_signed_out(browser: Browser, shown: Gallery) -> None:
     browser.open(shown.url + "/runs/3")
     assert browser.path.startswith("/sign-in?next=") and "Sign in" in browser.title
     assert not browser.find_all("nav a"), "nothing is shown to nobody"
-    browser.sign_in(shown.url, shown.cookie())
 
 
 @pytest.mark.parametrize("path", TITLES)
@@ -173,5 +181,3 @@ def test_a_viewer_sees_nothing_to_press(browser: Browser, shown: Gallery) -> Non
         assert not [one for one in found if one], (path, found)
     browser.open(shown.url + "/tokens")
     assert "this takes an admin, and you are a viewer" in browser.text
-    browser.complaints()
-    browser.sign_in(shown.url, shown.cookie())

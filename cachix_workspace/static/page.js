@@ -40,43 +40,62 @@
     }
     for (const row of mine.values()) if (!row.contains(document.activeElement)) row.remove();
     const order = theirs.map((row) => row.dataset.key), sort = byId("sort");
-    const moved = [...old.children].filter((row, index) => row.dataset.key !== order[index]).length;
     if (!sort) return;
+    const tails = []; // the longest run of rows that are in order: the others have moved
+    for (const row of old.children) {
+      const place = order.indexOf(row.dataset.key), index = tails.findIndex((tail) => tail > place);
+      tails[index < 0 ? tails.length : index] = place;
+    }
+    const moved = old.children.length - tails.length;
     sort.hidden = !moved;
     sort.firstElementChild.textContent = `${moved} changed: sort again`;
   };
 
   let drawing = false, again = false;
   const draw = async () => {
+    if (document.hidden) return; // it is drawn when it is seen again
     if (drawing) { again = true; return; }
     drawing = true;
+    const start = performance.now();
     try {
-      const answer = await fetch(body.dataset.live || location.href, { headers: { "X-Live": "1" }, signal: AbortSignal.timeout(20000) });
-      if (answer.redirected) { location.reload(); return; }
+      const options = { headers: { Accept: "text/html", "X-Live": "1" }, signal: AbortSignal.timeout(20000) };
+      const answer = await fetch(body.dataset.live || location.href, options);
+      if (answer.redirected || !answer.ok) { // signed out, or it is gone; a form is never sent again
+        if (answer.status >= 500 || body.dataset.live) throw answer;
+        location.reload();
+        return;
+      }
       const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
       for (const old of document.querySelectorAll("body [data-live]")) {
         const node = fresh.getElementById(old.id);
         if (node) morph(old, document.importNode(node, true));
       }
       document.title = fresh.title;
+      byId("stream").hidden = true;
       showTimes();
-    } catch { lost(); }
-    drawing = false;
-    if (again) { again = false; setTimeout(draw, 500); }
+    } catch { lost(); again = true; }
+    setTimeout(() => { // a page that costs much is drawn less often
+      drawing = false;
+      if (again) { again = false; draw(); }
+    }, Math.max(again ? 2000 : 500, 4 * (performance.now() - start)));
   };
 
   // --- the stream: the tab that holds the lock has it, and tells the others ----------------------
   const topics = new Set(body.dataset.topics.split(" ").filter(Boolean));
   const channel = "BroadcastChannel" in window ? new BroadcastChannel("feed") : null;
-  let since = body.dataset.since, clock = new Date(), leave = null, source = null;
+  let since = body.dataset.since, leave = null, source = null;
   const lost = () => {
-    const notice = byId("stream"), time = clock.toTimeString().slice(0, 5);
-    notice.textContent = `Showing ${time}, reconnecting …`;
+    const notice = byId("stream");
+    if (!notice.hidden) return;
+    notice.textContent = `Showing ${new Date().toTimeString().slice(0, 5)}, reconnecting …`;
     notice.hidden = false;
   };
   const heard = (message) => {
     if (message.lost) { lost(); return; }
-    clock = new Date();
+    if (message.asks) { // a new tab, which has missed what was told while it loaded
+      if (source && Number(since) > Number(message.asks)) channel.postMessage({ id: since, topics: ["all"] });
+      return;
+    }
     byId("stream").hidden = true;
     if (message.id) since = message.id;
     const changed = message.topics || [];
@@ -110,6 +129,7 @@
   if (channel) channel.onmessage = (event) => heard(event.data);
   if (topics.size) {
     begin();
+    if (channel) channel.postMessage({ asks: since });
     document.addEventListener("visibilitychange", () => {
       if (document.hidden) end(); else { begin(); draw(); }
     });
