@@ -21,7 +21,9 @@ pytest.register_assert_rewrite("invariants", "chains")  # so that their failures
 PROMISES = range(1, 16)
 SLOW_FIXTURES = {"make_host", "disks", "reader", "tree", "python39"}  # need Nix, root, downloads
 # start a server or a command for nearly every test
-SLOW_FILES = re.compile(r"test_(dial|hostile|webhooks|pages.*|browser.*|workspace_(?!command$|units$).*)")
+SLOW_FILES = re.compile(
+    r"test_(dial|hostile|webhooks|pages.*|browser.*|workspace_(?!command$|units$).*)"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -329,7 +329,7 @@ def test_a_job_of_github_is_found_in_the_environment(workspaces: Any) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump({"agents": {"web": SYSTEM}}, file)
         file.flush()
-        words = (file.name, "--wait", "--timeout=0.5")
+        words = (file.name, "--wait", "--timeout=3")
         process = command(*words, host=workspace.host, **own)
         result = subprocess.run(**process, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and result.stderr.count(FROZEN) == 2, result

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from workspace_support import DEADLINE, ROOT, command, environment
 
@@ -147,6 +147,7 @@ WORDS = ["serve", "token", "create", "agent", "--data", "--json", "-h", "--", "x
 
 
 @given(st.lists(st.sampled_from([*WORDS, "", "--data=", "--data x"])))
+@settings(deadline=None)
 def test_any_words_are_parsed_or_refused(argv: list[str]) -> None:
     with contextlib.suppress(UsageError, SystemExit):
         parse(argv)
