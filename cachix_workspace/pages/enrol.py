@@ -110,11 +110,11 @@ def post_many() -> Response:
 
 def _enrolled(made: Enrolled, agent: agents.AgentRow | None) -> Response:
     name = made.agents if agent is not None else "$(hostname)"
-    live = f"/agents/{name}" if agent is not None else f"/add/arrived?token={made.token_id}"
+    what = f"name={name}" if agent is not None else f"token={made.token_id}"
     return show.page(
         "enrolled.html",
         topics="agents",
-        live=live,
+        live=f"/add/arrived?{what}",
         made=made,
         agent=agent,
         arrived=[],
@@ -124,11 +124,12 @@ def _enrolled(made: Enrolled, agent: agents.AgentRow | None) -> Response:
 
 @page(enrol_pages, "/add/arrived", role=ADMINISTRATOR)
 def get_arrived() -> Response:
-    """The agents that an enrolment token has brought so far."""
-    number = query_number("token", 0, 10**9 - 1)
+    """Whether an agent has come, or which ones an enrolment token has brought so far."""
+    name, number = request.args.get("name", ""), query_number("token", 0, 10**9 - 1)
     with current_workspace().database.read() as connection:
+        agent = agents.find(connection, name) if name else None
         arrived = enrolment.arrived(connection, number)
-    return show.page("arrived.html", topics="agents", agent=None, arrived=arrived)
+    return show.page("arrived.html", topics="agents", agent=agent, arrived=arrived)
 
 
 def _terms() -> Terms:

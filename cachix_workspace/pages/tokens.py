@@ -28,7 +28,14 @@ def get_tokens() -> Response:
     rows.sort(key=lambda row: (row.state(now) != "valid", row.issued_by is not None, -row.id))
     kinds = [kind for kind in KINDS if kind != AGENT]
     return show.page(
-        "tokens.html", topics="agents", rows=rows, users=users, caches=caches, now=now, kinds=kinds
+        "tokens.html",
+        noted=current_workspace().used,
+        topics="agents",
+        rows=rows,
+        users=users,
+        caches=caches,
+        now=now,
+        kinds=kinds,
     )
 
 
