@@ -22,7 +22,7 @@ PROMISES = range(1, 16)
 SLOW_FIXTURES = {"make_host", "disks", "reader", "tree", "python39"}  # need Nix, root, downloads
 # start a server or a command for nearly every test
 SLOW_FILES = re.compile(
-    r"test_(dial|hostile|webhooks|pages.*|browser.*|workspace_(?!command$|units$).*)"
+    r"test_(dial|hostile|modules|webhooks|pages.*|browser.*|workspace_(?!command$|units$).*)"
 )
 
 
