@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import re
 import resource
 import socket
 import struct
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 GRACE = 4  # seconds from SIGTERM until open connections are cut
 KEEP_ALIVE = 75  # seconds that an idle connection is kept for an agent's next report
 IDLE_CONNECTIONS = 1024  # connections kept alive beside those in use
+LINK = re.compile(r"(/sign-in/)[^\s\"'?]+")
 LINGER = 1.0  # seconds that a peer has to take an answer before its connection is closed
 
 
@@ -199,12 +201,31 @@ def serve(
     open_database(settings, create=True).close()
     _raise_file_limit(settings.max_connections)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    hide_links()
     os.environ.pop("GUNICORN_CMD_ARGS", None)
     try:
         Server(settings, listener, certificate).run()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     return 0
+
+
+def hide_links() -> None:
+    """Let no log of this process have the secret of a link that signs somebody in.
+
+    Errors are logged with the path of their request, by gunicorn and by us.
+    """
+    make = logging.getLogRecordFactory()
+
+    def masked(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        with contextlib.suppress(Exception):  # whoever prints it complains of a wrong format
+            text = record.getMessage()
+            if LINK.search(text):
+                record.msg, record.args = LINK.sub(r"\1...", text), None
+        return record
+
+    logging.setLogRecordFactory(masked)
 
 
 def _raise_file_limit(connections: int) -> None:

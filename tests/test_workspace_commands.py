@@ -181,6 +181,21 @@ def test_what_is_wrong_from_afar_is_said(server: Server, token_file: Path, tmp_p
     assert "missing or unexpected arguments" in err or "goes with --url" in err
 
 
+def test_a_secret_that_can_not_be_kept_is_not_made(
+    server: Server, token_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.write_text("what is there already")
+    afar = (f"--url={server.url}", f"--token-file={token_file}")
+    before = run("token", "list", "--json", *afar)[0]
+    _, err = run("token", "create", "admin", f"--out={out}", *afar, status=1)
+    assert "exists already" in err and run("token", "list", "--json", *afar)[0] == before
+    netrc = tmp_path / ".netrc"
+    netrc.write_text("machine 127.0.0.1 login x password wrong\n")
+    netrc.chmod(0o600)
+    assert run("token", "list", "--json", *afar, HOME=str(tmp_path))[0] == before
+
+
 # --- where the workspace is -----------------------------------------------------------------------
 
 

@@ -109,7 +109,7 @@ class Server:
 def command(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "cachix_workspace", *arguments]
     process = subprocess.run(
-        argv, env=environment(), capture_output=True, text=True, timeout=DEADLINE, check=False
+        argv, env=environment(), capture_output=True, text=True, timeout=3 * DEADLINE, check=False
     )
     assert process.returncode == status, process
     return process

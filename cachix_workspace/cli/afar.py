@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -22,6 +23,8 @@ def run(options: dict[str, Any]) -> None:
     wrong = [option for option in NEEDS_FILES if options[option]]
     if wrong:
         raise UsageError(f"{wrong[0]} works beside the workspace only, without --url")
+    if options["--out"] and os.path.lexists(options["--out"]):  # before there is a secret to lose
+        raise Error(f"{options['--out']} exists already: name a file that does not")
     where = backend(options)
     if options["token"]:
         _token(where, options)
@@ -73,7 +76,12 @@ def _new_token(options: dict[str, Any], kind: str) -> Json:
 
 
 def _list_tokens(where: Backend, options: dict[str, Any]) -> None:
-    found = where.call("GET", "/tokens")["tokens"]
+    found: list[Json] = []
+    page: int | None = 1
+    while page is not None:
+        answer = where.call("GET", f"/tokens?{urlencode({'page': page, 'limit': 1000})}")
+        found, page = found + answer["tokens"], answer["next"]
+    found.sort(key=lambda one: int(one["id"]))
     if options["--json"]:
         show_json(found)
         return

@@ -78,13 +78,12 @@ class Remote:
         """The answer. Raises Error."""
         import requests
 
-        headers = {"Authorization": f"Bearer {self.token}"}
         try:
             answer = requests.request(
                 method,
                 f"{self.url.rstrip('/')}/api/v1{path}",
                 json=body,
-                headers=headers,
+                auth=self._authorize,
                 timeout=TIMEOUT,
                 allow_redirects=False,
             )
@@ -92,6 +91,11 @@ class Remote:
             raise Error(f"{self.url} can't be reached: {type(error).__name__}") from None
         mimetype = answer.headers.get("Content-Type", "").partition(";")[0]
         return read(answer.status_code, mimetype, answer.content)
+
+    def _authorize(self, request: Any) -> Any:
+        """Requests would take what ~/.netrc has for the host in place of a header that was set."""
+        request.headers["Authorization"] = f"Bearer {self.token}"
+        return request
 
 
 def read(status: int, mimetype: str, content: bytes) -> Any:
