@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
 from caches import Cache
+from containers import Missing, root_tree
 from hosts import Host
 from live import Workspace
 from machines import Machine
 from peer import Peer
+
+if TYPE_CHECKING:
+    from newcomer import Newcomer
 
 pytest.register_assert_rewrite("invariants", "chains")  # so that their failures show the values
 PROMISES = range(1, 16)
@@ -117,6 +122,17 @@ def peer() -> Iterator[Peer]:
 
 
 @pytest.fixture(scope="session")
+def tree() -> Path:
+    """The root tree of all containers. Without it the tests are skipped, except in a CI."""
+    try:
+        return root_tree()
+    except Missing as missing:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A real workspace with a public cache. All tests share it: use agent names from `name`."""
     workspace = Workspace(tmp_path_factory.mktemp("workspace"))
@@ -180,3 +196,19 @@ def make_machine(
 def machine(make_machine: Callable[..., Machine]) -> Machine:
     """A machine with a connected agent at the shared live workspace."""
     return make_machine()
+
+
+@pytest.fixture
+def newcomer(tmp_path: Path, host: Host) -> Iterator[Newcomer]:
+    """A person with a browser before a workspace that nobody has signed in to."""
+    from browser import browsing, need_browser
+    from newcomer import Newcomer
+
+    need_browser()
+    workspace = Workspace(tmp_path / "workspace")
+    workspace.serve()
+    try:
+        with browsing(tmp_path / "browser") as browser:
+            yield Newcomer(workspace, browser, host)
+    finally:
+        workspace.kill()

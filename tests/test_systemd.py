@@ -17,10 +17,8 @@ from containers import (
     README_COMMAND,
     UNIT,
     Container,
-    Missing,
     ServiceMachine,
     readme_unit,
-    root_tree,
 )
 from hosts import PROJECT, wait_until
 
@@ -30,17 +28,6 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 GO_ON = "/nix/var/go"  # a test makes this file to let a command go on
 STOPPED = {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
 INSTALL_UNIT = f'cp "$self/{UNIT}" /etc/systemd/system/ && systemctl daemon-reload'
-
-
-@pytest.fixture(scope="session")
-def tree():
-    """The root tree of all containers. Without it the tests are skipped, except in a CI."""
-    try:
-        return root_tree()
-    except Missing as missing:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="session")
