@@ -105,8 +105,8 @@ in
     {
       assertion = !lib.hasPrefix "${builtins.storeDir}/" (toString cfg.credentialsFile);
       message = ''
-        services.cachix-deploy.credentialsFile is in the Nix store, where everybody can read it. Write
-        the path of a file outside of it, as a string.
+        services.cachix-deploy.credentialsFile is in the Nix store, where everybody can read it.
+        Write the path of a file outside of it, as a string.
       '';
     }
     {

@@ -139,7 +139,9 @@ rec {
     where: type: definitions:
     let
       values = concatMap discharge definitions;
-      priority = foldl' (low: value: if value.priority < low then value.priority else low) 9999 values;
+      priority =
+        foldl' (low: value: if value.priority < low then value.priority else low)
+          9999 values;
       strongest = map (found: found.value) (filter (found: found.priority == priority) values);
       bad = filter (value: !type.check value) strongest;
     in
@@ -157,7 +159,8 @@ rec {
     if all == [ ] && !(option.type ? empty) then
       throw "The option `${where}' was accessed but has no value defined."
     else
-      (option.apply or (value: value)) (mergeDefinitions where option.type (definitions ++ default));
+      (option.apply or (value: value))
+        (mergeDefinitions where option.type (definitions ++ default));
 
   evalTree =
     path: tree: definitions:
@@ -179,7 +182,9 @@ rec {
     if is "option" left || !isAttrs left then
       right
     else
-      left // mapAttrs (name: value: if left ? ${name} then merge left.${name} value else value) right;
+      left // mapAttrs (
+        name: value: if left ? ${name} then merge left.${name} value else value
+      ) right;
 
   evalModules =
     {

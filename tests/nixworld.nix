@@ -1,6 +1,7 @@
-# NixOS, nix-darwin and home-manager as far as the modules in nix/ know them: their options, strictly
-# typed, and how they write units. `evaluate` gives what tests/test_modules.py looks at. Where
-# nixpkgs' lib, nix-darwin or home-manager are there in full, they take the place of the stand-ins.
+# NixOS, nix-darwin and home-manager as far as the modules in nix/ know them: their options,
+# strictly typed, and how they write units. `evaluate` gives what tests/test_modules.py looks at.
+# Where nixpkgs' lib, nix-darwin or home-manager are there in full, they take the place of the
+# stand-ins.
 {
   kind, # nixos, darwin or home-manager
   modules, # under test, and their settings
@@ -246,7 +247,8 @@ let
   inherit (evaluated) config;
 
   # --- how NixOS and home-manager write units ---
-  text = value: if builtins.isBool value then (if value then "true" else "false") else toString value;
+  text = value:
+    if builtins.isBool value then (if value then "true" else "false") else toString value;
   lines =
     set:
     lib.concatStringsSep "" (
