@@ -1,1 +1,1 @@
-"""Whatever touches the machine; standard library only, so that it starts in milliseconds."""
+"""All that touches the machine; standard library only, so that it starts in milliseconds."""

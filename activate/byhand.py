@@ -72,15 +72,15 @@ def set_profile(profile: str, path: str, number: Optional[int] = None) -> None:
     Raises OSError.
     """
     directory, name = os.path.split(profile)
-    found = {}
+    arguments = {}
     for entry in os.listdir(directory):
         match = re.fullmatch(rf"{re.escape(name)}-(\d+)-link", entry)
         if match is not None:
-            found[int(match[1])] = nix.target(os.path.join(directory, entry))
-    fitting = [known for known, target in found.items() if target == path]
+            arguments[int(match[1])] = nix.target(os.path.join(directory, entry))
+    fitting = [known for known, target in arguments.items() if target == path]
     chosen = number if number in fitting else max(fitting, default=None)
     if chosen is None:
-        chosen = max(found, default=0) + 1
+        chosen = max(arguments, default=0) + 1
         point(f"{profile}-{chosen}-link", path)
         add_root(f"{profile}-{chosen}-link")
     point(profile, f"{name}-{chosen}-link")

@@ -87,6 +87,15 @@ def given_state() -> str:
     return first if first.startswith("/") else ""
 
 
+def state_directory() -> str:
+    """The directory for state: $STATE_DIRECTORY, or root's own, or below $XDG_STATE_HOME."""
+    if given_state():
+        return given_state()
+    if os.geteuid() == 0:
+        return "/var/lib/cachix-deploy"
+    return os.path.join(state_home(), "cachix-deploy")
+
+
 def user() -> str:
     """The name of the effective user."""
     try:

@@ -1,4 +1,4 @@
-"""Who leads a deployment: one process, whatever HOME it has, and whatever files are deleted.
+"""The leader of a deployment: one process, whatever HOME it has, and whatever files are deleted.
 
 A deployment is led by whoever holds one of these with its id:
 
@@ -18,11 +18,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Optional
 
 from activate import journal, leftovers, lock
 from activate.process import Error
+from activate.values import dataclass
 
 ID_BYTES = 64  # always this long, so that a full disk can't refuse a later id
 HOLDER_AT = leftovers.MARK_BYTES
@@ -90,9 +90,25 @@ def is_led(entry: journal.Journal) -> bool:
 
 
 def is_free(entry: journal.Journal) -> bool:
-    """Whether no process holds any of the locks that this deployment needs."""
+    """Whether no process holds any of the locks that this deployment needs, or sees to its end."""
     shared = lock.held(lock.shared_path("deployment", entry.record.agent))
-    return not shared and not is_led(entry)
+    return not shared and not is_led(entry) and not lock.held(leader_path(entry))
+
+
+def leader_path(entry: journal.Journal) -> str:
+    """The lock file of the process that began a deployment by hand, held until its end is written.
+
+    An agent that finds the deployment without an end meanwhile would undo or repeat it.
+    """
+    return entry.path("leader.lock")
+
+
+def by_hand_path(state: str) -> str:
+    """The lock file of whoever does something by hand, from before the first thing to the end.
+
+    Between the deployment that is cancelled and the rollback, no other one has its turn.
+    """
+    return os.path.join(state, "by-hand.lock")
 
 
 def is_led_elsewhere(deployment_id: str, agent: str, profiles: Iterable[str]) -> bool:

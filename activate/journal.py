@@ -6,113 +6,45 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import os
 import time
-from dataclasses import dataclass, field
 from typing import Any, Optional
 
-from activate.environment import given_state, state_home
+from activate.environment import state_directory as state_directory
 from activate.files import write_durably
 from activate.process import Error
+from activate.record import ACTIVATING as ACTIVATING
+from activate.record import ACTIVATION as ACTIVATION
+from activate.record import ADDED as ADDED
+from activate.record import AWAITING_REBOOT as AWAITING_REBOOT
+from activate.record import CANCELLED as CANCELLED
+from activate.record import CHECKING as CHECKING
+from activate.record import COMMITTING as COMMITTING
+from activate.record import DOWNLOADING as DOWNLOADING
+from activate.record import EFFECTS as EFFECTS
+from activate.record import FAILED as FAILED
+from activate.record import FINAL as FINAL
+from activate.record import HARMLESS as HARMLESS
+from activate.record import READY as READY
+from activate.record import REBOOTING as REBOOTING
+from activate.record import RECEIVED as RECEIVED
+from activate.record import ROLLBACK as ROLLBACK
+from activate.record import ROLLBACK_FAILED as ROLLBACK_FAILED
+from activate.record import ROLLED_BACK as ROLLED_BACK
+from activate.record import ROLLING_BACK as ROLLING_BACK
+from activate.record import SET_ASIDE as SET_ASIDE
+from activate.record import STEPS as STEPS
+from activate.record import SUCCEEDED as SUCCEEDED
+from activate.record import SUPERSEDED as SUPERSEDED
+from activate.record import VERSION as VERSION
+from activate.record import Record as Record
+from activate.record import Unreadable as Unreadable
+from activate.values import replace
 
-VERSION = 2  # increase it with every new key
-NEVER = 1 << 30  # for a key that may be missing
-# the version that brought a key; all others are as old as VERSION 1
-ADDED = {"sequence": 2, "outcome": NEVER, "confirmed": NEVER, "signature": NEVER}
-RECEIVED, DOWNLOADING, READY = "received", "downloading", "ready"
-ACTIVATING, CHECKING, COMMITTING = "activating", "checking", "committing"
-ROLLING_BACK, ROLLED_BACK, ROLLBACK_FAILED = "rolling-back", "rolled-back", "rollback-failed"
-SUCCEEDED, FAILED, CANCELLED, SUPERSEDED = "succeeded", "failed", "cancelled", "superseded"
-HARMLESS = frozenset({RECEIVED, DOWNLOADING, READY})  # nothing on the machine was changed
-EFFECTS = frozenset({ACTIVATING, COMMITTING, ROLLING_BACK})  # they change the machine
-FINAL = frozenset({SUCCEEDED, ROLLED_BACK, ROLLBACK_FAILED, FAILED, CANCELLED, SUPERSEDED})
-STEPS = HARMLESS | EFFECTS | FINAL | {CHECKING}
-SET_ASIDE = ".unreadable-"
+MOST_RECORDS = 200  # that are kept in memory
+SETTLED = 2.0  # seconds after which a file can't be another one with the same marks
 
-
-class Unreadable(Error):
-    """A journal with nothing in it that can be relied on."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """The content of a journal.
-
-    Paths are absolute, `times` has the seconds since 1970 at which each step was entered,
-    `log_size` is the end of the log in bytes. `attempts` counts the attempts at the present step,
-    `revision` all entries ever made. `sequence` orders the deployments, see `history`; it is 0 in
-    a journal of VERSION 1. `outcome` is set where the step alone does not tell it. `confirmed` is
-    the deployment that was the last to be confirmed before this one, see `holder`.
-    """
-
-    id: str
-    index: int
-    agent: str
-    host: str
-    store_path: str
-    rollback_script: Optional[str] = None
-    profile_name: Optional[str] = None
-    kind: Optional[str] = None
-    profile: Optional[str] = None
-    previous_running: Optional[str] = None
-    previous_profile: Optional[str] = None
-    previous_generation: Optional[int] = None
-    rooted: tuple[str, ...] = ()
-    boot_id: str = ""
-    step: str = RECEIVED
-    attempts: int = 0
-    revision: int = 0
-    sequence: int = 0
-    reason: Optional[str] = None
-    detail: Optional[str] = None
-    outcome: Optional[str] = None
-    confirmed: Optional[str] = None
-    signature: Any = None  # as it was received: see cachix_gate
-    times: dict[str, float] = field(default_factory=dict)
-    log_size: Optional[int] = None
-    version: int = VERSION
-    unknown: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, text: bytes) -> Record:
-        """Read a journal of any version. Unknown keys are kept. Raises Unreadable."""
-        try:
-            values = json.loads(text)
-            names = {f.name for f in dataclasses.fields(cls)} - {"unknown"}
-            known = {name: values[name] for name in names if name in values}
-            record = cls(**{**known, "rooted": tuple(known.get("rooted", ()))})
-            unknown = {name: value for name, value in values.items() if name not in names}
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise Unreadable(f"not a journal ({error})") from None
-        version = record.version if "version" in values else 0
-        if not record.is_valid():
-            raise Unreadable("not a journal (a value is of the wrong type)")
-        needed = {name for name in names if ADDED.get(name, 1) <= version <= VERSION}
-        if needed - set(values):
-            raise Unreadable("not a journal (a key is missing)")
-        return dataclasses.replace(record, unknown=unknown)
-
-    def is_valid(self) -> bool:
-        """Whether the values are of the right types, and the step is known."""
-        texts = (self.id, self.agent, self.host, self.store_path, self.step, self.boot_id)
-        paths = (self.rollback_script, self.profile, self.previous_running, self.previous_profile)
-        numbers = (self.index, self.attempts, self.revision, self.sequence, self.version)
-        optional = (*paths, self.outcome, self.confirmed)
-        return (
-            all(isinstance(text, str) for text in texts)
-            and all(text is None or isinstance(text, str) for text in optional)
-            and all(type(number) is int for number in numbers)
-            and self.step in STEPS
-            and isinstance(self.times, dict)
-            and all(isinstance(moment, (int, float)) for moment in self.times.values())
-        )
-
-    def to_json(self) -> bytes:
-        """The content of the file."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return json.dumps({**values.pop("unknown"), **values}, indent=1).encode()
+_records: dict[str, tuple[tuple[int, ...], Record]] = {}  # by path, with the marks of its file
 
 
 class Journal:
@@ -141,7 +73,7 @@ class Journal:
             facts.setdefault("attempts", 0)
         times = {**self.record.times, step: time.time()}
         facts["revision"] = self.record.revision + 1
-        self.record = dataclasses.replace(self.record, step=step, times=times, **facts)
+        self.record = replace(self.record, step=step, times=times, **facts)
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
         write_durably(self.path("journal.json"), self.record.to_json())
 
@@ -171,6 +103,22 @@ class Journal:
                     os.unlink(self.path(name))
 
 
+def _read(path: str) -> Record:
+    """The record in a file, which is replaced and never changed. Raises OSError or Unreadable."""
+    status = os.stat(path)
+    mark = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    known = _records.get(path)
+    if known is not None and known[0] == mark:
+        return known[1]
+    with open(path, "rb") as file:
+        record = Record.from_json(file.read(1 << 22))
+    if len(_records) >= MOST_RECORDS:
+        _records.clear()
+    if time.time() > status.st_mtime + SETTLED:  # an inode's number may be used again at once
+        _records[path] = mark, record
+    return record
+
+
 def load(directory: str) -> Optional[Journal]:
     """The journal in a deployment's directory; None if there is none.
 
@@ -179,8 +127,7 @@ def load(directory: str) -> Optional[Journal]:
     """
     path = os.path.join(directory, "journal.json")
     try:
-        with open(path, "rb") as file:
-            return Journal(directory, Record.from_json(file.read(1 << 22)))
+        return Journal(directory, _read(path))
     except FileNotFoundError:
         return None
     except (IsADirectoryError, Unreadable) as error:
@@ -189,12 +136,3 @@ def load(directory: str) -> Optional[Journal]:
         raise Unreadable(f"{path} can't be read and was set aside: {error}") from None
     except OSError as error:
         raise Unreadable(f"{path} can't be read: {error}") from None
-
-
-def state_directory() -> str:
-    """The directory for state: $STATE_DIRECTORY, or root's own, or below $XDG_STATE_HOME."""
-    if given_state():
-        return given_state()
-    if os.geteuid() == 0:
-        return "/var/lib/cachix-deploy"
-    return os.path.join(state_home(), "cachix-deploy")

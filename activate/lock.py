@@ -13,10 +13,10 @@ import fcntl
 import os
 import struct
 import time
-from dataclasses import dataclass
 from typing import Callable, Optional
 
 from activate.environment import cache_home
+from activate.values import dataclass
 
 DEPLOYMENT_TIMEOUT = 4 * 3600.0  # seconds to wait for another deployment
 NOBODY = 65534  # the owner of everything that a user namespace does not know
@@ -31,9 +31,9 @@ class ForeignDirectory(PermissionError):
     """The directory of a lock belongs to another user, who could let us write anywhere."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lock:
-    """A lock that is held until `close`. `fd` may be inherited by a child."""
+    """A lock that is held until `close`. `fd` may be inherited by a child; it is -1 afterwards."""
 
     path: str
     fd: int
@@ -51,9 +51,11 @@ class Lock:
             return False
 
     def close(self) -> None:
-        """Release it, unless another process has inherited it."""
-        with contextlib.suppress(OSError):
-            os.close(self.fd)
+        """Release it, unless another process has inherited it. May be repeated."""
+        fd, self.fd = self.fd, -1  # the number may soon be another file's
+        if fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
 
 def take(

@@ -1,4 +1,4 @@
-"""This boot of the machine, and whether it is shutting down."""
+"""This boot of the machine, whether another one is needed, and whether it is shutting down."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import os
 
 from activate.process import CommandFailed, Error, ask, output
+
+BOOTED_SYSTEM = "/run/booted-system"
+BOOT_PARTS = ("kernel", "initrd", "kernel-modules")  # as NixOS itself compares them
 
 
 def boot_id() -> str:
@@ -26,3 +29,18 @@ def is_stopping() -> bool:
     with contextlib.suppress(CommandFailed):
         return "stopping" in ask(["systemctl", "is-system-running"], 10)[1]
     return False
+
+
+def needs_reboot(running: str, profile: str, booted: str = BOOTED_SYSTEM) -> bool:
+    """Whether a NixOS machine was booted with another kernel than that of its system.
+
+    Both the system that runs and the one that will boot count. In a container there is no kernel.
+    """
+
+    def parts(system: str) -> list[str]:
+        with contextlib.suppress(OSError):
+            return [os.readlink(f"{system}/{part}") for part in BOOT_PARTS]
+        return []
+
+    now = parts(booted)
+    return bool(now) and any(other and other != now for other in map(parts, (running, profile)))

@@ -5,34 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from dataclasses import dataclass
 from typing import Optional
 
 from activate.files import make_public
 from activate.process import CommandFailed, Error, Run, ask, checked, output
+from activate.source import DRY_RUN_OPTIONS
+from activate.source import Source as Source
+from activate.source import option as option
 from activate.text import is_store_path
 
 STORE = "/nix/store"
 PROFILES = "/nix/var/nix/profiles"
 MOST_LINKS = 40  # as in the kernel, against loops
-
-
-def option(name: str, value: str) -> list[str]:
-    """The arguments that set an option of Nix."""
-    return ["--option", name, value]
-
-
 EXPERIMENTAL = option("experimental-features", "nix-command")
-# A narinfo is small, so that a substituter which says nothing for so long is stuck.
-DRY_RUN_OPTIONS = option("stalled-download-timeout", "10")
-DOWNLOAD_OPTIONS = [
-    *["--max-jobs", "32"],
-    *option("max-substitution-jobs", "32"),
-    *option("http-connections", "128"),
-    *option("connect-timeout", "10"),  # seconds; Nix before 2.31 waits for minutes
-    *option("stalled-download-timeout", "30"),  # seconds
-    *option("fsync-store-paths", "true"),
-]
 
 
 def check_paths(*paths: Optional[str]) -> None:
@@ -42,42 +27,6 @@ def check_paths(*paths: Optional[str]) -> None:
             raise Error(f"the workspace sent {path[:300]!r}, which is not a store path")
         if path is not None and path.endswith(".drv"):
             raise Error(f"{path} is a derivation, which would have to be built: deploy its output")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A source of closures besides the machine's own substituters.
-
-    `keys` are all trusted keys, `netrc` is the path of a file with credentials, `only` are the
-    substituters that replace all others. `fresh`: what Nix remembers of narinfos does not count.
-    `is_far`: the cache is private and on another host than the workspace, so that no token goes
-    there. One of the keys `signers` must have signed what is deployed; without any, none must.
-    `note` is a line for the log.
-    """
-
-    substituter: Optional[str] = None
-    keys: tuple[str, ...] = ()
-    netrc: Optional[str] = None
-    only: Optional[tuple[str, ...]] = None
-    fresh: bool = False
-    is_far: bool = False
-    signers: tuple[str, ...] = ()
-    note: str = ""
-
-    def options(self) -> list[str]:
-        """The options for a download. Whatever is not set here is set by the machine's nix.conf."""
-        options = list(DOWNLOAD_OPTIONS)
-        if self.only is not None:  # 2.3 keeps the extra ones of nix.conf otherwise
-            options += option("substituters", " ".join(self.only))
-            options += option("extra-substituters", "")
-        elif self.substituter is not None:
-            options += option("extra-substituters", self.substituter)
-        if self.substituter is not None:
-            options += option("trusted-public-keys", " ".join(self.keys))
-        options += option("narinfo-cache-negative-ttl", "0")
-        if self.fresh:
-            options += option("narinfo-cache-positive-ttl", "0")
-        return options if self.netrc is None else options + option("netrc-file", self.netrc)
 
 
 def _realise(paths: list[str], link: str) -> list[str]:

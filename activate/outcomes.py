@@ -1,4 +1,4 @@
-"""What a deployment that has ended means for its machine."""
+"""The outcomes of deployments: the effect of each on its machine."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from activate.text import MOST_MESSAGE, clean
 
 NOTHING_CHANGED, REBOOT_NEEDED = "nothing-changed", "reboot-needed"
 CHANGED_BY_OTHERS, STATE_LOST = "changed-by-others", "state-lost"
+DRY_RUN, TESTED = "dry-run", "tested"
 BY_STEP = {
     journal.SUCCEEDED: "succeeded",
     journal.ROLLED_BACK: "rolled-back",
@@ -16,7 +17,7 @@ BY_STEP = {
     journal.CANCELLED: NOTHING_CHANGED,
     journal.SUPERSEDED: NOTHING_CHANGED,
 }
-ALL = frozenset((*BY_STEP.values(), REBOOT_NEEDED, CHANGED_BY_OTHERS, STATE_LOST))
+ALL = frozenset((*BY_STEP.values(), REBOOT_NEEDED, CHANGED_BY_OTHERS, STATE_LOST, DRY_RUN, TESTED))
 
 
 def of(record: journal.Record) -> Optional[str]:
@@ -33,3 +34,10 @@ def reason_of(record: journal.Record) -> Optional[str]:
     texts = [text for text in (record.reason, record.detail) if text]
     lines = "\n".join(texts).split("\n")
     return "\n".join(clean(line, most=MOST_MESSAGE) for line in lines) or None
+
+
+def title(record: journal.Record) -> str:
+    """The name of a deployment in messages."""
+    if record.by_hand is None:
+        return f"deployment {record.index}"
+    return f"the {'rollback' if record.by_hand == journal.ROLLBACK else 'activation'} by hand"

@@ -13,12 +13,12 @@ import json
 import os
 import select
 import time
-from dataclasses import dataclass
 from typing import IO, Any, Callable, Optional, Union
 
 from activate import journal
 from activate.process import Error
 from activate.text import one_line
+from activate.values import dataclass
 
 START_TIMEOUT = 12 * 3600.0  # seconds until "go": more than the longest download
 LINE_BYTES = 4000  # a pipe takes this much in one piece

@@ -50,7 +50,7 @@ class DeadlinePassed(CommandFailed):
 
 
 class Output(Protocol):
-    """What writes into a log on behalf of commands, see activate/switch/output.py."""
+    """A writer of commands' output into a log, see activate/switch/output.py."""
 
     def fileno(self) -> int:
         """The descriptor that commands write to."""

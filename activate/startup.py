@@ -1,4 +1,4 @@
-"""What a process has inherited from its parent, set right before anything else is done.
+"""The inheritance of a process from its parent, set right before anything else is done.
 
 Its files and its memory, which holds a token, are for nobody else; what it runs gets back what it
 would have had without us.

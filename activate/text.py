@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 
 BASE32 = "0123456789abcdfghijklmnpqrsvwxyz"  # Nix's digits: no e, o, t, u
@@ -24,10 +25,18 @@ ESCAPES = re.compile(
     r"|[\x00-\x08\x0a-\x1f\x7f-\x9f\xad\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
 
+COMMAND = re.compile(r"\A(?:\s|\x1b\[[0-9;:]*m)*::")
+
 
 def is_store_path(text: object) -> bool:
     """Whether `text` is a store path by Nix's grammar: not an option, nor a file below one."""
     return isinstance(text, str) and STORE_PATH.fullmatch(text) is not None
+
+
+def base32(digest: bytes) -> str:
+    """Bytes in Nix's base 32: its own digits, the last bits first."""
+    number, length = int.from_bytes(digest, "little"), (len(digest) * 8 + 4) // 5
+    return "".join(BASE32[number >> 5 * i & 31] for i in reversed(range(length)))
 
 
 _secrets: dict[str, None] = {}  # each spelling of the tokens that this process holds
@@ -61,6 +70,16 @@ def clean(text: str, colour: bool = False, most: int = MOST) -> str:
         text = (head if escape and "m" not in last else text[: most - 3]) + "..."
     is_reset = text.rpartition("\x1b")[2].startswith("[0m")
     return text + "\x1b[0m" if "\x1b" in text and not is_reset else text
+
+
+def disarm(line: str) -> str:
+    """A line of others that is no command to GitHub's runner, which looks for them in any output.
+
+    It takes `::...` at the beginning of a line, and `##[...]` anywhere.
+    """
+    if not os.environ.get("GITHUB_ACTIONS"):
+        return line
+    return COMMAND.sub("| ::", line.replace("##[", "# #["))
 
 
 def brief(text: str) -> str:

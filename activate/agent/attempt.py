@@ -5,14 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from dataclasses import replace
 from typing import Optional
 
-from activate import holder, journal, kinds, logfile, machine, nix, pipe, recovery
-from activate.agent import closure, download, launch, signatures
-from activate.agent.hooks import AgentHooks
+from activate import (
+    cancellation,
+    holder,
+    journal,
+    kinds,
+    logfile,
+    machine,
+    nix,
+    outcomes,
+    pipe,
+    recovery,
+)
+from activate.agent import closure, database, download, launch, signatures
+from activate.agent.hooks import AgentHooks, Ended
 from activate.process import Error, say
 from activate.text import one_line
+from activate.values import replace
 
 SWITCH_TIMEOUT = 48 * 3600.0  # seconds for a step of a switch process; its own are shorter
 SIZE_TIMEOUT = 10.0  # seconds for which an end waits for the closure's size
@@ -54,12 +65,16 @@ class Attempt:
         paths = [record.store_path, *([record.rollback_script] if record.rollback_script else [])]
         previous = paths_in_use(record.profile_name)
         log, timeout = logfile.open_log(entry), self.hooks.download_timeout
+        # who stands at the machine answers for what is in its store already
+        known = signatures.present(paths) if record.by_hand else []
         try:
             with self.hooks.source() as source:
                 if source.note:
                     say(log, source.note)
                 link = entry.path("new")
-                look = signatures.Look([path for path in paths if path not in previous], source)
+                look = signatures.Look(
+                    [path for path in paths if path not in (*previous, *known)], source
+                )
                 rooted = download.download(paths, previous, link, source, log, timeout)
                 closure.complete(paths, source, log, timeout)
                 look.require(log)
@@ -71,13 +86,13 @@ class Attempt:
         entry.enter(journal.READY, rooted=tuple(previous) if rooted else (), boot_id=boot)
 
     def measure(self) -> None:
-        """Ask Nix for the closure's size while the switch process works."""
+        """Find out the closure's size while the switch process works."""
         path = self.entry.record.store_path
         with contextlib.suppress(Error):
             if path not in self.sizes:
-                size = nix.path_info_size(path)
+                size = database.closure_size(path)
                 self.sizes.clear()
-                self.sizes[path] = size
+                self.sizes[path] = nix.path_info_size(path) if size is None else size
             self.hooks.measured(self.entry, self.sizes[path])
 
     def follow(self, switch: launch.SwitchProcess, measuring: threading.Thread) -> None:
@@ -94,6 +109,9 @@ class Attempt:
                 return
             switch.step = message.step
             self.entry.reload()
+            if message.step == journal.AWAITING_REBOOT:
+                self.hooks.changed()
+                self.hooks.tell(f"{outcomes.title(self.entry.record)}: in place, to be rebooted")
             if message.step in journal.FINAL:
                 self.note_end(message)
 
@@ -106,7 +124,7 @@ class Attempt:
             entry.record = replace(record, step=end.step, reason=reason, revision=revision)
         self.hooks.changed()
         detail = f": {end.reason}" if end.reason else ""
-        self.hooks.tell(f"deployment {record.index}: {end.step}{detail}")
+        self.hooks.tell(f"{outcomes.title(record)}: {end.step}{detail}")
 
     def answer(self, switch: launch.SwitchProcess, question: pipe.Question) -> None:
         """Answer whether the workspace can be reached, or whether the switch process may begin."""
@@ -114,6 +132,8 @@ class Attempt:
         try:
             if question.word == pipe.LOOK:
                 self.hooks.reach(question.timeout)
+            elif cancellation.is_requested(self.entry):
+                raise Ended(journal.FAILED, cancellation.REASON)
             else:
                 self.hooks.still_wanted(self.entry)
                 switch.step = journal.ACTIVATING

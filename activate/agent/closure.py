@@ -27,21 +27,21 @@ def complete(paths: list[str], source: nix.Source, log: int, timeout: float) -> 
 
     Raises DownloadFailed if it can't be had, or CommandFailed if Nix can't be run.
     """
-    gone = missing(paths)
-    if not gone:
+    absent = missing(paths)
+    if not absent:
         return
-    say(log, f"gone from the disk, downloading again: {' '.join(gone)}")
+    say(log, f"gone from the disk, downloading again: {' '.join(absent)}")
     cause, output = "Nix did not say why", ""
     try:
-        replace_contents(gone, source, log, timeout)
+        replace_contents(absent, source, log, timeout)
     except DownloadFailed as error:
         cause, output = str(error), error.detail
-    gone = missing(paths)
-    if gone:
+    absent = missing(paths)
+    if absent:
         raise DownloadFailed(
-            f"{gone[0]} is gone from the disk, although Nix takes it for valid, and could not be "
+            f"{absent[0]} is gone from the disk, although Nix takes it for valid, and could not be "
             f"downloaded again ({cause}): push it to the cache, or run as root "
-            f"`nix-store --repair-path {gone[0]}`; nothing was changed",
+            f"`nix-store --repair-path {absent[0]}`; nothing was changed",
             output,
         )
 

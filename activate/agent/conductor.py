@@ -7,14 +7,26 @@ import os
 import time
 from typing import Any, Optional
 
-from activate import holder, journal, kinds, leftovers, lock, logfile, machine, nix, recovery
-from activate.agent import launch, unwritten
+from activate import (
+    cancellation,
+    holder,
+    journal,
+    kinds,
+    leftovers,
+    lock,
+    logfile,
+    machine,
+    outcomes,
+    recovery,
+)
+from activate.agent import facts, launch, unwritten
 from activate.agent.attempt import Attempt
 from activate.agent.hooks import AgentHooks, Ended
 from activate.process import Error
 
 PAUSE = 5.0  # seconds between attempts to undo something
 SIGNAL_DELAY = 0.5  # seconds: systemd may stop our commands a little before it stops us
+WINDOW_PAUSE = 2.0  # seconds between two looks whether the machine may be rebooted
 ADOPTED_PAUSE = 0.5  # seconds between two looks at a deployment that another process leads
 
 
@@ -26,6 +38,7 @@ class Conductor:
         self.attempt: Optional[Attempt] = None
         self.sizes: dict[str, int] = {}
         self.ends = unwritten.Ends(hooks)
+        self.is_waiting = False  # for a window in which the machine may be rebooted
 
     @property
     def switch(self) -> Optional[launch.SwitchProcess]:
@@ -55,7 +68,7 @@ class Conductor:
                 except Ended as end:
                     self.ends.write(entry, end)
                 except launch.Lost as error:  # the next attempt is counted
-                    self.hooks.tell(f"deployment {entry.record.index}: {error}")
+                    self.hooks.tell(f"{outcomes.title(entry.record)}: {error}")
                 except Exception as error:  # even a bug of ours must not leave it without an end
                     self.fail_or_retry(entry, error)
                 finally:
@@ -78,7 +91,7 @@ class Conductor:
         Raises Ended, Lost or whatever makes the attempt fail. `give_up` is a monotonic time.
         """
         entry.reload()
-        action = recovery.next_action(entry.record, self.facts(entry, taken))
+        action = recovery.next_action(entry.record, facts.gather(self.hooks, entry, taken))
         if taken is None:
             if action.do != recovery.ADOPT and time.monotonic() > give_up:
                 hours = f"{lock.DEPLOYMENT_TIMEOUT / 3600:.0f} hours"
@@ -90,44 +103,40 @@ class Conductor:
             return
         if action.do == recovery.REPORT:
             return
+        if cancellation.is_requested(entry) and entry.record.step in journal.HARMLESS:
+            raise Ended(journal.FAILED, cancellation.REASON)
+        if action.do == recovery.WAIT:
+            self.is_waiting = True
+            taken.close()
+            self.hooks.stop.wait(WINDOW_PAUSE)
+            return
+        self.is_waiting = False
         if entry.record.attempts:
             self.end_leftovers(entry)
         if action.reason:
-            self.hooks.tell(f"deployment {entry.record.index}: {action.reason}")
+            self.hooks.tell(f"{outcomes.title(entry.record)}: {action.reason}")
         if action.do == recovery.END:
             raise Ended(action.step, action.reason, outcome=action.outcome)
         self.count_attempt(entry, action)
         self.attempt = Attempt(self.hooks, entry, self.sizes)
         self.attempt.run(action, taken)
 
-    def facts(self, entry: journal.Journal, taken: Optional[holder.Locks]) -> recovery.Facts:
-        """The facts that recovery needs besides the journal."""
-        record = entry.record
-        kind, profile = kinds.find(record.kind), str(record.profile)
-        return recovery.Facts(
-            is_led=taken is None and holder.is_led(entry),
-            boot_id=machine.boot_id(),
-            running=None if kind is None else kind.running_path(profile),
-            target=nix.target(profile),
-            confirmed=holder.last_confirmed(record.profile),
-        )
-
     def count_attempt(self, entry: journal.Journal, action: recovery.Action) -> None:
         """Count an attempt before it is made.
 
         Raises OSError if the count can't be written, unless the machine has been changed already.
         """
-        facts: dict[str, Any] = {"attempts": entry.record.attempts + 1}
+        news: dict[str, Any] = {"attempts": entry.record.attempts + 1}
         step = entry.record.step
         if action.do == recovery.ROLL_BACK and step != journal.ROLLING_BACK:
-            step, facts = journal.ROLLING_BACK, {"attempts": 1, "reason": action.reason}
+            step, news = journal.ROLLING_BACK, {"attempts": 1, "reason": action.reason}
         try:
-            entry.enter(step, **facts)
+            entry.enter(step, **news)
             self.ends.write_pending(entry.record.agent)
         except OSError as error:
             if step in journal.HARMLESS:
                 raise
-            name = f"the journal of deployment {entry.record.index}"
+            name = f"the journal of {outcomes.title(entry.record)}"
             self.hooks.tell(f"{name} can't be written ({error}), going on")
 
     def end_leftovers(self, entry: journal.Journal) -> None:
@@ -157,6 +166,8 @@ class Conductor:
         else:
             expected = isinstance(error, (Error, OSError))
             reason = str(error) if expected else f"{type(error).__name__}: {error}"
+            if cancellation.is_requested(entry):  # its download was ended
+                reason = cancellation.REASON
             end = Ended(journal.FAILED, reason, getattr(error, "detail", None))
             self.ends.write(entry, end)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from signal import SIGTERM
@@ -79,7 +80,8 @@ def download(
     `timeout` is in seconds. Raises DownloadFailed, or CommandFailed if Nix can't be run.
     """
     look = min(LOOK_DEADLINE, timeout)
-    if nix.may_forbid_substitution() and nix.realise_present([*paths, *previous], link, look):
+    may_be_present = nix.may_forbid_substitution() and all(map(os.path.lexists, paths))
+    if may_be_present and nix.realise_present([*paths, *previous], link, look):
         say(log, "in the store already: " + " ".join(paths))
         return True
     route = Route(paths, source, log, timeout)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
 from activate import journal, nix
 from activate.pipe import Reach
 from activate.process import Error
+from activate.values import dataclass
 
 
 class Ended(Error):
@@ -41,3 +41,4 @@ class AgentHooks:
     tell: Callable[[str], None]  # a message for the operator
     reach: Reach  # looks at the workspace over a new connection
     switch_files: tuple[int, ...] = ()  # descriptors that a switch process is loaded from
+    is_replaced: Callable[[journal.Journal], bool] = lambda entry: False  # a newer one waits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
 from typing import Callable, Optional
 
 from activate import nix
@@ -11,6 +10,7 @@ from activate.agent import failure
 from activate.agent.listen import Hear, Messages, listen
 from activate.agent.substituters import Failures, Substituters
 from activate.process import DeadlinePassed, Run, say
+from activate.values import dataclass, replace
 
 DRY_RUN_DEADLINE = 120.0  # seconds; a download goes on without an estimate
 # Classes of failure whose cause may be a narinfo that Nix remembers: it does so for 30 days.
@@ -61,7 +61,7 @@ class Route:
     # --- two commands ---
 
     def dry_run(self) -> Answer:
-        """What the download would fetch; from another source if it turns out to be better."""
+        """The answer of a dry run; from another source if that turns out to be better."""
         better: list[Answer] = []
         answer = self.ask(self.source, lambda line: self.improve(line, better, retried=True))
         detour = better[0] if better else self.detour(self.culprits(answer, retried=True))
@@ -95,7 +95,7 @@ class Route:
         return None if better else Answer(status, messages)
 
     def ask(self, source: nix.Source, hear: Hear) -> Answer:
-        """What a download from `source` would fetch."""
+        """The answer of a dry run with `source`."""
         messages, timeout = Messages(), min(DRY_RUN_DEADLINE, self.left)
 
         def take(line: str) -> bool:

@@ -1,4 +1,4 @@
-"""Who has signed what is about to run.
+"""The check that a trusted key has signed a system before it runs.
 
 Nix asks for no signature where a path is content-addressed, or was built or added here. Whoever can
 write into a cache could run anything by that.
@@ -22,6 +22,9 @@ NO_KEY = (
 )
 QUESTION_TIMEOUT = 300.0  # seconds
 COPY_TIMEOUT = 60.0  # seconds for the cache to say its signatures
+MOST_SEEN = 1000  # paths whose signatures are remembered
+
+_seen: set[tuple[str, str, tuple[str, ...]]] = set()  # path, hash of its contents, accepted keys
 
 
 class Look:
@@ -35,8 +38,8 @@ class Look:
             self.thread.start()
 
     def look(self) -> None:
-        """Ask Nix whether an accepted key has signed all paths."""
-        self.signed = are_signed(self.paths, self.source.signers, QUESTION_TIMEOUT)
+        """Note whether an accepted key has signed all paths."""
+        self.signed = are_known_signed(self.paths, self.source.signers)
 
     def require(self, log: int) -> None:
         """Raise DownloadFailed unless an accepted key has signed all paths; Error if Nix fails.
@@ -52,7 +55,7 @@ class Look:
             return
         if self.early:
             self.thread.join(QUESTION_TIMEOUT)
-        if self.signed or are_signed(self.paths, self.source.signers, QUESTION_TIMEOUT):
+        if self.signed or are_known_signed(self.paths, self.source.signers):
             return
         if self.source.substituter is not None:
             say(log, f"asking {self.source.substituter} for signatures")
@@ -66,6 +69,15 @@ class Look:
         )
 
 
+def present(paths: list[str]) -> list[str]:
+    """Those of the paths that the store has already. Raises CommandFailed if Nix can't be run."""
+    return [
+        path
+        for path in paths
+        if ask(["nix-store", "--check-validity", path], QUESTION_TIMEOUT)[0] == 0
+    ]
+
+
 def refuse_content_addressed(paths: list[str]) -> None:
     """Raise Error if Nix took a path without any signature, by its contents alone."""
     addresses = database.content_addresses(paths)
@@ -75,6 +87,20 @@ def refuse_content_addressed(paths: list[str]) -> None:
         if addresses.get(path):
             remedy = "deploy the output of a derivation"
             raise Error(f"{path} is content-addressed, so that nobody has to sign it: {remedy}")
+
+
+def are_known_signed(paths: list[str], keys: tuple[str, ...]) -> bool:
+    """As `are_signed`; Nix is not asked again where the same contents had a signature before."""
+    hashes = database.hashes(paths)
+    facts = {(path, hashes.get(path, ""), keys) for path in paths}
+    if facts <= _seen:
+        return True
+    if not are_signed(paths, keys, QUESTION_TIMEOUT):
+        return False
+    if len(_seen) > MOST_SEEN:
+        _seen.clear()
+    _seen.update(facts if len(hashes) == len(paths) else ())
+    return True
 
 
 def are_signed(paths: list[str], keys: tuple[str, ...], timeout: float) -> bool:

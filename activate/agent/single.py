@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass
 from typing import Callable, Optional
 
 from activate import lock
 from activate.process import Error
+from activate.values import dataclass
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock of the agent's name: an agent, or `is_gone` and its children still do."""
+    """The holder of a lock of the agent's name: an agent, or with `is_gone` its children."""
 
     pid: str
     is_gone: bool
@@ -39,7 +39,7 @@ def pid_path(name: str) -> str:
 
 
 def owner(state: str, name: str) -> Optional[Owner]:
-    """Who holds a lock of the agent's name; None if nobody does."""
+    """The holder of a lock of the agent's name; None if nobody holds it."""
     shared, own = lock.shared_path("agent", name), own_path(state, name)
     for path, pid_file in ((shared, pid_path(name)), (own, own)):
         if lock.held(path):
@@ -106,8 +106,8 @@ def take(state: str, name: str) -> bool:
 def _write_pid(path: str) -> None:
     """Write our PID for other agents of the name. A link is not followed. Raises OSError."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(path, flags, 0o600), "w", encoding="ascii") as file:
-        file.write(str(os.getpid()))
+    with open(os.open(path, flags, 0o600), "wb") as file:
+        file.write(b"%d" % os.getpid())
 
 
 @dataclass(frozen=True)
@@ -130,23 +130,23 @@ def wait(
     Children of an agent that has ended may hold its lock: they lead a deployment. Raises Busy when
     our patience is at an end, else Error.
     """
-    began, told = time.monotonic(), False
+    began, has_warned = time.monotonic(), False
     while not take(state, name):
-        waited, found = time.monotonic() - began, owner(state, name)
-        is_gone = found is not None and found.is_gone
-        if found is not None and waited > (patience.children if is_gone else patience.agent):
-            raise Busy(describe(name, found))
-        if is_gone and not told:
-            told = True
+        waited, former = time.monotonic() - began, owner(state, name)
+        is_gone = former is not None and former.is_gone
+        if former is not None and waited > (patience.children if is_gone else patience.agent):
+            raise Busy(describe(name, former))
+        if is_gone and not has_warned:
+            has_warned = True
             tell(f"waiting for the deployment of a former agent named {name} to end")
         if pause():
             return False
     return True
 
 
-def describe(name: str, found: Owner) -> str:
+def describe(name: str, former: Owner) -> str:
     """A message on who holds the locks."""
-    if found.is_gone:
-        return f"what a former agent named {name} (pid {found.pid}) has started is still running"
-    pid = f" (pid {found.pid})" if found.pid else ""
+    if former.is_gone:
+        return f"what a former agent named {name} (pid {former.pid}) has started is still running"
+    pid = f" (pid {former.pid})" if former.pid else ""
     return f"an agent named {name} is already running{pid}"

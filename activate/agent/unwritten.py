@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 
-from activate import journal, leftovers, lock, logfile
+from activate import journal, leftovers, lock, logfile, outcomes
 from activate.agent.hooks import AgentHooks, Ended
 from activate.process import Error, say
 
@@ -38,10 +38,10 @@ class Ends:
             facts = {"detail": end.detail, "outcome": end.outcome, "log_size": size}
             entry.enter(end.step, reason=reason, **facts)
         except OSError as error:
-            self.hooks.tell(f"the end of deployment {entry.record.index} can't be written: {error}")
+            self.hooks.tell(f"the end of {outcomes.title(entry.record)} can't be written: {error}")
         finally:
             os.close(log)
-        self.hooks.tell(f"deployment {entry.record.index}: {end.step}: {reason}")
+        self.hooks.tell(f"{outcomes.title(entry.record)}: {end.step}: {reason}")
 
     def keep(self, entry: journal.Journal) -> None:
         """Let go of a deployment that has ended, or remember it until its end is on disk."""

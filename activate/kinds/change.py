@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
 from typing import Optional
 
 from activate import byhand, nix
-from activate.process import CommandFailed, Run
+from activate.process import CommandFailed, Error, Run
+from activate.values import dataclass
 
 
 @dataclass(frozen=True)
 class Change:
     """The change that a deployment makes, and the machine's state before it.
 
-    `committed` says that the commit may have begun.
+    `committed` says that the commit may have begun, `activated` that the activation may have.
     """
 
     new: str
@@ -24,6 +24,12 @@ class Change:
     previous_profile: Optional[str] = None
     previous_generation: Optional[int] = None
     committed: bool = False
+    activated: bool = True
+
+
+def no_dry_run(change: Change, run: Run) -> int:
+    """Raise Error: a kind has no dry run."""
+    raise Error(f"there is no dry run of {change.new}")
 
 
 class Lasting(str):

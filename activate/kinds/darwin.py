@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 
-from activate import nix
+from activate import nix, operation
 from activate.kinds import nixos, verdict
-from activate.kinds.change import Change, restore_profile
+from activate.kinds.change import Change, no_dry_run, restore_profile
 from activate.process import CommandFailed, Run
 
 NAME = "nix-darwin"
@@ -15,12 +15,14 @@ NEEDS_PREVIOUS = True
 MAY_REMOVE_FILES = True
 LOCK_FILES: tuple[str, ...] = ()
 PROGRAM = "sw/bin/darwin-rebuild"
+OPERATIONS: tuple[str, ...] = (operation.SWITCH,)
 REFUSAL = re.compile(r"aborting activation")
 BEGUN = re.compile(r"(setting up|configuring|reloading|restarting) |(user|system) defaults")
 MARKERS = ("darwin-version", "darwin-version.json")  # the name changed over the years
 profile_path = nixos.profile_path
 running_path = nixos.running_path
 judge = verdict.judge
+dry_activate = no_dry_run
 
 
 def detect(path: str) -> bool:

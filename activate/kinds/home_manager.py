@@ -10,7 +10,7 @@ import os
 import re
 from typing import Optional
 
-from activate import byhand, nix
+from activate import byhand, nix, operation
 from activate.environment import state_home, user
 from activate.kinds import verdict
 from activate.kinds.change import Change
@@ -21,6 +21,7 @@ NEEDS_PREVIOUS = True
 MAY_REMOVE_FILES = True
 LOCK_FILES: tuple[str, ...] = ()
 PROGRAM = "activate"
+OPERATIONS: tuple[str, ...] = (operation.SWITCH, operation.DRY_ACTIVATE)
 REFUSAL = re.compile(r"would be clobbered|Please (do one of the following|move the above files)")
 BEGUN = re.compile(r"Activating (?!check)")  # its checks come first, and change nothing
 judge = verdict.judge
@@ -61,6 +62,11 @@ def activate(change: Change, run: Run) -> int:
 
 def commit(change: Change, run: Run) -> None:
     """Do nothing: `activate` has set the profile."""
+
+
+def dry_activate(change: Change, run: Run) -> int:
+    """Print what an activation would do: Home Manager's `--dry-run` sets the same variable."""
+    return run(["env", "DRY_RUN=1", f"{change.new}/{PROGRAM}"])
 
 
 def rollback(change: Change, run: Run) -> list[str]:

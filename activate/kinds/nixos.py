@@ -9,7 +9,7 @@ import os
 import re
 from typing import Optional
 
-from activate import nix
+from activate import nix, operation
 from activate.kinds import verdict
 from activate.kinds.change import Change, Lasting, restore_profile
 from activate.kinds.verdict import Policy, Verdict
@@ -20,6 +20,7 @@ NEEDS_PREVIOUS = True
 MAY_REMOVE_FILES = True
 LOCK_FILES: tuple[str, ...] = ("/run/nixos/switch-to-configuration.lock",)
 PROGRAM = "bin/switch-to-configuration"
+OPERATIONS: tuple[str, ...] = operation.OPERATIONS
 REFUSAL = re.compile(
     r"Could not (acquire|open) lock|Pre-switch checks failed|This is not a NixOS installation!"
 )
@@ -78,8 +79,28 @@ def commit(change: Change, run: Run) -> None:
     checked(run, [f"{change.new}/{PROGRAM}", "boot"])
 
 
+def dry_activate(change: Change, run: Run) -> int:
+    """Print what an activation would do."""
+    return nix.switch_to_configuration(change.new, operation.DRY_ACTIVATE, run)
+
+
 def rollback(change: Change, run: Run) -> list[str]:
     """Undo `commit` if it had begun, then `activate`; a message for each failure."""
+    problems = restore_boot(change, run)
+    if not change.activated and running_path(change.profile) == change.previous_running:
+        return problems
+    try:
+        status = nix.switch_to_configuration(str(change.previous_running), "test", run)
+        if status not in (0, 4):  # 4: the previous system runs, some of its units do not
+            activation = f"the activation of {change.previous_running}"
+            problems.append(f"{activation} ended with status {status}")
+    except CommandFailed as error:
+        problems.append(str(error))
+    return problems
+
+
+def restore_boot(change: Change, run: Run) -> list[str]:
+    """Undo `commit` if it had begun; a message for each failure."""
     problems, restored = [], True
     try:
         restored = restore_profile(change, run)
@@ -91,11 +112,4 @@ def rollback(change: Change, run: Run) -> list[str]:
             checked(run, [f"{previous}/{PROGRAM}", "boot"])
     except CommandFailed as error:
         problems.append(Lasting(f"the boot loader could not be restored ({error})"))
-    try:
-        status = nix.switch_to_configuration(str(change.previous_running), "test", run)
-        if status not in (0, 4):  # 4: the previous system runs, some of its units do not
-            activation = f"the activation of {change.previous_running}"
-            problems.append(f"{activation} ended with status {status}")
-    except CommandFailed as error:
-        problems.append(str(error))
     return problems

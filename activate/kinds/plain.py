@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Optional
 
-from activate import nix
+from activate import nix, operation
 from activate.kinds import verdict
-from activate.kinds.change import Change, restore_profile
+from activate.kinds.change import Change, no_dry_run, restore_profile
 from activate.process import Run
 
 NAME = "plain path"
@@ -14,8 +14,10 @@ NEEDS_PREVIOUS = False
 MAY_REMOVE_FILES = False  # setting a link takes nothing away
 LOCK_FILES: tuple[str, ...] = ()
 PROGRAM = ""
+OPERATIONS: tuple[str, ...] = (operation.SWITCH,)
 REFUSAL, BEGUN = verdict.NEVER, verdict.NEVER
 judge = verdict.judge
+dry_activate = no_dry_run
 
 
 def detect(path: str) -> bool:

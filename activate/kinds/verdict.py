@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from activate.text import clean
+from activate.values import dataclass
 
 GO, RECHECK, BOOT, UNTOUCHED, UNDO = "go", "recheck", "boot", "untouched", "undo"
 NEVER = re.compile(r"(?!)")  # matches no output
@@ -23,6 +23,7 @@ class Policy:
     on_reboot_needed: str = "fail"
     unit_recheck: float = 10.0
     retry: float = 2.0  # before the second attempt at a rollback
+    reboot_window: str = ""  # see `window`; empty if none was given
 
     def changes(self) -> dict[str, Any]:
         """The decisions that differ from the defaults: a program of any version knows those."""

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Optional
 
-from activate import lock, machine
+from activate import cancellation, lock, machine
 from activate.kinds import verdict
 from activate.pipe import Reach
 from activate.process import CommandFailed, Error, Log, Run, ask, say
@@ -40,21 +40,35 @@ def units_recovered(names: list[str], pause: float, stop: threading.Event, log: 
 def confirm(progress: Progress, reach: Reach, since: float) -> None:
     """Check that the workspace can be reached, and that a lost agent has come back. Raises Error.
 
-    `since` is the start of the activation, in seconds since 1970.
+    By hand, there may be no workspace, and no agent comes back. `since` is the start of the
+    activation, in seconds since 1970.
     """
+    record = progress.journal.record
+    if not record.needs_workspace:
+        return
     deadline = time.monotonic() + progress.policy.confirm_timeout
     _wait_for_workspace(progress, reach, deadline)
-    if not progress.stop.is_set() and progress.agent.was_lost():
+    if not record.by_hand and not progress.stop.is_set() and progress.agent.was_lost():
         _wait_for_agent(progress, since, deadline)
 
 
-def _wait_for_workspace(progress: Progress, reach: Reach, deadline: float) -> None:
+def confirm_boot(progress: Progress, reach: Reach) -> None:
+    """Check that the workspace can be reached after a reboot. Raises Error."""
+    if progress.journal.record.needs_workspace:
+        deadline = time.monotonic() + progress.policy.confirm_timeout
+        _wait_for_workspace(progress, reach, deadline, "reboot")
+
+
+def _wait_for_workspace(
+    progress: Progress, reach: Reach, deadline: float, event: str = "activation"
+) -> None:
     """Look at the workspace until it can be reached. Raises Error at the deadline."""
     timeout, problem = progress.policy.confirm_timeout, ""
     while not progress.stop.is_set():
+        cancellation.check(progress.journal)
         left = deadline - time.monotonic()
         if left <= 0:
-            duration = f"{timeout:.0f} s after the activation"
+            duration = f"{timeout:.0f} s after the {event}"
             raise Error(f"the workspace could not be reached for {duration}: {problem}")
         last = problem
         problem = _look(reach, min(ATTEMPT, timeout / 4, left))  # time for at least four looks
@@ -92,6 +106,7 @@ def _wait_for_agent(progress: Progress, since: float, deadline: float) -> None:
                 return  # held by Cachix's own agent, which leaves no other trace
             timeout = f"{progress.policy.confirm_timeout:.0f} s"
             raise Error(f"no agent came back within {timeout} after the activation")
+        cancellation.check(progress.journal)
         progress.stop.wait(0.2)
 
 

@@ -115,7 +115,7 @@ class Drainer:
         return True
 
     def keep(self, data: bytes) -> None:
-        """Append output to the log. What the disk does not take is counted."""
+        """Append output to the log. Bytes that the disk does not take are counted."""
         self.tell_lost()
         left = len(data) if self.tally.lost else self.write(data)
         if left:

@@ -118,7 +118,7 @@ class Output:
         return self.tally.total
 
     def since(self, start: int) -> str:
-        """What has been written since a position, or the last part of it."""
+        """The output since a position, or the last part of it."""
         self.settle()
         return self.tally.since(start).decode("utf-8", "replace")
 

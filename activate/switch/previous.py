@@ -6,7 +6,7 @@ import contextlib
 import os
 from typing import Any, Optional
 
-from activate import byhand, history, holder, journal, kinds, lock, nix, recovery
+from activate import byhand, history, holder, journal, kinds, lock, nix, operation, recovery
 from activate.kinds.change import Change, Lasting
 from activate.process import CommandFailed, Error, Log, Run, ask, say
 
@@ -24,6 +24,7 @@ def change(record: journal.Record) -> Change:
         previous_profile=record.previous_profile,
         previous_generation=record.previous_generation,
         committed=journal.COMMITTING in record.times,
+        activated=record.operation != operation.BOOT,
     )
 
 
@@ -66,17 +67,17 @@ def unconfirmed(
     says, in another state directory.
     """
     records = [other.record for other in reversed(journals)]
-    machine_lock, found = lock.machine_path(profile), []
+    machine_lock, deployments = lock.machine_path(profile), []
     for record in records:
         if record.id == entry.record.id or record.profile is None:
             continue
         if lock.machine_path(record.profile) != machine_lock:
             continue
-        if record.step in (journal.SUCCEEDED, journal.ROLLED_BACK):
+        if record.settles or record.step == journal.ROLLED_BACK:
             break
         if record.step in UNCONFIRMED and not recovery.is_settled_elsewhere(record, last):
-            found.append(record)
-    return found
+            deployments.append(record)
+    return deployments
 
 
 def confirmed(

@@ -9,6 +9,7 @@ from typing import Any, Callable, Optional
 
 from activate import files, holder, journal, leftovers, lock, machine, nix
 from activate.kinds.verdict import Policy
+from activate.operation import DRY_ACTIVATE
 from activate.pipe import SwitchEnd
 from activate.process import Error, run, say
 from activate.switch.output import Output
@@ -89,7 +90,7 @@ class Progress:
         try:
             with contextlib.suppress(*([] if step == journal.SUCCEEDED else [Error])):
                 self.sync()
-            if step == journal.SUCCEEDED:
+            if step == journal.SUCCEEDED and self.journal.record.operation != DRY_ACTIVATE:
                 holder.note_confirmed(self.machine_lock.fd, self.journal.record.id)
             self.journal.enter(step, reason=reason, log_size=size, **facts)
         except (Error, OSError) as error:

@@ -12,7 +12,7 @@ from activate import journal, kinds, outcomes, recovery
 from activate.kinds import verdict
 from activate.kinds.change import Change
 from activate.process import Error, say
-from activate.switch import others, previous
+from activate.switch import others, previous, reboot
 from activate.switch.progress import Progress
 
 LONGER = 2.5  # the factor from one pause between attempts to the next
@@ -29,8 +29,13 @@ def roll_back(progress: Progress, kind: kinds.Kind, reason: str) -> None:
         outcome = outcomes.CHANGED_BY_OTHERS if foreign else None
         progress.finish(journal.FAILED, f"{reason}; {obstacle}", outcome)
         return
-    if progress.journal.record.step != journal.ROLLING_BACK:
-        progress.enter_rollback(attempts=1, reason=reason)
+
+    def enter() -> None:
+        if progress.journal.record.step != journal.ROLLING_BACK:
+            progress.enter_rollback(attempts=1, reason=reason)
+
+    reboot.go_back(progress, kind, change, enter)
+    enter()
     progress.agent.report(journal.ROLLING_BACK)
     say(progress.log, f"rolling back: {reason}")
     problems = restore(progress, kind, change, give_up)
@@ -89,12 +94,13 @@ def finish(
         progress.finish(journal.FAILED, f"{reason}; {foreign}", outcomes.CHANGED_BY_OTHERS)
         return
     restored = change.previous_running or "no profile, as before"
+    ended = reboot.describe_end(progress.journal.record, restored)
     words = "; ".join(problems)
     if not problems:
-        progress.finish(journal.ROLLED_BACK, f"{reason}; rolled back to {restored}")
+        progress.finish(journal.ROLLED_BACK, f"{reason}; {ended}")
     elif not previous.is_back(change, kind, problems):
         progress.finish(journal.ROLLBACK_FAILED, f"{reason}; the rollback failed: {words}")
     elif previous.can_restore(change, kind):
-        progress.finish(journal.ROLLED_BACK, f"{reason}; rolled back to {restored}, but {words}")
+        progress.finish(journal.ROLLED_BACK, f"{reason}; {ended}, but {words}")
     else:
         progress.finish(journal.FAILED, f"{reason}; the new system does not run, and {words}")

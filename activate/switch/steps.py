@@ -7,26 +7,20 @@ recovery then goes on from the step on disk.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Callable
 
-from activate import history, holder, journal, kinds, machine, outcomes, recovery
+from activate import cancellation, history, holder, journal, kinds, machine, outcomes, recovery
 from activate.kinds import verdict
 from activate.kinds.change import Change
+from activate.operation import BOOT, DRY_ACTIVATE, TEST
 from activate.pipe import BEGIN, Reach
 from activate.process import Error, say
-from activate.switch import checks, others, previous, rollback
+from activate.switch import activation, checks, others, previous, reboot, rollback
+from activate.switch.activation import Untouched
 from activate.switch.progress import Progress, Withdrawn
+from activate.values import replace
 
 BEGIN_TIMEOUT = 30.0  # seconds for the agent's answer, which takes much less
-
-
-class Untouched(Error):
-    """The deployment ends as failed, and there is nothing to undo."""
-
-    def __init__(self, reason: str, outcome: str = outcomes.NOTHING_CHANGED) -> None:
-        super().__init__(reason)
-        self.outcome = outcome
 
 
 class Switch:
@@ -66,9 +60,7 @@ class Switch:
                 self.progress.finish(journal.FAILED, str(error), outcomes.NOTHING_CHANGED)
             return
         try:
-            if action == recovery.ROLL_BACK:
-                raise Error(str(self.record.reason))
-            self.forward(activate_first=action != recovery.COMMIT)
+            self.take(action)
         except Untouched as error:
             self.progress.finish(journal.FAILED, str(error), error.outcome)
         except Exception as error:  # a bug of ours must not leave the machine unconfirmed
@@ -76,7 +68,23 @@ class Switch:
                 import traceback
 
                 say(self.log, traceback.format_exc())
-            rollback.roll_back(self.progress, self.kind, str(error))
+            reason = str(error)
+            if action == recovery.START and cancellation.is_requested(self.progress.journal):
+                reason = cancellation.REASON  # a command that was ended for that has other words
+            rollback.roll_back(self.progress, self.kind, reason)
+
+    def take(self, action: str) -> None:
+        """Do what recovery has decided. Raises an exception for whatever fails."""
+        if action == recovery.ROLL_BACK:
+            raise Error(str(self.record.reason))
+        if action == recovery.START and self.record.operation == DRY_ACTIVATE:
+            activation.rehearse(self.progress, self.kind, self.change)
+        elif action == recovery.REBOOT:
+            reboot.go_forth(self.progress)
+        elif action == recovery.CONFIRM:
+            self.confirm_boot()
+        else:
+            self.forward(activate_first=action != recovery.COMMIT)
 
     def begin(self) -> None:
         """Lock the machine, record the previous system, and enter `activating`.
@@ -85,6 +93,7 @@ class Switch:
         """
         record = self.record
         self.kind = kinds.detect(record.store_path)
+        reboot.refuse(record, self.kind, self.policy)
         profile = self.kind.profile_path(record.profile_name)
         self.progress.lock_machine(profile, wanted=self.progress.agent.is_alive)
         self.check_unchanged()
@@ -92,6 +101,8 @@ class Switch:
         before = self.record_previous(profile)
         if self.progress.agent.ask(BEGIN, BEGIN_TIMEOUT) != "":
             raise Withdrawn
+        if record.operation == DRY_ACTIVATE:
+            return  # and no step with effects is entered
         self.progress.enter(journal.ACTIVATING, boot_id=machine.boot_id())
         others.wait_untouched(self.progress, self.kind)
         if previous.observe(self.kind, profile) != before:  # another tool was faster
@@ -134,6 +145,11 @@ class Switch:
     def forward(self, activate_first: bool) -> None:
         """Activate, check, commit. Raises an exception for whatever fails."""
         note, outcome = "", None
+        if self.record.operation == BOOT:
+            activate_first = False
+            if self.kind.running_path(self.change.profile) != self.change.new:
+                note = f"{self.record.store_path} is what starts next: it was not activated"
+                outcome = outcomes.REBOOT_NEEDED
         if activate_first:
             others.wait(self.progress, self.kind)
             decision = self.activate()
@@ -145,42 +161,39 @@ class Switch:
         others.wait(self.progress, self.kind)
         if foreign := previous.foreign_deployment(self.change, self.kind):
             raise Untouched(foreign, outcomes.CHANGED_BY_OTHERS)
+        if self.record.step != journal.COMMITTING:
+            cancellation.check(self.progress.journal)
+        if self.record.operation == TEST:
+            self.progress.finish(journal.SUCCEEDED, note or None, outcomes.TESTED)
+            return
         self.progress.enter(journal.COMMITTING)
         self.kind.commit(self.change, self.run)
-        self.progress.finish(journal.SUCCEEDED, note or None, outcome)
+        if reboot.is_needed(self.record, self.kind):
+            reboot.await_turn(self.progress, self.kind)
+            return
+        if outcome == outcomes.REBOOT_NEEDED:  # since this boot
+            entry = self.progress.journal
+            entry.record = replace(self.record, boot_id=machine.boot_id())
+        notes = [note, activation.look_ahead(self.progress, self.kind)]
+        self.progress.finish(journal.SUCCEEDED, "; ".join(filter(None, notes)) or None, outcome)
+
+    def confirm_boot(self) -> None:
+        """Check that the new system, which was booted, reaches the workspace. Raises Error."""
+        if not self.record.reboots:  # somebody else has rebooted the machine
+            self.progress.enter(journal.REBOOTING, reboots=reboot.FORTH)
+        checks.confirm_boot(self.progress, self.reach)
+        notes = ["confirmed after a reboot", activation.look_ahead(self.progress, self.kind)]
+        self.progress.finish(journal.SUCCEEDED, "; ".join(filter(None, notes)))
 
     def activate(self) -> verdict.Verdict:
         """Activate, and judge the result. Raises Error unless the deployment may go on."""
         if self.kind.MAY_REMOVE_FILES:
             self.load()
         self.began = time.time()
-        start = self.log.position()
-        status = self.kind.activate(self.change, self.run)
-        output = self.log.since(start)
-        new_runs = self.kind.running_path(self.change.profile) == self.change.new
-        decision = self.kind.judge(status, new_runs, output, self.policy)
-        if decision.move == verdict.RECHECK:
-            units, pause = verdict.failed_units(output), self.policy.unit_recheck
-            if checks.units_recovered(units, pause, self.progress.stop, self.log):
-                return verdict.Verdict(verdict.GO)
-        if decision.move in (verdict.RECHECK, verdict.UNDO):
-            self.accept_refusal(status, output)
-            raise Error(decision.reason)
-        if decision.move == verdict.UNTOUCHED:
-            raise Untouched(decision.reason, outcomes.REBOOT_NEEDED)
-        return decision
-
-    def accept_refusal(self, status: int, output: str) -> None:
-        """Raise Untouched if the activation has refused to begin, and its words are true.
-
-        That the same paths are there is not enough: it may have stopped units before it failed.
-        """
-        words = verdict.refusal(output, self.kind.REFUSAL, self.kind.BEGUN)
-        if status > 0 and words and not previous.differences(self.change, self.kind):
-            raise Untouched(f"the activation was refused ({words}); nothing was changed")
+        return activation.activate(self.progress, self.kind, self.change)
 
     def check(self) -> None:
         """Check the new system. Raises Error if a check fails."""
-        self.progress.enter(journal.CHECKING)
+        self.progress.enter(journal.CHECKING, boot_id=machine.boot_id())
         checks.run_script(self.record.rollback_script, self.run)
         checks.confirm(self.progress, self.reach, self.began)
