@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 from cachix_connection import (
@@ -25,19 +27,26 @@ from cachix_protocol import (
     Error,
     FromAgent,
     Gone,
-    LogLine,
     Refused,
     Undecodable,
     Unreachable,
     checked_field,
-    dumps,
     encode_from_agent,
     loads,
     utc_now,
 )
 
 if TYPE_CHECKING:
-    import websocket
+    import cachix_websocket
+
+
+_TEXT = json.JSONEncoder(ensure_ascii=False)
+
+
+def encode_lines(lines: Iterable[str], time: str) -> list[str]:
+    """A LogLine of each, as the protocol writes it, in a tenth of the time: logs are long."""
+    encode, end = _TEXT.encode, f',"time":{_TEXT.encode(time)}}}'
+    return [f'{{"line":{encode(line)}{end}' for line in lines]
 
 
 class LogClosed(Error):
@@ -85,8 +94,7 @@ class HttpChannel:
 
         Raises LogClosed if no more lines are taken, ever.
         """
-        now = utc_now()
-        body = "".join(dumps(LogLine(line, now).to_json()) + "\n" for line in lines)
+        body = "".join(f"{text}\n" for text in encode_lines(lines, utc_now()))
         path = f"/api/v1/deploy/log/{self.id}?offset={index}"
         answer = self.call("PUT", path, data=body.encode())
         if answer.status == 409:
@@ -111,7 +119,7 @@ class SocketChannel:
 
     def __init__(self, peer: Peer, deployment_id: str, agent_id: str, waits: Waits) -> None:
         self.peer, self.id, self.agent_id, self.waits = peer, deployment_id, agent_id, waits
-        self.sockets: dict[str, websocket.WebSocket] = {}
+        self.sockets: dict[str, cachix_websocket.WebSocket] = {}
 
     def send(self, path: str, frames: list[str]) -> None:
         """Deliver text frames on the socket of `path`. Raises Unreachable or Refused."""
@@ -147,10 +155,8 @@ class SocketChannel:
 
     def lines(self, index: int, lines: list[str]) -> int:
         """Append lines; the index after them, as Cachix does not tell what it has."""
-        now = utc_now()
         if lines:
-            frames = [dumps(LogLine(line, now).to_json()) for line in lines]
-            self.send(f"/api/v1/deploy/log/{self.id}", frames)
+            self.send(f"/api/v1/deploy/log/{self.id}", encode_lines(lines, utc_now()))
         return index + len(lines)
 
     def close(self) -> None:

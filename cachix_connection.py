@@ -9,11 +9,11 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional
 
 import cachix_dial
 from activate.text import brief, hide
+from activate.values import dataclass, names
 from cachix_dial import Dialer, shut_down
 from cachix_dial import ca_bundle as ca_bundle
 from cachix_dial import within as within
@@ -68,14 +68,14 @@ class Waits:
     former: float = 15.0  # for another agent of the name to end
     orphan: float = 30.0  # for another agent to report an end, see cachix_orphan.py
     orphan_reports: float = 3600.0
-    look: float = 120.0  # between two looks at what the machine runs
+    post_deploy: float = 300.0  # for the command after a deployment
+    look: float = 60.0  # between two looks at what the machine runs
 
     @classmethod
     def from_environment(cls) -> Waits:
         """The defaults, changed by CACHIX_DEPLOY_WAITS. Unknown names are ignored."""
         changes = loads(os.environ.get("CACHIX_DEPLOY_WAITS", "{}"))
-        names = cls.__dataclass_fields__
-        return cls(**{name: float(changes[name]) for name in names if name in changes})
+        return cls(**{name: float(changes[name]) for name in names(cls) if name in changes})
 
 
 def backoff(failures: int, waits: Waits) -> float:
@@ -197,6 +197,11 @@ def _connect_problem(
     return handshake_problem(peer.host, path, status, headers, body, dialer)
 
 
+def connection_lost(error: Exception) -> Unreachable:
+    """The error for a websocket that broke."""
+    return Unreachable(f"the connection was lost: {brief(str(error)) or type(error).__name__}")
+
+
 def hang_up(sock: websocket.WebSocket) -> None:
     """End a connection at once, from any thread. A read in another thread ends too."""
     with contextlib.suppress(AttributeError):  # it has none before it is connected
@@ -209,7 +214,9 @@ def close(sock: websocket.WebSocket) -> None:
         sock.close(timeout=1)
 
 
-def round_trip(sock: websocket.WebSocket, timeout: float, frames: tuple[str, ...] = ()) -> None:
+def round_trip(
+    sock: cachix_websocket.WebSocket, timeout: float, frames: tuple[str, ...] = ()
+) -> None:
     """Send text frames and a ping, and wait for the pong, which proves that all have arrived.
 
     Raises Unreachable.
@@ -219,9 +226,8 @@ def round_trip(sock: websocket.WebSocket, timeout: float, frames: tuple[str, ...
     mark, deadline = os.urandom(16), time.monotonic() + timeout
     try:
         sock.settimeout(timeout)
-        for text in frames:
-            sock.send(text)
-        sock.ping(mark)
+        texts = [(websocket.ABNF.OPCODE_TEXT, text.encode("utf-8")) for text in frames]
+        sock.send_all([*texts, (websocket.ABNF.OPCODE_PING, mark)], timeout)
         while True:
             sock.settimeout(max(0.01, deadline - time.monotonic()))
             opcode, frame = sock.recv_data_frame(control_frame=True)

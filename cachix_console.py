@@ -14,11 +14,14 @@ import re
 import select
 import sys
 import threading
+from collections.abc import Mapping
 from typing import Any, Callable, Optional, TextIO
 
 from activate import startup
-from activate.text import MOST_LINE, MOST_MESSAGE, clean
+from activate.text import MOST_LINE, MOST_MESSAGE, clean, disarm
 from cachix_protocol import Error, UsageError
+from cachix_tokenfile import token_in
+from cachix_usage import narrowed
 
 READER_TIMEOUT = 3600.0  # seconds for which nobody reads a full stdout
 PATIENCE = 0.2  # seconds for which whoever prints a message waits until it is written
@@ -153,7 +156,7 @@ def prepare() -> None:
 
 def tell(message: str) -> None:
     """Print a message for the operator, one line on stderr, cleaned. Never raises."""
-    line = clean(" ".join(message.splitlines()), most=MOST_MESSAGE)
+    line = disarm(clean(" ".join(message.splitlines()), most=MOST_MESSAGE))
     with contextlib.suppress(OSError, ValueError):
         print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
@@ -193,8 +196,7 @@ class Screen:
     """
 
     def __init__(self) -> None:
-        plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-        self.colour = sys.stdout is not None and sys.stdout.isatty() and not plain
+        self.colour = _is_colourful(os.environ)
         self.broken = False
         self.lock = threading.Lock()
 
@@ -204,7 +206,11 @@ class Screen:
 
     def print(self, line: str) -> None:
         """Print a line, cleaned. Characters that stdout can't encode are escaped."""
-        stream, line = sys.stdout, clean(line, self.colour, MOST_LINE)
+        self.write(disarm(clean(line, self.colour, MOST_LINE)))
+
+    def write(self, line: str) -> None:
+        """Print a line as it is: text of others is cleaned before."""
+        stream = sys.stdout
         encoding = getattr(stream, "encoding", None) or "utf-8"
         with self.lock:
             if self.broken or stream is None:
@@ -217,6 +223,15 @@ class Screen:
                     tell(f"warning: stdout can't be written: {error}")
                 with contextlib.suppress(OSError, ValueError):  # or Python complains when it exits
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_colourful(environment: Mapping[str, str]) -> bool:
+    """Whether stdout has colours: NO_COLOR forbids and FORCE_COLOR wants them, else a terminal."""
+    if environment.get("NO_COLOR") or sys.stdout is None:
+        return False
+    if environment.get("FORCE_COLOR", "0") not in ("", "0"):
+        return True
+    return sys.stdout.isatty() and environment.get("TERM") != "dumb"
 
 
 def _write_line(stream: TextIO, line: bytes, encoding: str) -> None:
@@ -301,8 +316,9 @@ def parse(
     import docopt
 
     words = normalize(argv, usage)
+    text, others = narrowed(usage, words) or (usage, {})
     try:
-        return dict(docopt.docopt(usage, argv=words, version=version))
+        return {**others, **docopt.docopt(text, argv=words, version=version)}
     except docopt.DocoptExit as error:
         reason = str(error).splitlines()[0]
     if reason.startswith("Usage:"):
@@ -358,10 +374,9 @@ def read_token(variable: str, file_option: Optional[str]) -> str:
     if path is not None:
         try:
             with open(path, encoding="utf-8") as file:
-                token = file.read(1 << 16)
+                token = token_in(file.read(1 << 16), variable)
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"the token file {path} can't be read: {error}") from None
-        token = token.strip().removeprefix(f"{variable}=")
     token = token.strip().strip("\"'")
     if not token:
         raise UsageError(f"there is no token: set {variable}, or give --token-file=FILE")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -12,10 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import cachix_console
+import cachix_other
+import cachix_program
 import cachix_source
 from activate import (
     environment,
@@ -24,29 +24,33 @@ from activate import (
     holder,
     journal,
     lock,
-    machine,
     nix,
     outcomes,
     process,
     startup,
 )
-from activate.agent import conductor, netrc, single
+from activate.agent import conductor, linger, mark, netrc, single
 from activate.agent.hooks import AgentHooks, Ended
 from activate.text import brief
+from activate.values import replace
 from cachix_channels import HttpChannel
 from cachix_connection import (
     CALL_TIMEOUT,
     backoff,
     close,
     connect,
+    connection_lost,
     hang_up,
     reach,
 )
-from cachix_console import complain, debug, exit_now, positive, read_token, tell
+from cachix_console import complain, debug, exit_now, tell
 from cachix_gate import Gate, remark
-from cachix_options import AgentOptions, agent_options, create_key, host_of, parse, signer
+from cachix_inbox import Inbox
+from cachix_options import AgentOptions, agent_options, create_key, parse
+from cachix_postdeploy import PostDeploy
 from cachix_protocol import (
     IN_PROGRESS,
+    PLAIN,
     AgentRegistered,
     AlreadyRunning,
     Deployment,
@@ -56,82 +60,26 @@ from cachix_protocol import (
     Undecodable,
     Unreachable,
     UsageError,
+    Wish,
+    __version__,
     decode_to_agent,
 )
 from cachix_repeats import Repeats
 from cachix_report_state import StateReporter
-from cachix_reports import Reported, Reporter
+from cachix_reported import Reported
+from cachix_reports import Reporter
 from cachix_secret import OwnToken
+from cachix_textfile import Textfile
 
 if TYPE_CHECKING:
     import websocket
 
 STOP_TIMEOUT = 8.0  # seconds from SIGTERM to the exit, whatever hangs
+BY_HAND_PAUSE = 0.2  # seconds between two looks whether somebody deploys by hand
 EXIT_TIMEOUT = 6.0  # seconds for a deployment to stop before "go"; `still_wanted` takes up to 5
 
 
-def switch_command() -> list[str]:
-    """The command that starts a switch process: this Python once more, at `cachix_switch`.
-
-    It skips the `site` module, and takes over our module search path. Otherwise the switch process
-    would not be ready when a small download is complete. It ignores the variables of Python, but
-    for a PYTHONHOME that we have found the standard library by.
-    """
-    path = [os.path.abspath(entry) for entry in sys.path]
-    code = f"import gc, sys; gc.disable(); sys.path[:] = {path!a}"
-    code += "; import cachix_switch; sys.exit(cachix_switch.main())"
-    own_home = "PYTHONHOME" in os.environ and not sys.flags.ignore_environment
-    flags = ["-s" if own_home else "-I", "-S", "-X", f"utf8={sys.flags.utf8_mode}"]
-    flags += ["-B"] if sys.dont_write_bytecode else []
-    flags += ["-X", f"pycache_prefix={sys.pycache_prefix}"] if sys.pycache_prefix else []
-    return [sys.executable, *flags, "-c", code, os.path.abspath(sys.argv[0])]
-
-
-def program_files() -> tuple[int, ...]:
-    """The descriptors that our module search path names: see cachix_workspace/pyz_main.py."""
-    entries = [entry.partition("/proc/self/fd/") for entry in sys.path]
-    return tuple(int(number) for head, _, number in entries if not head and number.isdigit())
-
-
 # --- worker ---------------------------------------------------------------------------------------
-
-
-class Inbox:
-    """Deployments that have arrived, and that the worker has yet to take."""
-
-    def __init__(self) -> None:
-        self.arrival = threading.Condition()
-        self.waiting: list[Deployment] = []
-        self.is_awaited = False  # the worker has nothing else to do
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether the worker waits for a deployment, and there is none."""
-        with self.arrival:
-            return self.is_awaited and not self.waiting
-
-    def put(self, deployment: Deployment) -> None:
-        """Add a deployment."""
-        with self.arrival:
-            self.waiting.append(deployment)
-            self.arrival.notify()
-
-    def take_all(self) -> list[Deployment]:
-        """Wait for deployments, and take them all, in the order of their indexes.
-
-        They may arrive out of order, as the workspace may send one again.
-        """
-        with self.arrival:
-            self.is_awaited = True
-            self.arrival.wait_for(lambda: self.waiting)
-            self.is_awaited = False
-            taken, self.waiting = self.waiting, []
-        return sorted(taken, key=lambda deployment: deployment.index)
-
-    def has_newer(self, index: int) -> bool:
-        """Whether a deployment with a higher index is waiting."""
-        with self.arrival:
-            return any(deployment.index > index for deployment in self.waiting)
 
 
 class Worker(threading.Thread):
@@ -151,35 +99,58 @@ class Worker(threading.Thread):
         config = {"host": peer.host, "token": peer.token, "name": peer.name, "policy": policy}
         self.hooks = AgentHooks(
             config=config,
-            switch_command=switch_command(),
-            switch_files=program_files(),
+            switch_command=cachix_program.command("cachix_switch"),
+            switch_files=cachix_program.files(),
             scope_timeout=options.waits.ready,
             download_timeout=options.waits.download,
             stop=stop,
             source=self.source,
             still_wanted=self.still_wanted,
-            changed=reporter.wake.set,
+            changed=self.note_change,
             measured=reporter.measured,
             tell=tell,
             reach=lambda timeout: reach(peer, timeout),
+            is_replaced=self.is_replaced,
         )
         self.conductor = conductor.Conductor(self.hooks)
         self.gate = Gate(state, options.deployment_keys, options.unsigned_rollback, tell)
         profile, waits = options.profile, options.waits
+        self.post_deploy = PostDeploy(options.post_deploy, state, peer.name or "", tell)
+        self.post_deploy.stop, self.post_deploy.timeout = stop, waits.post_deploy
+        self.textfile: Optional[Textfile] = None
+        if options.metrics_file is not None:
+            place = (options.metrics_file, state, options.name)
+            self.textfile = Textfile(*place, profile, Repeats(tell))
         self.machine = StateReporter(peer, waits, state, profile, reporter.idle)
+
+    def note_change(self) -> None:
+        """Let reports and metrics follow a deployment."""
+        self.reporter.wake.set()
+        if self.textfile is not None:
+            self.textfile.wake.set()
 
     def run(self) -> None:
         self.nix_config = nix.show_config()
+        if self.textfile is not None:
+            self.textfile.start()
+        self.guarded(self.post_deploy.begin)
         self.guarded(self.recover)
+        self.guarded(self.post_deploy.run_due)
         self.machine.start()
         while not self.stop.is_set():
-            deployments = self.inbox.take_all()
+            deployments = self.inbox.take_all(self.options.waits.look)
+            if not deployments:
+                self.guarded(self.finish_local)
+                self.guarded(self.post_deploy.run_due)
+                continue
             *older, newest = deployments
             for deployment in older:
                 self.guarded(self.supersede, deployment, newest)
             self.guarded(self.deploy, newest)
             self.accepted -= {deployment.id for deployment in deployments}
             self.machine.wake.set()
+            self.note_change()
+            self.guarded(self.post_deploy.run_due)
 
     def put(self, deployment: Deployment) -> None:
         """Accept a deployment. The same one is accepted again after its end only.
@@ -223,6 +194,7 @@ class Worker(threading.Thread):
             profile_name=self.options.profile,
             sequence=history.next_sequence(history.load_all(self.state)[0]),
             signature=deployment.signature,
+            **vars(Wish.known(deployment.wish) or PLAIN),
         )
         entry = journal.Journal(directory, record)
         self.reporter.add(entry)
@@ -248,8 +220,13 @@ class Worker(threading.Thread):
             end = Ended(journal.FAILED, reason, outcome=outcomes.STATE_LOST)
             self.conductor.end(entry, end)
             return
+        if Wish.known(deployment.wish) is None:
+            reason = "this agent does not know what its `options` ask for; nothing was changed"
+            self.conductor.end(entry, Ended(journal.FAILED, reason))
+            return
         tell(f"deployment {deployment.index}: {brief(deployment.store_path)}")
         before, _ = history.load_all(self.state)
+        self.let_go_first()
         if problem := self.gate.problem(entry.record, before):
             self.conductor.end(entry, Ended(journal.FAILED, problem))
             return
@@ -257,6 +234,18 @@ class Worker(threading.Thread):
             tell(words)
         self.conductor.settle(entry)
         self.deployed.set()
+
+    def let_go_first(self) -> None:
+        """Wait as long as somebody at the machine deploys: he has cancelled what had the turn."""
+        path, give_up = holder.by_hand_path(self.state), time.monotonic() + lock.DEPLOYMENT_TIMEOUT
+        while lock.held(path) and time.monotonic() < give_up and not self.stop.wait(BY_HAND_PAUSE):
+            pass
+
+    def is_replaced(self, entry: journal.Journal) -> bool:
+        """Whether a newer deployment of this agent waits."""
+        record = entry.record
+        ours = (record.agent, record.host) == (self.options.name, self.options.peer.host)
+        return ours and self.inbox.has_newer(record.index)
 
     def recover(self) -> None:
         """Finish and report what an earlier agent left behind.
@@ -271,6 +260,7 @@ class Worker(threading.Thread):
         # those that need no download first: the workspace has yet to tell us its cache
         for entry in sorted(journals, key=lambda entry: entry.record.step in journal.HARMLESS):
             self.recover_one(entry)
+        self.finish_local()
 
     def recover_one(self, entry: journal.Journal) -> None:
         """Finish and report one deployment, unless another agent does that."""
@@ -287,6 +277,14 @@ class Worker(threading.Thread):
                 entry.drop_roots()
         elif record.step not in journal.HARMLESS and holder.is_free(entry):
             self.guarded(self.conductor.settle, entry)
+
+    def finish_local(self) -> None:
+        """Finish what was begun by hand and is led by nobody any more."""
+        for entry in history.load_all(self.state)[0]:
+            if entry.record.by_hand and entry.record.step in journal.FINAL:
+                entry.drop_roots()
+            elif entry.record.by_hand and holder.is_free(entry):
+                self.conductor.settle(entry)
 
     @contextlib.contextmanager
     def source(self) -> Iterator[nix.Source]:
@@ -342,6 +340,7 @@ class Agent:
         self.socket: Optional[websocket.WebSocket] = None
         self.pending: list[Deployment] = []
         self.replaced = False
+        self.mark = mark.Mark(state, options.name, options.peer.host, __version__)
         self.repeats = Repeats(tell)
         self.exit_by = float("inf")
 
@@ -388,6 +387,9 @@ class Agent:
 
     def pause(self, seconds: float) -> None:
         """Drop the connection, and wait before the next one."""
+        with contextlib.suppress(OSError):
+            self.mark.lose()
+        self.worker.note_change()
         if self.socket is not None:
             hang_up(self.socket)
         debug(f"connecting again in {seconds:.1f} s")
@@ -426,7 +428,8 @@ class Agent:
         last_frame = last_ping = time.monotonic()
         self.send_ping(sock)
         while not self.stop.is_set():  # the stop may have come before we had connected
-            due = min(last_ping + self.waits.ping, last_frame + self.waits.silence)
+            quiet = max(last_ping, last_frame) if self.is_pinged else last_ping
+            due = min(quiet + self.waits.ping, last_frame + self.waits.silence)
             sock.settimeout(max(0.01, due - time.monotonic()))
             try:
                 opcode, frame = sock.recv_data_frame(control_frame=True)
@@ -435,7 +438,7 @@ class Agent:
                 if time.monotonic() >= last_frame + self.waits.silence:
                     silence = f"no answer for {self.waits.silence:.0f} s"
                     raise Unreachable(f"{silence}, connecting again") from None
-                if time.monotonic() >= last_ping + self.waits.ping:
+                if time.monotonic() >= quiet + self.waits.ping:
                     self.send_ping(sock)
                     last_ping = time.monotonic()
                 continue
@@ -445,6 +448,11 @@ class Agent:
                 self.handle_close(frame.data)
             elif opcode in (websocket.ABNF.OPCODE_TEXT, websocket.ABNF.OPCODE_BINARY):
                 self.receive(frame.data)
+
+    @property
+    def is_pinged(self) -> bool:
+        """Whether the workspace pings us: then we ping only if it does not, and wake up less."""
+        return getattr(self.worker.registered, "reports", None) == "http"
 
     def send_ping(self, sock: websocket.WebSocket) -> None:
         """Send a ping. Raises Unreachable if it can't be sent in time."""
@@ -508,13 +516,11 @@ class Agent:
         self.worker.machine.register(message)
         known = AgentRegistered(message.id, None, message.reports).to_json()
         self.worker.hooks.config["registered"] = known
-        mark = {"pid": os.getpid(), "boot_id": machine.boot_id(), "time": time.time()}
-        mark.update(host=self.options.peer.host, registered=known)
         try:
-            path = os.path.join(self.state, f"registered-{self.options.name}.json")
-            files.write_durably(path, json.dumps(mark).encode())
+            self.mark.set(known, None if message.cache is None else message.cache.to_json())
         except OSError as error:
             complain(Error(f"{self.state} can't be written: {error}"))
+        self.worker.note_change()
 
     def finish(self) -> None:
         """Finish and report the deployments that were accepted: the workspace asks us to exit."""
@@ -525,7 +531,7 @@ class Agent:
         tell(f"{message}, after the deployment in progress" if is_busy else message)
         if worker.registered is None:  # a download would wait for the registration
             return
-        while not (worker.inbox.is_idle or self.stop.wait(0.1)):
+        while not (worker.inbox.is_idle or worker.conductor.is_waiting or self.stop.wait(0.1)):
             pass
         self.drain()
 
@@ -540,11 +546,6 @@ class Agent:
         while not self.reporter.idle.is_set() and time.monotonic() < deadline:
             if self.stop.wait(0.2):
                 return
-
-
-def connection_lost(error: Exception) -> Unreachable:
-    """The error for a websocket that broke."""
-    return Unreachable(f"the connection was lost: {brief(str(error)) or type(error).__name__}")
 
 
 def watch_signals(agent: Agent) -> None:
@@ -588,6 +589,8 @@ def agent_command(options: AgentOptions) -> int:
             complain(Error(f"{directory} can't be created ({error.strerror}): {hint}"))
     if problem := lock.foreign(lock.shared_path("agent", options.name)):
         tell(f"{problem}: going on without the locks there, which Cachix's own agent would take")
+    if warning := linger.problem():
+        tell(warning)
     agent = Agent(options, state)
     if options.bootstrap:
         watch_signals(agent)
@@ -642,22 +645,10 @@ def hand_over(agent: Agent) -> None:
 def activate_command(options: dict[str, Any]) -> int:
     """Deploy and wait; the exit status. Raises Error."""
     import cachix_ci
-    import cachix_job
+    import cachix_spec
 
     startup.protect(writes=False)
-    timeout = options["--timeout"]
-    command_line = cachix_ci.ActivateOptions(
-        host=host_of(options),
-        token=read_token("CACHIX_ACTIVATE_TOKEN", options["--token-file"]),
-        spec_path=options["SPEC"],
-        agents=tuple(options["--agent"]),
-        asynchronous=options["--async"],
-        timeout=None if timeout is None else positive(options, "--timeout", "seconds"),
-        signer=signer(options),
-        source=cachix_job.source(os.environ),
-        waits=options["--wait"],
-    )
-    return cachix_ci.activate_command(command_line)
+    return cachix_ci.activate_command(cachix_spec.activate_options(options))
 
 
 def main(argv: Optional[list[str]] = None) -> int:
@@ -672,11 +663,30 @@ def main(argv: Optional[list[str]] = None) -> int:
 def run(argv: list[str]) -> int:
     """Run a command line; the exit status."""
     try:
+        cachix_other.hand_over(sys.argv[0], argv)
         options = parse(argv)
         cachix_console.verbose = options["--verbose"]
         if options["agent"]:
             signal.signal(signal.SIGTERM, lambda *_: exit_now(0))  # nothing has begun yet
             return agent_command(agent_options(options))
+        if options["push"]:
+            import cachix_push
+
+            return cachix_push.push_command(options)
+        if options["status"]:
+            import cachix_status
+
+            return cachix_status.status_command(options["--json"])
+        if options["check"] or options["doctor"]:
+            import cachix_check
+
+            return cachix_check.check_command(options)
+        if options["rollback"] or options["activate-local"]:
+            import cachix_local
+
+            is_rollback = options["rollback"]
+            does = cachix_local.rollback_command if is_rollback else cachix_local.activate_command
+            return does(options)
         return create_key(options) if options["key"] else activate_command(options)
     except Error as error:
         complain(error)

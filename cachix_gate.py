@@ -1,4 +1,4 @@
-"""Which deployments an agent accepts: signed ones, where its operator has named keys for that."""
+"""The gate of an agent: signed deployments only, where its operator has named keys for that."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
-from activate import files, journal
+from activate import files
 from activate.journal import Journal, Record
-from cachix_protocol import Error, Undecodable, nix_system
+from activate.values import dataclass
+from cachix_protocol import Error, Undecodable, Wish, nix_system
 from cachix_signed import Signature, Statement
 
 
@@ -77,6 +77,7 @@ class Gate:
             raise refusal(f"it is signed by the key {signature.key[:100]!r}, and not by {names}")
         if not cachix_ed25519.verify(key, statement.to_bytes(), signature.value):
             whose = f"agent {statement.agent} of {statement.host}, {statement.store_path}"
+            whose += "".join(f", {word}" for word in statement.wish.to_json().values())
             raise refusal(f"its signature by {signature.key} is not one for {whose}")
 
     def _check_sequence(self, statement: Statement) -> None:
@@ -94,7 +95,7 @@ class Gate:
         mine = [
             entry.record
             for entry in reversed(before)
-            if entry.record.step == journal.SUCCEEDED
+            if entry.record.is_confirmed
             and (entry.record.agent, entry.record.host) == (record.agent, record.host)
         ]
         scripts: dict[str, Optional[str]] = {}
@@ -105,6 +106,8 @@ class Gate:
         if record.store_path not in allowed:
             what = "unsigned, and none of the last paths that this agent confirmed"
             raise refusal(f"it is {what} (--unsigned-rollback={self.returns})")
+        if not Wish(record.operation, record.reboot).is_plain:
+            raise refusal("it is unsigned, and asks for another operation, or for a reboot")
         if record.rollback_script not in (None, scripts[record.store_path]):
             raise refusal("it is unsigned, and its rollback script is not the one of that time")
 
@@ -131,7 +134,7 @@ class Gate:
         return os.path.join(self.state, f"executed-{agent}.json")
 
     def _load(self, agent: str) -> dict[str, Executed]:
-        """What was executed, by workspace. A file that can't be read counts as a lost one."""
+        """The highest sequence executed, by workspace. An unreadable file counts as lost."""
         try:
             with open(self._path(agent), "rb") as file:
                 content = json.loads(file.read(1 << 20))
@@ -146,7 +149,8 @@ def _executed(value: Any) -> Executed:
 
 def signature_of(record: Record) -> Signature:
     """The signature that came with a deployment. Raises Error if it can't be read."""
-    place = (record.host, record.agent, record.store_path)
+    wish = Wish(record.operation, record.reboot)
+    place = (record.host, record.agent, record.store_path, wish)
     try:
         return Signature.from_json(record.signature, *place)
     except Undecodable as error:
@@ -164,7 +168,7 @@ def refusal(problem: str) -> Error:
 
 
 def remark(record: Record, before: list[Journal]) -> str:
-    """What is to be said of a deployment with a lower number than an earlier one; else empty."""
+    """A remark on a deployment with a lower number than an earlier one; else empty."""
     mine = [
         entry.record.index
         for entry in before

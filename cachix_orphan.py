@@ -15,7 +15,8 @@ import cachix_connection
 from activate import journal, lock, machine
 from cachix_connection import Peer, Waits
 from cachix_protocol import AgentRegistered, Undecodable
-from cachix_reports import Reported, Reporter
+from cachix_reported import Reported
+from cachix_reports import Reporter
 
 PAUSE = 0.5  # seconds between two looks at what agents do
 
@@ -97,7 +98,7 @@ class Orphan:
         return bool(mark["time"] >= self.ended and mark["boot_id"] == machine.boot_id())
 
     def mark(self) -> dict[str, Any]:
-        """What the agent of this name has noted when it registered last."""
+        """The note that the agent of this name made when it registered last."""
         path = os.path.join(self.entry.state, f"registered-{self.entry.record.agent}.json")
         fields: dict[str, type] = {"time": float, "boot_id": str, "host": str, "registered": dict}
         try:

@@ -42,12 +42,14 @@ def is_this_machine(host: str) -> bool:
 
     def look_up() -> None:
         try:
-            addresses.extend(str(info[4][0]) for info in socket.getaddrinfo(name, None))
+            # as bytes: Python loads the codec `idna` for a text
+            infos = socket.getaddrinfo(name.encode(), None)
+            addresses.extend(str(info[4][0]) for info in infos)
         except (OSError, UnicodeError):
             return
 
     thread = threading.Thread(target=look_up, name="look-up", daemon=True)
     thread.start()
     thread.join(LOOK_UP)
-    found = [address.partition("%")[0] for address in addresses]
-    return bool(found) and all(ipaddress.ip_address(address).is_loopback for address in found)
+    numbers = [address.partition("%")[0] for address in addresses]
+    return bool(numbers) and all(ipaddress.ip_address(address).is_loopback for address in numbers)

@@ -11,12 +11,13 @@ import os
 import re
 import sys
 import time
-from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from activate.text import BASE32 as BASE32
+from activate.text import base32 as base32
 from activate.text import brief
 from activate.text import is_store_path as is_store_path
+from activate.values import dataclass, field
 from cachix_errors import AlreadyRunning as AlreadyRunning
 from cachix_errors import Error as Error
 from cachix_errors import Gone as Gone
@@ -24,11 +25,17 @@ from cachix_errors import Refused as Refused
 from cachix_errors import Undecodable as Undecodable
 from cachix_errors import Unreachable as Unreachable
 from cachix_errors import UsageError as UsageError
+from cachix_wishes import ABILITY as ABILITY
+from cachix_wishes import EXAMPLE_SCRIPTS, EXAMPLE_SPEC, brief_value, decode_wishes, is_printable
+from cachix_wishes import PLAIN as PLAIN
+from cachix_wishes import WISHES as WISHES
+from cachix_wishes import Wish as Wish
+from cachix_wishes import listed as listed
 
 __version__ = "0.1.0"
 
 PROTOCOL_VERSION = "1.11.1"  # the Cachix release whose protocol we speak
-USER_AGENT = f"cachix-deploy/{__version__}"
+USER_AGENT = f"cachix-deploy/{__version__}+{ABILITY}"
 
 # --- names and values -----------------------------------------------------------------------------
 
@@ -198,8 +205,8 @@ class Deployment:
     """The order to run `store_path`.
 
     `resumed`, our own addition, says that the workspace believes that the agent had it already.
-    Another one is the `signature` of CI. It and the paths are checked where they are used, so that
-    a bad one is reported instead of dropped.
+    Others are the `signature` of CI, and the `wish`. It, signature and paths are checked where they
+    are used, so that a bad one is reported instead of dropped.
     """
 
     store_path: str
@@ -208,6 +215,7 @@ class Deployment:
     rollback_script: Optional[str] = None
     resumed: bool = False
     signature: Any = None
+    wish: Any = None
 
     @classmethod
     def from_json(cls, record: Any) -> Deployment:
@@ -218,11 +226,13 @@ class Deployment:
             rollback_script=checked_field(record, "rollbackScript", str, optional=True),
             resumed=bool(checked_field(record, "resumed", bool, optional=True)),
             signature=record.get("signature"),
+            wish=record.get("options"),
         )
 
     def to_json(self) -> dict[str, Any]:
         extra: dict[str, Any] = {"resumed": True} if self.resumed else {}
-        extra.update({} if self.signature is None else {"signature": self.signature})
+        own = {"signature": self.signature, "options": self.wish}
+        extra.update({name: value for name, value in own.items() if value is not None})
         fixed = {"storePath": self.store_path, "id": self.id, "index": self.index}
         return {**fixed, "rollbackScript": self.rollback_script, **extra}
 
@@ -328,41 +338,21 @@ def decode_from_agent(text: Union[str, bytes]) -> FromAgent:
 
 # --- deploy.json ----------------------------------------------------------------------------------
 
-EXAMPLE_SPEC = '{"agents": {"NAME": "/nix/store/..."}}'
-EXAMPLE_SCRIPTS = '{"x86_64-linux": "/nix/store/..."}'
-MAX_LISTED = 20  # wrong values that one message names
-
-
-def _is_printable(name: str) -> bool:
-    """Whether a name shows on a terminal as it is."""
-    return bool(name.strip()) and name.isprintable()
-
-
-def _brief(value: Any) -> str:
-    """A JSON value for a message. Lists and objects, which may be deep, only by their type."""
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    return json.dumps(value)[:200]
-
-
-def listed(items: list[str]) -> str:
-    """The first items for a message, and how many more there are."""
-    more = f" and {len(items) - MAX_LISTED} more" if len(items) > MAX_LISTED else ""
-    return ", ".join(items[:MAX_LISTED]) + more
-
 
 @dataclass(frozen=True)
 class Spec:
     """A deploy.json: the store path for each agent, and a rollback script for each system.
 
-    Our own additions: the `signatures` of an order's deployments, by agent, and its `source`, what
-    CI says about itself.
+    Our own additions: the `wishes` and `signatures` of deployments, by agent, the `source`, what CI
+    says about itself, and the `run` that an order goes on with.
     """
 
     agents: dict[str, str]
     rollback_scripts: dict[str, str]
     signatures: dict[str, Any] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
+    run: Optional[int] = None
+    wishes: dict[str, Wish] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, record: Any) -> Spec:
@@ -376,20 +366,31 @@ class Spec:
         if scripts is not None and not isinstance(scripts, dict):
             raise Undecodable(f"`rollbackScript` must be an object such as {EXAMPLE_SCRIPTS}")
         scripts = scripts or {}
-        bad = [_brief(name) for name in (*agents, *scripts) if not _is_printable(name)]
+        bad = [brief_value(name) for name in (*agents, *scripts) if not is_printable(name)]
         if bad:
             raise Undecodable(f"these names are empty or can't be printed: {listed(bad)}")
         values = [(f"agents.{name}", path) for name, path in agents.items()]
         values += [(f"rollbackScript.{name}", path) for name, path in scripts.items()]
-        bad = [f"{at[:200]} is {_brief(path)}" for at, path in values if not is_store_path(path)]
+        bad = [
+            f"{at[:200]} is {brief_value(path)}" for at, path in values if not is_store_path(path)
+        ]
         if bad:
             raise Undecodable(f"not a store path (/nix/store/HASH-NAME): {listed(bad)}")
         signatures = checked_field(record, "signatures", dict, optional=True) or {}
-        return cls(agents, scripts, signatures)
+        wishes = decode_wishes(record.get("options"), agents)
+        return cls(agents, scripts, signatures, wishes=wishes)
+
+    @property
+    def has_wishes(self) -> bool:
+        """Whether any deployment is not a plain one."""
+        return any(name in self.wishes for name in self.agents)
 
     def to_json(self) -> dict[str, Any]:
         extra: dict[str, Any] = {}
         extra.update({"rollbackScript": self.rollback_scripts} if self.rollback_scripts else {})
         extra.update({"signatures": self.signatures} if self.signatures else {})
         extra.update({"source": self.source} if self.source else {})
+        extra.update({} if self.run is None else {"run": self.run})
+        own = {name: self.wishes[name].to_json() for name in self.agents if name in self.wishes}
+        extra.update({"options": {"agents": own}} if own else {})
         return {"agents": self.agents, **extra}

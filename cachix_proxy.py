@@ -10,10 +10,10 @@ import contextlib
 import os
 import re
 import socket
-from dataclasses import dataclass
 from typing import Optional
 from urllib.parse import quote, unquote, urlsplit
 
+from activate.values import dataclass
 from cachix_errors import UsageError
 from cachix_protocol import USER_AGENT
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Callable
+
+from activate.values import dataclass
 
 FIRST_PAUSE = 60.0  # seconds until a message that repeats is printed again
 LONGEST_PAUSE = 3600.0

@@ -1,4 +1,4 @@
-"""What the machine runs, told to a workspace of ours: after each deployment, and when it changes.
+"""Reports on the system that runs: after each deployment, and when it changes.
 
 By this the workspace shows what was changed by hand, and that a reboot is needed. It comes last:
 neither a deployment nor its report ever waits for it.
@@ -6,35 +6,29 @@ neither a deployment nor its report ever waits for it.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any, Optional
 
-from activate import history, journal, kinds, machine, nix, outcomes
-from activate.kinds import darwin, home_manager, nixos, plain
+from activate import history, journal, nix, outcomes
+from activate.agent import present
+from activate.kinds import darwin, nixos
+from activate.operation import TEST
+from activate.values import dataclass
 from cachix_connection import Peer, Waits, http
-from cachix_console import complain, debug
+from cachix_console import complain, debug, tell
 from cachix_protocol import AgentRegistered, Error, Unreachable, __version__, is_store_path
 
 QUIET_SECONDS = 0.5  # after an event: a deployment may come with the registration
-BOOTED_SYSTEM, CURRENT_SYSTEM = "/run/booted-system", "/run/current-system"
-BOOT_PARTS = ("kernel", "initrd", "kernel-modules")  # as NixOS itself compares them
-WORDS = {
-    nixos.NAME: "nixos",
-    darwin.NAME: "darwin",
-    home_manager.NAME: "home-manager",
-    plain.NAME: "profile",
-}
 
 
 @dataclass(frozen=True)
 class MachineState:
-    """What a machine runs: a store path, since when, and the profile that is for its agent.
+    """The system of a machine: a store path, since when it runs, and the profile for its agent.
 
-    All is None as long as there is no profile.
+    All is None as long as there is no profile. `by_hand` says who has made it run, if that was no
+    deployment of a workspace. `drift` is a sentence if running path or profile are not what was
+    confirmed last.
     """
 
     running: Optional[str] = None
@@ -42,9 +36,13 @@ class MachineState:
     profile: Optional[str] = None
     kind: Optional[str] = None
     needs_reboot: bool = False
+    by_hand: Optional[dict[str, Any]] = None
+    drift: Optional[str] = None
 
     def to_json(self) -> dict[str, Any]:
         """As docs/protocol.rst has it."""
+        own = {"byHand": self.by_hand, "drift": self.drift}
+        more = {name: value for name, value in own.items() if value is not None}
         return {
             "running": self.running,
             "runningSince": self.since,
@@ -52,77 +50,71 @@ class MachineState:
             "kind": self.kind,
             "agentVersion": __version__,
             "rebootNeeded": self.needs_reboot,
+            **more,
         }
 
 
 def look(state: str, name: str, profile_name: Optional[str]) -> MachineState:
-    """What the machine of the agent `name` runs now. `state` is the agent's directory."""
+    """The present system of the machine of the agent `name`. `state` is the agent's directory."""
     records = [entry.record for entry in reversed(history.load_all(state)[0])]
-    found = _last_deployed(records, name, profile_name) or _present(profile_name)
-    if found is None:
+    match = present.last_deployed(records, name, profile_name) or present.detect(profile_name)
+    if match is None:
         return MachineState()
-    kind, profile = found
+    kind, profile = match
     running = kind.running_path(profile)
     if running is None or not is_store_path(running):
-        return MachineState(profile=profile, kind=WORDS[kind.NAME])
+        return MachineState(profile=profile, kind=present.WORDS[kind.NAME])
     is_system = kind.NAME in (nixos.NAME, darwin.NAME)
-    since = _changed_on(CURRENT_SYSTEM if is_system else profile)
-    waits = kind.NAME == nixos.NAME and (needs_reboot(running, profile) or waits_for_boot(records))
-    return MachineState(running, since, profile, WORDS[kind.NAME], waits)
+    since = present.changed_on(present.CURRENT_SYSTEM if is_system else profile)
+    waits = present.waits_for_boot(records)
+    drift = None if waits else drifted(records, profile, running, nix.target(profile))
+    needs_reboot = kind.NAME == nixos.NAME and (waits or present.needs_reboot(running, profile))
+    return MachineState(
+        running,
+        since,
+        profile,
+        present.WORDS[kind.NAME],
+        needs_reboot,
+        done_by_hand(records, profile, running),
+        drift,
+    )
 
 
-def _last_deployed(
-    records: list[journal.Record], name: str, profile_name: Optional[str]
-) -> Optional[tuple[kinds.Kind, str]]:
-    """The kind and the profile of the agent's last deployment, the newest of the records first."""
-    for record in records:
-        kind = kinds.find(record.kind)
-        if (record.agent, record.profile_name) == (name, profile_name) and kind and record.profile:
-            return kind, record.profile
-    return None
+def drifted(
+    records: list[journal.Record], profile: str, running: str, target: Optional[str]
+) -> Optional[str]:
+    """A sentence if others have changed what was confirmed; None during a deployment.
 
-
-def _present(profile_name: Optional[str]) -> Optional[tuple[kinds.Kind, str]]:
-    """The kind that has such a profile on this machine, which this user may change."""
-    for kind in kinds.KINDS:
-        profile = kind.profile_path(profile_name)
-        target = nix.target(profile)
-        is_ours = os.access(os.path.dirname(profile), os.W_OK)
-        if target is not None and is_ours and os.path.lexists(target) and kind.detect(target):
-            return kind, profile
-    return None
-
-
-def _changed_on(link: str) -> Optional[str]:
-    """When a link was made, by this machine's clock."""
-    with contextlib.suppress(OSError, ValueError, OverflowError):
-        moment = time.gmtime(os.lstat(link).st_mtime)
-        return time.strftime("%Y-%m-%dT%H:%M:%S.000000Z", moment)
-    return None
-
-
-def needs_reboot(running: str, profile: str, booted: str = BOOTED_SYSTEM) -> bool:
-    """Whether a NixOS machine was booted with another kernel than that of its system.
-
-    Both the system that runs and the one that will boot count. In a container there is no kernel.
+    The newest of the records come first.
     """
+    mine = [record for record in records if record.profile in (profile, None)]
+    if any(record.step not in journal.FINAL for record in mine):
+        return None
+    last = next((r for r in mine if r.settles), None)
+    tested = (last.store_path, last.previous_profile) if last and last.operation == TEST else None
+    if (running, target) == tested:
+        return None  # it boots what was there before
+    confirmed = next((r.store_path for r in mine if r.is_confirmed), None)
+    if confirmed is None or confirmed == running == target:
+        return None
+    facts = [f"{running} runs"] if running != confirmed else []
+    facts += [f"{profile} is {target}"] if target != confirmed else []
+    return f"{' and '.join(facts)}, but {confirmed} was confirmed last"
 
-    def parts(system: str) -> list[str]:
-        with contextlib.suppress(OSError):
-            return [os.readlink(f"{system}/{part}") for part in BOOT_PARTS]
-        return []
 
-    now = parts(booted)
-    return bool(now) and any(other and other != now for other in map(parts, (running, profile)))
+def done_by_hand(
+    records: list[journal.Record], profile: str, running: str
+) -> Optional[dict[str, Any]]:
+    """The rollback or activation by hand that the running path comes from; None if it is another.
 
-
-def waits_for_boot(records: list[journal.Record]) -> bool:
-    """Whether the newest of these that succeeded can only run after a boot, and none came since."""
-    for record in records:
-        if record.step == journal.SUCCEEDED:
-            is_waiting = outcomes.of(record) == outcomes.REBOOT_NEEDED
-            return is_waiting and record.boot_id == machine.boot_id()
-    return False
+    The newest of the records come first.
+    """
+    confirmed = (r for r in records if r.profile == profile and r.settles)
+    record = next(confirmed, None)
+    if record is None or record.by_hand is None or record.store_path != running:
+        return None
+    moment = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.times.get(record.step, 0)))
+    return {"action": record.by_hand, "time": moment, "reason": outcomes.reason_of(record)}
 
 
 class StateReporter(threading.Thread):
@@ -139,8 +131,9 @@ class StateReporter(threading.Thread):
         super().__init__(name="state", daemon=True)
         self.peer, self.waits, self.state, self.profile = peer, waits, state, profile
         self.idle, self.wake = idle, threading.Event()
+        self.drift: Optional[str] = None  # the last one
         self.registered: Optional[AgentRegistered] = None  # None: there is nobody to tell
-        self.told: tuple[Optional[AgentRegistered], MachineState] = (None, MachineState())
+        self.reported: tuple[Optional[AgentRegistered], MachineState] = (None, MachineState())
 
     def register(self, registered: AgentRegistered) -> None:
         """Tell this workspace from now on, if it is one of ours."""
@@ -150,9 +143,9 @@ class StateReporter(threading.Thread):
     def run(self) -> None:
         """Tell until the process exits."""
         while True:
-            self.wake.wait(self.waits.look if self.registered is not None else None)
-            self.wake.clear()
-            time.sleep(QUIET_SECONDS)
+            if self.wake.wait(self.waits.look):
+                self.wake.clear()
+                time.sleep(QUIET_SECONDS)
             self.idle.wait()
             try:
                 self.tell()
@@ -164,10 +157,13 @@ class StateReporter(threading.Thread):
     def tell(self) -> None:
         """Tell what the machine runs, unless this was told already. Raises Error."""
         registered = self.registered
+        now = look(self.state, str(self.peer.name), self.profile)
+        if now.drift is not None and now.drift != self.drift:
+            tell(f"warning: {now.drift}")
+        self.drift = now.drift
         if registered is None:
             return
-        now = look(self.state, str(self.peer.name), self.profile)
-        if self.told[0] is registered and self.told[1] == now:
+        if self.reported[0] is registered and self.reported[1] == now:
             return
         path = f"/api/v1/deploy/agent/{registered.id}/state"
         answer = http(self.peer, "PUT", path, self.waits.call, json=now.to_json())
@@ -175,4 +171,4 @@ class StateReporter(threading.Thread):
             self.registered = None
         elif answer.status != 200:
             raise Unreachable(f"{self.peer.host} answered HTTP {answer.status}")
-        self.told = (registered, now)
+        self.reported = (registered, now)

@@ -11,11 +11,11 @@ import os
 import queue
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
 from typing import Any, Callable, Optional
 
-from activate import history, journal, lock, logfile, outcomes
+from activate import journal, lock, logfile, outcomes
 from activate.text import MOST_MESSAGE, clean, printable
+from activate.values import replace
 from cachix_channels import Channel, HttpChannel, LogClosed, SocketChannel
 from cachix_connection import Peer, Waits, backoff
 from cachix_console import complain, debug, tell
@@ -32,55 +32,14 @@ from cachix_protocol import (
     utc_now,
 )
 from cachix_repeats import Repeats
+from cachix_reported import Reported, prune
 
 BATCH_LINES = 2000  # lines of a log in one report
 LOG_SECONDS = 5.0  # for which a log is sent before other reports have their turn
-STALL_SECONDS = 0.5  # for which the other reports wait for the answer to lines of a log
+STALL_SECONDS = 0.4  # for which the other reports wait for the answer to lines of a log
+HURRY_SECONDS = 0.05  # between two looks whether an end is to be reported meanwhile
+LONG_STEPS = (journal.AWAITING_REBOOT, journal.REBOOTING)  # each has a report of its own
 LOCK_SECONDS = 5.0  # between two attempts to take over a report from another agent
-KEPT_JOURNALS = 20
-
-
-@dataclass(frozen=True)
-class Reported:
-    """The progress of a deployment's report, kept in reported.json.
-
-    `line` and `offset` (in bytes) are the next of the log to send. `started`, `sized`, `logged` and
-    `ended` say which reports were acknowledged.
-    """
-
-    started: bool = False
-    sized: bool = False
-    line: int = 0
-    offset: int = 0
-    logged: bool = False
-    ended: bool = False
-    size: Optional[int] = None
-    time: str = ""
-
-    @classmethod
-    def load(cls, path: str) -> Reported:
-        """Read the file. A damaged one counts as the beginning: reports may be repeated."""
-        try:
-            with open(path, "rb") as file:
-                record = json.loads(file.read(1 << 16))
-            flags = {name: record[name] for name in ("started", "sized", "logged", "ended")}
-            numbers = {name: record[name] for name in ("line", "offset")}
-            size = record["size"]
-            valid = all(type(flag) is bool for flag in flags.values())
-            for number in (*numbers.values(), 0 if size is None else size):
-                valid = valid and type(number) is int and number >= 0
-            return cls(**flags, **numbers, size=size) if valid else cls()
-        except IsADirectoryError:  # it would block every later write
-            with contextlib.suppress(OSError):
-                os.rename(path, f"{path}{journal.SET_ASIDE}{time.time_ns()}")
-            return cls()
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            return cls()
-
-    @property
-    def whole(self) -> bool:
-        """Whether the log and the end were acknowledged, so that nothing is left to report."""
-        return self.logged and self.ended
 
 
 class Lines:
@@ -105,9 +64,13 @@ class Lines:
             self.problem = error
         self.done.set()
 
-    def wait(self) -> bool:
+    def wait(self, is_late: Callable[[], bool]) -> bool:
         """Whether the call has an answer, or gets it in the time that the others can wait."""
-        return self.done.wait(max(0.0, self.begun + STALL_SECONDS - time.monotonic()))
+        until = self.begun + STALL_SECONDS
+        while (left := until - time.monotonic()) > 0 and not is_late():
+            if self.done.wait(min(left, HURRY_SECONDS)):
+                break
+        return self.done.is_set()
 
 
 class Delivery:
@@ -126,6 +89,7 @@ class Delivery:
         self.reported = Reported.load(entry.path("reported.json"))
         self.channel: Optional[Channel] = None
         self.failures, self.not_before = 0, 0.0
+        self.shipped = float("-inf")  # when `ship` was called last
         self.log_failed, self.hurried, self.batch = False, False, BATCH_LINES
         self.counted = False  # we have asked how many lines of a lost log the workspace has
         self.final = False  # `has_ended` when `ship` began: an end after that waits for its log
@@ -141,15 +105,15 @@ class Delivery:
         path = self.entry.path("reported.json")
         with contextlib.suppress(OSError):
             with open(path + ".new", "w", encoding="utf-8", opener=logfile.private) as file:
-                file.write(json.dumps(asdict(self.reported)))
+                file.write(json.dumps(vars(self.reported)))
             os.rename(path + ".new", path)
 
     def ship(self, channel: Channel) -> None:
         """Send whatever is new. Raises the first Error; a failing log does not delay the rest."""
         self.channel, self.final = channel, self.has_ended
-        steps = [self.ship_start, self.ship_log, self.ship_size, self.ship_end]
+        steps = [self.ship_start, self.ship_step, self.ship_log, self.ship_size, self.ship_end]
         if self.log_failed or self.sending is not None:
-            steps = [self.ship_start, self.ship_size, self.ship_end, self.ship_log]
+            steps = [self.ship_start, self.ship_step, self.ship_size, self.ship_end, self.ship_log]
         problems = []
         for step in steps:
             try:
@@ -166,6 +130,13 @@ class Delivery:
         if not (self.reported.started or self.reported.ended):
             channel.status(IN_PROGRESS, None, step=self.step())
             self.note(started=True)
+
+    def ship_step(self, channel: Channel) -> None:
+        """Report a step that may last for days. Raises Error."""
+        step = self.step()
+        if step in LONG_STEPS and step != self.reported.step and isinstance(channel, HttpChannel):
+            channel.status(IN_PROGRESS, self.reported.size, step=step)
+            self.note(step=step)
 
     def step(self) -> Optional[str]:
         """The step of a deployment that goes on."""
@@ -207,7 +178,7 @@ class Delivery:
                 if self.sending is None:
                     break
                 self.send(self.sending)
-            if not self.sending.wait():
+            if not self.sending.wait(lambda: self.has_ended and not self.final):
                 break
             sent, self.sending = self.sending, None
             self.take_answer(sent)
@@ -351,8 +322,12 @@ class Reporter(threading.Thread):
         # the end does not wait for a log that fails
         if delivery.has_ended and delivery.log_failed and not delivery.hurried:
             delivery.hurried, delivery.not_before = True, 0.0
-        if time.monotonic() < delivery.not_before:
+        now, shipped = time.monotonic(), delivery.shipped
+        if now < delivery.not_before or (
+            now < shipped + self.waits.tail and not delivery.has_ended
+        ):
             return
+        delivery.shipped = now
         try:
             delivery.ship(self.channel(delivery, registered))
             if delivery.failures:
@@ -385,14 +360,3 @@ class Reporter(threading.Thread):
             delivery.channel.close()
         delivery.lock.close()
         prune(os.path.dirname(os.path.dirname(delivery.entry.directory)))
-
-
-def prune(state: str) -> None:
-    """Remove all but the newest KEPT_JOURNALS of the deployments that ended and are reported."""
-    import shutil
-
-    entries, _ = history.load_all(state)
-    entries = [entry for entry in entries if entry.record.step in journal.FINAL]
-    done = [entry for entry in entries if Reported.load(entry.path("reported.json")).whole]
-    for entry in done[: max(0, len(done) - KEPT_JOURNALS)]:
-        shutil.rmtree(entry.directory, ignore_errors=True)

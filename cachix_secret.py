@@ -16,7 +16,7 @@ SECRET = re.compile(r"[\x21-\x7e]{1,512}")
 
 
 class OwnToken:
-    """Which token an agent uses: its own, which the workspace has sent it, or the given one.
+    """The token that an agent uses: its own, which the workspace has sent it, or the given one.
 
     The workspace may have lost its own, with a database from a backup. Then both are tried in turn.
     """

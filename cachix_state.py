@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import datetime
 import re
-from dataclasses import dataclass
 from typing import Any, Optional
 
 from activate.text import brief, clean
+from activate.values import dataclass
 from cachix_protocol import FAILED, IN_PROGRESS, PENDING, SUCCEEDED, TERMINAL, checked_field
 
 PATIENCE = 30.0  # seconds until an agent that does not start is spoken of, if nothing is known
@@ -18,6 +18,9 @@ OUTCOMES = {
     "changed-by-others": "somebody else has changed the machine",
     "state-lost": "the agent has lost its state",
     "reboot-needed": "a reboot is needed",
+    "dry-run": "a dry run: nothing was changed",
+    "tested": "it runs until the next boot",
+    "unreported": "its agent has not reported how it ended",
 }
 MAX_SIZE = 1 << 62  # bytes; a larger closure is none
 
@@ -41,6 +44,9 @@ class DeploymentState:
     lost_since: Optional[str] = None
     cancel_requested: Optional[str] = None
     cancel_refused: Optional[str] = None
+    before: Optional[str] = None
+    step: Optional[str] = None
+    reboot: Optional[str] = None
 
     @classmethod
     def from_json(cls, record: Any) -> DeploymentState:
@@ -63,6 +69,9 @@ class DeploymentState:
             lost_since=text("lostSince"),
             cancel_requested=text("cancelRequested"),
             cancel_refused=text("cancelRefused"),
+            before=text("before"),
+            step=text("step"),
+            reboot=text("reboot"),
         )
 
     @property
@@ -103,6 +112,11 @@ class DeploymentState:
             return f"{agent}: never connected so far, waiting for it ({question})"
         if self.status == PENDING and self.agent_online is None and waited >= PATIENCE:
             return f"{agent}: not started yet, its agent may be offline or busy; waiting for it"
+        if self.status == IN_PROGRESS and self.step == "awaiting-reboot":
+            place = "its reboot window" if self.reboot == "window" else "its reboot"
+            return f"{agent}: runs the new system, and waits for {place}"
+        if self.status == IN_PROGRESS and self.step == "rebooting" and not self.lost_since:
+            return f"{agent}: reboots, and is to be confirmed after that"
         if self.status == IN_PROGRESS and self.lost_since:
             return f"{agent}: no sign of life since {minute(self.lost_since)}, waiting for it"
         if self.status == IN_PROGRESS and self.cancel_requested:

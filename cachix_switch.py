@@ -68,6 +68,11 @@ class Network:
 
     def load(self) -> None:
         """Become independent of the agent and of files."""
+        if not self.config["host"]:  # by hand, without a workspace
+            import shutil  # noqa: F401
+            import traceback  # noqa: F401
+
+            return
         self.own = load_reach(self.config)
 
     def reach(self, timeout: float) -> None:
@@ -85,7 +90,7 @@ class Network:
 def leave(progress: Progress, config: dict[str, Any]) -> None:
     """Let go of everything, and see to it that the end is reported if the agent is gone."""
     entry = progress.journal
-    if entry.record.step not in journal.FINAL or progress.agent.stays():
+    if entry.record.step not in journal.FINAL or entry.record.by_hand or progress.agent.stays():
         return
     for fd in config["locks"]:
         os.close(fd)
