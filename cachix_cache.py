@@ -10,9 +10,9 @@ import base64
 import binascii
 import re
 import urllib.parse
-from dataclasses import dataclass
 from typing import Optional
 
+from activate.values import dataclass
 from cachix_protocol import UNREADABLE, Cache, Error, UsageError
 
 NAME = re.compile(r"[a-z0-9-]{1,63}")

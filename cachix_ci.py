@@ -3,274 +3,71 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import json
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from typing import Any, Optional
 
-from activate.text import clean, format_size
-from cachix_connection import Answer, Peer, http
-from cachix_console import Screen, align, tell
-from cachix_diagnosis import sentence
-from cachix_follow import PATIENCE, Follower, decode_answer, follow, no_workspace, rejection
-from cachix_protocol import (
-    CANCELLED,
-    FAILED,
-    SUCCEEDED,
-    Error,
-    Spec,
-    Undecodable,
-    Unreachable,
-    UsageError,
-    checked_field,
-    dumps,
-    listed,
-    uuid_field,
-)
-from cachix_signed import Signer
+import cachix_show
+from activate.values import replace
+from cachix_connection import Peer
+from cachix_console import Screen, tell
+from cachix_follow import ROLL_BACK, Follower, follow
+from cachix_options import HOSTED
+from cachix_order import Batch, fleet, maybe_started, no_wishes, order_back, order_in_time
+from cachix_protocol import SUCCEEDED, Error, Spec, UsageError, listed
+from cachix_rollout import SKIP, End, Fact, Plan, plan, refusal, verdict, wants_labels
+from cachix_spec import ActivateOptions, read_spec
+from cachix_summary import Report
 
-HOSTED = "https://cachix.org"
-ORDER_PATIENCE = 10.0  # seconds without any answer to the order, as --host may be wrong
-THAW_SECONDS, MOST_THAW_SECONDS = 2.0, 30.0  # between two orders, as long as they are refused
-LOCKED = 423  # the HTTP status of an order to a workspace that is frozen
-NAME_COLOURS = ("36", "33", "35", "34", "96", "93", "95", "94")
-STATUS_COLOURS = {SUCCEEDED: "32", FAILED: "31", CANCELLED: "33"}
-
-
-@dataclass(frozen=True)
-class ActivateOptions:
-    """The command line of `activate`, checked. `timeout` is in seconds.
-
-    `source` is what CI says about itself. With `waits` a frozen workspace is waited for.
-    """
-
-    host: str
-    token: Optional[str]
-    spec_path: str
-    agents: tuple[str, ...] = ()
-    asynchronous: bool = False
-    timeout: Optional[float] = None
-    signer: Optional[Signer] = None
-    source: dict[str, str] = field(default_factory=dict)
-    waits: bool = False
-
-
-# --- deploy.json ----------------------------------------------------------------------------------
-
-
-def decode_spec(raw: bytes, name: str) -> Spec:
-    """Decode and check a deploy.json, which messages call `name`. Raises Error."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = sorted(key for key, _ in pairs)
-        for key, following in zip(keys, keys[1:]):
-            if key == following:
-                twice = f"{name} has the key {json.dumps(key)} twice in one object"
-                raise Error(f"{twice}, and only one would count")
-        return dict(pairs)
-
-    try:
-        record = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique)
-        spec = Spec.from_json(record)
-    except Undecodable as error:
-        raise Error(f"{name} can't be deployed: {error}") from None
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start} is 0x{raw[error.start]:02x}"
-        raise Error(f"{name} is not UTF-8 text: {byte}") from None
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise Error(f"{name} is not JSON: {place}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise Error(f"{name} is not JSON that can be read: {error}") from None
-    for key in sorted(record.keys() - {"agents", "rollbackScript"}):
-        tell(f"warning: {name} has an unknown key, which is ignored: {json.dumps(key)}")
-    return spec
-
-
-def read_spec(options: ActivateOptions) -> Spec:
-    """Read the deploy.json, and keep the chosen agents. Raises Error."""
-    path = options.spec_path
-    name = "the specification on stdin" if path == "-" else path
-    try:
-        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
-            spec = decode_spec(file.read(), name)
-    except OSError as error:
-        raise Error(f"{name} can't be read: {error.strerror or error}") from None
-    unknown = [agent for agent in options.agents if agent not in spec.agents]
-    if unknown:
-        present = listed(sorted(spec.agents))
-        raise UsageError(f"no agent {listed(unknown)} in {name}, which has {present}")
-    chosen = frozenset(options.agents or spec.agents)
-    agents = {agent: path for agent, path in spec.agents.items() if agent in chosen}
-    return Spec(agents, spec.rollback_scripts)
-
-
-def complete(spec: Spec, host: str, options: ActivateOptions) -> Spec:
-    """Say who deploys, and sign all deployments, if the workspace has a place for that."""
-    if host == HOSTED:
-        if options.signer is not None:
-            tell(f"warning: {host} has no place for signatures: nothing is signed")
-        return spec
-    if options.signer is None:
-        return replace(spec, source=options.source)
-    signatures = options.signer.sign_all(host, spec.agents, spec.rollback_scripts)
-    return replace(spec, source=options.source, signatures=signatures)
-
-
-# --- the order ------------------------------------------------------------------------------------
-
-
-class Frozen(Error):
-    """The workspace takes no orders at present. The message is its own."""
-
-
-def post_order(peer: Peer, path: str, spec: Spec, deadline: float) -> Answer:
-    """Send the order until it is answered. Raises Unreachable, or Frozen.
-
-    To repeat it does no harm, as it names the state that the agents are to reach.
-    """
-    sent = False
-    body = dumps(spec.to_json()).encode()
-    headers = {"Content-Type": "application/json;charset=utf-8"}
-    start, pause = time.monotonic(), 1.0
-    while True:
-        try:
-            answer = http(peer, "POST", path, data=body, headers=headers)
-            if answer.status == LOCKED:
-                raise Frozen(sentence(answer.body) or f"{peer.host} is frozen (HTTP {LOCKED})")
-            refusal = rejection(peer, answer)
-            if not isinstance(refusal, Unreachable):
-                return answer
-            problem = refusal
-        except Unreachable as error:
-            problem = error
-        pause, sent = max(pause, problem.retry_after), sent or problem.sent
-        patience = PATIENCE if problem.overloaded else ORDER_PATIENCE
-        if time.monotonic() + pause > min(start + patience, deadline):
-            hint = f"; {maybe_started(peer)}" if sent else ""
-            raise Unreachable(f"{problem}{hint}")
-        tell(f"{problem}; trying again in {pause:.0f} s")
-        time.sleep(pause)
-        pause = min(2 * pause, 10.0)
-
-
-def maybe_started(peer: Peer) -> str:
-    """What is to be said where the answer to the order did not come."""
-    place = "https://app.cachix.org" if peer.host == HOSTED else peer.host
-    return f"the deployments may have been started: look at {place}"
-
-
-def order(peer: Peer, spec: Spec, deadline: float) -> dict[str, tuple[str, str]]:
-    """Order the deployments; the id and the URL of each, by agent. Raises Error.
-
-    The ids are empty if the workspace only knows v1 of the API.
-    """
-    answer = post_order(peer, "/api/v2/deploy/activate", spec, deadline)
-    if answer.status == 404:
-        answer = post_order(peer, "/api/v1/deploy/activate", spec, deadline)
-    if answer.status == 404:
-        raise Unreachable(f"{peer.host} is not a workspace: it has no deploy API (HTTP 404)")
-    try:
-        record = decode_answer(peer, answer)
-        records = checked_field(record, "agents", dict)
-        expires = checked_field(record, "tokenExpires", str, optional=True)
-        if expires:
-            tell(f"warning: the token of CI expires on {clean(expires)[:10]}")
-        return {agent: _id_and_url(records, agent) for agent in spec.agents}
-    except Undecodable as problem:
-        raise no_workspace(peer, problem) from None
-
-
-def order_in_time(
-    peer: Peer, spec: Spec, options: ActivateOptions, deadline: float
-) -> dict[str, tuple[str, str]]:
-    """Order as `order` does. Wait for a frozen workspace if that is wanted. Raises Error.
-
-    Each try is signed anew: what is executed meanwhile must not be newer than the signature.
-    """
-    pause, told = THAW_SECONDS, ""
-    while True:
-        try:
-            return order(peer, complete(spec, peer.host, options), deadline)
-        except Frozen as error:
-            left = deadline - time.monotonic()
-            if not options.waits or left <= 0:
-                raise
-            if str(error) != told:
-                told = str(error)
-                tell(f"{told}; waiting until it takes orders again")
-        time.sleep(min(pause, left))
-        pause = min(1.5 * pause, MOST_THAW_SECONDS)
-
-
-def _id_and_url(records: dict[str, Any], agent: str) -> tuple[str, str]:
-    record = checked_field(records, agent, (dict, str))
-    if isinstance(record, str):
-        return "", record
-    return uuid_field(record, "id"), checked_field(record, "url", str)
-
-
-# --- the command ----------------------------------------------------------------------------------
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration for people, such as 1.5 s or 0:01:30; a dash for none."""
-    if seconds >= 60:
-        return str(datetime.timedelta(seconds=round(seconds)))
-    return f"{seconds:.1f} s" if seconds else "-"
-
-
-def summarize(screen: Screen, followers: list[Follower]) -> None:
-    """Print a line for each agent: result, duration, the closure's size, URL. Then the reasons."""
-    rows = []
-    for follower in followers:
-        size = follower.state.closure_size
-        size_text = "-" if size is None else format_size(size)
-        result, duration = follower.state.result(follower.agent), format_seconds(follower.duration)
-        rows.append([follower.agent, result, duration, size_text, follower.url])
-    screen.print("")
-    for row, follower in zip(align(rows), followers):
-        row[1] = screen.paint(row[1], STATUS_COLOURS.get(follower.state.status))
-        screen.print("  ".join(row).rstrip())
-    for follower in followers:
-        for line in follower.state.reasons():
-            screen.print(f"{follower.agent}: {line}")
+SLICE = 0.5  # seconds
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends this command as an interrupt does."""
 
 
+_arrived: list[int] = []  # signals, since `interruptible` was entered
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Let SIGTERM raise Terminated, if this is the main thread."""
+    """Let SIGTERM raise Terminated, and SIGINT KeyboardInterrupt, if this is the main thread."""
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored
+        numbers.append(signal.SIGINT)
 
-    def end(*_: Any) -> None:
-        raise Terminated
+    def end(number: int, _: Any) -> None:
+        _arrived.append(number)
+        check_signals()
 
+    _arrived.clear()
     try:
-        before = signal.signal(signal.SIGTERM, end)
+        before = {number: signal.signal(number, end) for number in numbers}
     except ValueError:
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def announce(screen: Screen, peer: Peer, spec: Spec, followers: list[Follower]) -> None:
-    """Print a line for each new deployment: its agent, URL and store path."""
-    screen.print(f"Deploying by {peer.host}:")
-    rows = [[follower.agent, follower.url, spec.agents[follower.agent]] for follower in followers]
-    for index, row in enumerate(align(rows)):
-        row[0] = screen.paint(row[0], NAME_COLOURS[index % len(NAME_COLOURS)])
-        followers[index].label = row[0]
-        screen.print("  ".join(row))
+def check_signals() -> None:
+    """Raise for a signal that has arrived, also if Python has lost its exception in a finalizer."""
+    if _arrived:
+        raise Terminated if _arrived[0] == signal.SIGTERM else KeyboardInterrupt
+
+
+def sleep(seconds: float) -> None:
+    """Sleep by slices: a signal that arrives right before one is acted upon after it."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        check_signals()
+        time.sleep(min(left, SLICE))
 
 
 def activate_command(options: ActivateOptions) -> int:
@@ -283,38 +80,221 @@ def activate_command(options: ActivateOptions) -> int:
         raise UsageError("no token: set CACHIX_ACTIVATE_TOKEN, or give --token-file=FILE")
     timeout = float("inf") if options.timeout is None else options.timeout
     deadline = time.monotonic() + timeout
-    peer, spec = Peer.create(options.host, options.token), read_spec(options)
-    orders: dict[str, tuple[str, str]] = {}
+    run = Run(Peer.create(options.host, options.token), read_spec(options), options, deadline)
     try:
         with interruptible():
-            orders = order_in_time(peer, spec, options, deadline)
-            return show(peer, spec, orders, options.asynchronous, deadline)
+            return run.carry_out()
     except KeyboardInterrupt as error:
-        go_on = "the deployments go on" if orders else maybe_started(peer)
-        tell(f"interrupted: {go_on}")
+        tell(f"interrupted: {run.standing()}")
         return 143 if isinstance(error, Terminated) else 130
 
 
-def show(
-    peer: Peer,
-    spec: Spec,
-    orders: dict[str, tuple[str, str]],
-    asynchronous: bool,
-    deadline: float,
-) -> int:
-    """Follow deployments that were ordered; the exit status. Raises Error."""
-    screen, wake = Screen(), threading.Event()
-    followers = [
-        Follower(peer, agent, id, clean(url), screen, wake) for agent, (id, url) in orders.items()
-    ]
-    announce(screen, peer, spec, followers)
-    if asynchronous:
-        return 0
-    if not all(follower.id for follower in followers):
-        hint = "but can't be asked how they end (v1 of its API): look at the URLs"
-        raise Error(f"{peer.host} has started them, {hint}")
-    try:
-        follow(followers, screen, wake, deadline)
-    finally:
-        summarize(screen, followers)
-    return 0 if all(one.state.status == SUCCEEDED for one in followers) else 1
+class Run:
+    """All that one command line deploys: in batches, one after another, if that is wanted."""
+
+    def __init__(self, peer: Peer, spec: Spec, options: ActivateOptions, deadline: float) -> None:
+        self.peer, self.spec, self.options, self.deadline = peer, spec, options, deadline
+        self.rollout = options.rollout
+        self.display = cachix_show.create(options.json, os.environ)
+        self.wake = threading.Event()
+        self.report = Report()
+        self.plan = Plan([])
+        self.first: Optional[Batch] = None
+        self.offline: list[str] = []  # agents whose deployments are ordered last, and not followed
+        self.is_posting = self.knows_fleet = False
+
+    def carry_out(self) -> int:
+        """Deploy, and show the summary; the exit status. Raises Error."""
+        status = 1
+        if self.spec.has_wishes and self.peer.host == HOSTED:
+            raise UsageError(no_wishes(self.peer.host))
+        facts = self.ask_fleet()
+        rollout = replace(self.rollout, force=True) if self.spec.has_wishes else self.rollout
+        self.plan = plan(rollout, self.spec.agents, facts)
+        if problem := refusal(self.rollout, self.plan):
+            raise Error(problem)
+        self.report.unknown, self.report.unchanged = self.plan.unknown, self.plan.unchanged
+        self.offline = list(self.plan.offline)
+        self.report.unposted = [name for batch in self.plan.batches for name in batch]
+        self.report.unposted += self.offline
+        self.push()
+        try:
+            self.deploy()
+            is_whole = all(one.state.status == SUCCEEDED for one in self.report.followers)
+            status = 0 if is_whole and not self.report.stopped else 1
+        except Error:
+            if self.first and self.report.unposted:
+                tell(self.unposted())
+            raise
+        finally:
+            if self.first or status == 0:
+                self.display.summary(self.report, status)
+                cachix_show.add_step_summary(self.report, os.environ)
+        if self.report.stopped:
+            raise Error(self.report.stopped)
+        return status
+
+    def push(self) -> None:
+        """Push what is to be deployed, if that is wanted. Raises Error."""
+        agents = {name: self.spec.agents[name] for name in self.report.unposted}
+        if self.options.push is not None and agents:
+            import cachix_push
+
+            tell_line = tell if self.options.json else Screen().print
+            spec = replace(self.spec, agents=agents)
+            tell_line(cachix_push.push_spec(self.peer, spec, self.options.push))
+
+    def ask_fleet(self) -> Optional[dict[str, Fact]]:
+        """The agents as the workspace describes them, if that is needed. Raises Error."""
+        rollout, words = self.rollout, (*self.rollout.on, *self.rollout.canary)
+        needed = rollout.needs_fleet
+        if not needed and wants_labels(words, self.spec.agents):
+            needed = "a label"
+        if not needed and not rollout.in_batches:
+            return None
+        facts = fleet(self.peer, self.deadline)
+        if facts is None and needed == "a label":
+            return None  # `plan` names the word that selects none
+        if facts is None and needed:
+            why = f"{self.peer.host} does not say which agents there are and what they run"
+            raise UsageError(f"{needed} needs a workspace of yours: {why}")
+        self.knows_fleet = facts is not None
+        return facts
+
+    def deploy(self) -> None:
+        """Deploy batch by batch, as long as they end well enough. Raises Error."""
+        batches = self.plan.batches
+        for number, names in enumerate(batches, 1):
+            names = self.still_online(names, is_first=number == 1)
+            if not names:
+                continue
+            followers = self.post(names, number)
+            if self.options.asynchronous:
+                continue
+            self.follow(followers)
+            problem = self.problem()
+            is_last = number == len(batches)
+            is_over = is_last and not (self.offline and self.rollout.in_batches)
+            if problem and (not is_over or self.rollout.rolls_back):
+                self.report.stopped = problem
+                self.take_back()
+                return
+            if not is_last:
+                self.pause(number, len(batches))
+        if self.offline:
+            self.post(self.offline)
+            self.report.offline = self.offline
+
+    def still_online(self, names: list[str], is_first: bool) -> list[str]:
+        """Those of a batch that are not to be skipped, because they are offline now."""
+        if self.rollout.offline != SKIP or is_first:
+            return names
+        facts = fleet(self.peer, self.deadline) or {}
+        offline = [name for name in names if name in facts and not facts[name].online]
+        self.offline += offline
+        return [name for name in names if name not in offline]
+
+    def post(self, names: list[str], number: int = 0) -> list[Follower]:
+        """Order the deployments of a batch, within the run of this command. Raises Error."""
+        agents = {name: self.spec.agents[name] for name in names}
+        run = None if self.first is None else self.first.run
+        self.is_posting = True
+        spec = replace(self.spec, agents=agents)
+        batch = order_in_time(self.peer, spec, self.options, self.deadline, run)
+        self.is_posting = False
+        if self.first is None:
+            self.first = batch
+            if batch.run is not None:
+                self.report.run_url = batch.run_url
+                self.display.run(batch.run, batch.run_url)
+        if number:
+            self.display.batch(number, len(self.plan.batches), names)
+        rest = [name for name in self.report.unposted if name not in agents]
+        self.report.unposted = rest
+        followers = self.followers(batch)
+        self.display.started(self.peer.host, followers)
+        return followers
+
+    def followers(self, batch: Batch) -> list[Follower]:
+        """Followers of the deployments that an order has made."""
+        return [Follower(self.peer, each, self.display, self.wake) for each in batch.deployments]
+
+    def follow(self, followers: list[Follower]) -> None:
+        """Follow deployments that were ordered until they end. Raises Error."""
+        if not all(follower.id for follower in followers):
+            hint = "but can't be asked how they end (v1 of its API): look at the URLs"
+            raise Error(f"{self.peer.host} has started them, {hint}")
+        self.report.followers += followers
+        follow(followers, self.display, self.wake, self.deadline)
+
+    def problem(self) -> str:
+        """Why the roll-out does not go on; empty if it does."""
+        ends = [
+            End(one.agent, one.state.status, " ".join(one.state.reasons()))
+            for one in self.report.followers
+        ]
+        return verdict(ends, self.rollout.max_failures, self.plan.count)
+
+    def pause(self, number: int, count: int) -> None:
+        """Wait between two batches. Raises Error at the deadline."""
+        seconds = self.rollout.pause
+        if not seconds:
+            return
+        tell(f"batch {number} of {count} has ended well, the next one is in {seconds:g} s")
+        left = self.deadline - time.monotonic()
+        sleep(min(seconds, left))
+        if left <= seconds:
+            raise Error("gave up waiting at the --timeout")
+
+    # --- what was not done, and what is undone ---
+
+    def unposted(self) -> str:
+        """How many agents are left, and how to go on."""
+        count = f"{len(self.report.unposted)} not posted"
+        if self.knows_fleet and self.rollout.in_batches:
+            return f"{count}; the same command line goes on from there"
+        return count
+
+    def standing(self) -> str:
+        """How this run stands, when it is interrupted."""
+        if self.is_posting:
+            state = maybe_started(self.peer)
+        else:
+            is_over = all(one.ended for one in self.report.followers)
+            goes_on = "no deployment is under way" if is_over else "the deployments go on"
+            state = "nothing was deployed" if self.first is None else goes_on
+        if self.first is None or not self.report.unposted:
+            return state
+        return f"{state}; {self.unposted()}"
+
+    def take_back(self) -> None:
+        """Order what ran before where this run has succeeded, if that is wanted. Raises Error."""
+        if not self.rollout.rolls_back or self.first is None:
+            return
+        done = [one for one in self.report.followers if one.state.status == SUCCEEDED]
+        successes = [one for one in done if one.state.outcome != "dry-run"]
+        before = {one.agent: one.state.before or one.store_path for one in successes}
+        names = [one.agent for one in successes if before[one.agent] != one.store_path]
+        self.report.staying = list(before)
+        if not names:
+            return
+        tell(f"{self.report.stopped}; taking back {len(names)} that had succeeded: {listed(names)}")
+        if self.options.signer is None:
+            batch = order_back(self.peer, self.first, names, self.deadline)
+        else:
+            batch = self.sign_back({name: before[name] for name in names})
+        followers = self.followers(batch)
+        self.report.back = followers
+        back = {one.agent for one in followers}
+        self.report.staying = [name for name in before if name not in back]
+        self.display.started(self.peer.host, followers)
+        follow(followers, self.display, self.wake, self.deadline)
+
+    def sign_back(self, paths: dict[str, str]) -> Batch:
+        """Order former paths with signatures that allow it: the workspace has no key."""
+        assert self.options.signer is not None
+        signer = replace(self.options.signer, allow_downgrade=True)
+        options = replace(self.options, signer=signer)
+        batch = order_in_time(self.peer, Spec(paths, {}), options, self.deadline)
+        back = [replace(each, action=ROLL_BACK) for each in batch.deployments]
+        return replace(batch, deployments=back)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Optional
 
@@ -11,6 +12,7 @@ P = 2**255 - 19
 ORDER = 2**252 + 27742317777372353535851937790883648493
 D = -121665 * pow(121666, -1, P) % P
 ROOT = pow(2, (P - 1) // 4, P)  # of -1
+NEUTRAL: Point = (0, 1, 1, 0)
 
 
 def _add(a: Point, b: Point) -> Point:
@@ -21,7 +23,7 @@ def _add(a: Point, b: Point) -> Point:
 
 
 def _times(factor: int, point: Point) -> Point:
-    product = (0, 1, 1, 0)
+    product = NEUTRAL
     for bit in f"{factor:b}":
         product = _add(product, product)
         product = _add(product, point) if bit == "1" else product
@@ -29,7 +31,8 @@ def _times(factor: int, point: Point) -> Point:
 
 
 def _encode(point: Point) -> bytes:
-    x, y = (value * pow(point[2], -1, P) % P for value in point[:2])
+    inverse = pow(point[2], -1, P)
+    x, y = point[0] * inverse % P, point[1] * inverse % P
     return (y | (x & 1) << 255).to_bytes(32, "little")
 
 
@@ -48,6 +51,27 @@ def _decode(text: bytes) -> Optional[Point]:
 BASE = _decode((4 * pow(5, -1, P) % P).to_bytes(32, "little")) or (0, 0, 0, 0)
 
 
+@functools.lru_cache(maxsize=1)
+def _multiples() -> list[list[Point]]:
+    """The multiples of the base point by 0 to 15, and by 16, 256 and so on of these."""
+    rows, point = [], BASE
+    for _ in range(64):
+        row = [NEUTRAL]
+        for _ in range(15):
+            row.append(_add(row[-1], point))
+        rows.append(row)
+        point = _add(row[-1], point)
+    return rows
+
+
+def _times_base(factor: int) -> Point:
+    """A multiple of the base point: ten times faster, but for the first time."""
+    product = NEUTRAL
+    for place, row in enumerate(_multiples()):
+        product = _add(product, row[factor >> 4 * place & 15])
+    return product
+
+
 def _hash(*parts: bytes) -> int:
     return int.from_bytes(hashlib.sha512(b"".join(parts)).digest(), "little")
 
@@ -56,15 +80,16 @@ def _scalar(seed: bytes) -> int:
     return _hash(seed) & (1 << 254) - 8 | 1 << 254
 
 
+@functools.lru_cache(maxsize=8)
 def public_key(seed: bytes) -> bytes:
     """The public key, 32 bytes, of a secret key, 32 random bytes."""
-    return _encode(_times(_scalar(seed), BASE))
+    return _encode(_times_base(_scalar(seed)))
 
 
 def sign(seed: bytes, message: bytes) -> bytes:
     """The signature, 64 bytes."""
     nonce = _hash(hashlib.sha512(seed).digest()[32:], message) % ORDER
-    commitment = _encode(_times(nonce, BASE))
+    commitment = _encode(_times_base(nonce))
     answer = nonce + _hash(commitment, public_key(seed), message) * _scalar(seed)
     return commitment + (answer % ORDER).to_bytes(32, "little")
 

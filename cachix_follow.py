@@ -6,13 +6,14 @@ import random
 import re
 import threading
 import time
-from typing import Any, Optional
+from typing import Any, Optional, Protocol
 
 import websocket
 
 from activate.text import brief
+from activate.values import dataclass
 from cachix_connection import Answer, Peer, connect, hang_up, http
-from cachix_console import Screen, debug, tell
+from cachix_console import debug, tell
 from cachix_diagnosis import sentence
 from cachix_protocol import (
     CANCELLED,
@@ -37,6 +38,7 @@ QUIET_SECONDS = 3.0  # without a new line after the end until a log counts as co
 CLOSED_SECONDS = 0.3  # the same after the closing line
 DRAIN_SECONDS = 120.0  # for which logs are shown at most after all deployments have ended
 VIEWER_SILENCE = 30.0  # until a ping, and once more until the connection counts as dead
+DEPLOY, ROLL_BACK = "deploy", "roll-back"
 
 # --- answers --------------------------------------------------------------------------------------
 
@@ -75,15 +77,43 @@ def no_workspace(peer: Peer, problem: Undecodable) -> Unreachable:
 # --- deployments ----------------------------------------------------------------------------------
 
 
+class Display(Protocol):
+    """Where logs are shown: see cachix_show."""
+
+    @property
+    def broken(self) -> bool:
+        """Whether nobody reads them any more."""
+
+    def line(self, follower: Follower, text: str) -> None:
+        """Show a line of a log."""
+
+    def ended(self, follower: Follower) -> None:
+        """A deployment has ended; lines of its log may follow."""
+
+    def complete(self, follower: Follower) -> None:
+        """No line of this log follows. May be called twice."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A deployment that this command has ordered: of a new path, or of the former one."""
+
+    agent: str
+    id: str
+    url: str
+    store_path: str
+    action: str = DEPLOY
+
+
 class Follower:
     """A deployment in progress: its last known state, and the thread that shows its log."""
 
-    def __init__(
-        self, peer: Peer, agent: str, id: str, url: str, screen: Screen, wake: threading.Event
-    ) -> None:
+    def __init__(self, peer: Peer, target: Target, display: Display, wake: threading.Event) -> None:
         """`wake` tells the main thread that `due` was brought forward."""
-        self.peer, self.agent, self.id, self.url, self.screen = peer, agent, id, url, screen
-        self.label = agent
+        self.peer, self.display = peer, display
+        self.agent, self.id, self.url = target.agent, target.id, target.url
+        self.store_path, self.action = target.store_path, target.action
+        self.label = self.agent
         self.wake = wake
         self.nudge = threading.Event()  # tells the viewer that the deployment has ended
         self.state = DeploymentState()
@@ -127,6 +157,7 @@ class Follower:
                 seconds = self.quiet_since - self.started_at
             if self.thread is not None:
                 self.duration = seconds
+            self.display.ended(self)
             self.nudge.set()
 
     def tell_news(self, hint: str) -> None:
@@ -154,6 +185,7 @@ class Follower:
             if not (complete and self.ended) and self.nudge.wait(pause):
                 self.nudge.clear()
             if complete and self.ended:  # it may have ended during the pause
+                self.display.complete(self)
                 return
 
     def stream(self) -> bool:
@@ -208,7 +240,7 @@ class Follower:
             self.closed = 0
         for part in [part for part in re.split(r"[\r\n]+", text) if part] or [""]:
             if not self.stopped:
-                self.screen.print(f"{self.label} | {part}".rstrip(" "))
+                self.display.line(self, part)
         if self.closed:
             self.wake.set()
 
@@ -250,16 +282,24 @@ def wait_for(followers: list[Follower], wake: threading.Event, deadline: float) 
             time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
         now = time.monotonic()
         pending = [follower for follower in pending if not follower.ended]
+        complete_logs(followers, now)
         if pending and not failures:
             wake.wait(max(0.0, min(deadline, *(follower.due for follower in pending)) - now))
             wake.clear()
 
 
-def show_rest(followers: list[Follower], screen: Screen, deadline: float) -> None:
+def complete_logs(followers: list[Follower], now: float) -> None:
+    """Tell the display of logs that have their closing line: Cachix keeps their connections."""
+    for follower in followers:
+        if follower.ended and follower.closed and now - follower.quiet_since > CLOSED_SECONDS:
+            follower.display.complete(follower)
+
+
+def show_rest(followers: list[Follower], display: Display, deadline: float) -> None:
     """Wait until each log is complete, or brings no line for QUIET_SECONDS."""
     limit = min(deadline, time.monotonic() + DRAIN_SECONDS)
     for follower in followers:
-        while follower.thread is not None and follower.thread.is_alive() and not screen.broken:
+        while follower.thread is not None and follower.thread.is_alive() and not display.broken:
             # a workspace may keep the connection open; a command may print a closing line too
             quiet = CLOSED_SECONDS if follower.closed else QUIET_SECONDS
             left = min(limit, follower.quiet_since + quiet) - time.monotonic()
@@ -269,12 +309,12 @@ def show_rest(followers: list[Follower], screen: Screen, deadline: float) -> Non
 
 
 def follow(
-    followers: list[Follower], screen: Screen, wake: threading.Event, deadline: float
+    followers: list[Follower], display: Display, wake: threading.Event, deadline: float
 ) -> None:
     """Show the logs until all deployments have ended. Raises Error if one has not in time."""
     try:
         wait_for(followers, wake, deadline)
-        show_rest([follower for follower in followers if follower.ended], screen, deadline)
+        show_rest([follower for follower in followers if follower.ended], display, deadline)
     finally:
         for follower in followers:
             follower.stop()
@@ -282,6 +322,7 @@ def follow(
         for follower in followers:
             if follower.thread is not None:  # none may be writing when Python exits
                 follower.thread.join(max(0.0, limit - time.monotonic()))
+            display.complete(follower)
     missing = [f"{one.agent} is {one.state.status}" for one in followers if not one.ended]
     if missing:
         listed = ", ".join(missing)

@@ -12,11 +12,11 @@ import binascii
 import json
 import os
 import time
-from dataclasses import dataclass, field
 from typing import Any, Optional
 
+from activate.values import dataclass, field
 from cachix_cache import KEY_NAME, KEY_SIZE
-from cachix_protocol import Undecodable, UsageError, checked_field
+from cachix_protocol import PLAIN, Undecodable, UsageError, Wish, checked_field
 
 SEED_SIZE, SIGNATURE_SIZE = 32, 64  # bytes
 EXAMPLE_KEY = "ci-1:BASE64"
@@ -25,7 +25,7 @@ MAX_NUMBER = 1 << 63
 
 @dataclass(frozen=True)
 class Statement:
-    """What is signed. `sequence` is CI's clock in nanoseconds, `expires` in seconds since 1970."""
+    """Signed facts. `sequence` is CI's clock in nanoseconds, `expires` in seconds since 1970."""
 
     host: str
     agent: str
@@ -34,6 +34,7 @@ class Statement:
     rollback_scripts: dict[str, str] = field(default_factory=dict)  # by Nix's names of systems
     expires: Optional[int] = None
     allow_downgrade: bool = False
+    wish: Wish = PLAIN
 
     def to_bytes(self) -> bytes:
         """The bytes that are signed: JSON with sorted keys, without blanks, in ASCII."""
@@ -42,12 +43,13 @@ class Statement:
             "host": self.host,
             "agent": self.agent,
             "storePath": self.store_path,
+            **({} if self.wish.is_plain else {"options": self.wish.to_json()}),
             **self.sent(),
         }
         return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
     def sent(self) -> dict[str, Any]:
-        """What the agent can't know by itself."""
+        """The signed facts that the agent can't know by itself."""
         return {
             "sequence": self.sequence,
             "rollbackScript": self.rollback_scripts,
@@ -65,7 +67,9 @@ class Signature:
     statement: Statement
 
     @classmethod
-    def from_json(cls, record: Any, host: str, agent: str, store_path: str) -> Signature:
+    def from_json(
+        cls, record: Any, host: str, agent: str, store_path: str, wish: Wish = PLAIN
+    ) -> Signature:
         """The signature that came with a deployment by this workspace. Raises Undecodable."""
         scripts = checked_field(record, "rollbackScript", dict, optional=True) or {}
         if not all(isinstance(script, str) for script in scripts.values()):
@@ -79,7 +83,7 @@ class Signature:
         if value is None:
             raise Undecodable(f"`signature` is not {SIGNATURE_SIZE} bytes in base64")
         place = (plain_host(host), agent, store_path)
-        statement = Statement(*place, sequence, scripts, expires, downgrade)
+        statement = Statement(*place, sequence, scripts, expires, downgrade, wish)
         return cls(checked_field(record, "key", str), value, statement)
 
 
@@ -185,13 +189,19 @@ class Signer:
     allow_downgrade: bool = False
 
     def sign_all(
-        self, host: str, agents: dict[str, str], scripts: dict[str, str]
+        self,
+        host: str,
+        agents: dict[str, str],
+        scripts: dict[str, str],
+        wishes: Optional[dict[str, Wish]] = None,
     ) -> dict[str, Any]:
         """A signature for each agent's deployment."""
         now = time.time_ns()
         expires = None if self.valid_for is None else now // 10**9 + self.valid_for
         rest = (now, scripts, expires, self.allow_downgrade)
         return {
-            agent: self.key.sign(Statement(plain_host(host), agent, path, *rest))
+            agent: self.key.sign(
+                Statement(plain_host(host), agent, path, *rest, (wishes or {}).get(agent, PLAIN))
+            )
             for agent, path in agents.items()
         }

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Optional
 
 import cachix_cache
 from activate import environment, nix
 from activate.agent import netrc
+from activate.values import replace
 from cachix_connection import Peer
 from cachix_protocol import Cache
 from cachix_proxy import for_nix
