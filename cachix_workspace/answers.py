@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from typing import Any, Callable
 
@@ -11,9 +12,12 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.routing import WebsocketMismatch
 
 from cachix_protocol import Error, Undecodable, dumps
+from cachix_workspace.database import reason_of
+from cachix_workspace.files import StoreError
 from cachix_workspace.refusal import Refusal
 
 logger = logging.getLogger(__name__)
+database_logger = logging.getLogger(f"{__name__}.database")
 
 PAGE = "error page"  # in the application's extensions
 
@@ -34,6 +38,7 @@ def register_error_handlers(
     app.register_error_handler(Undecodable, _undecodable)
     app.register_error_handler(SQLAlchemyError, _database_failed)
     app.register_error_handler(Error, _database_failed)
+    app.register_error_handler(OSError, _file_failed)
     app.register_error_handler(Exception, _unexpected)
 
 
@@ -41,10 +46,10 @@ def error_answer(code: int, sentence: str) -> Response:
     """The answer to an error: JSON, or a page where a browser asked for one."""
     page: Callable[[int, str], Response | None] = current_app.extensions[PAGE]
     try:
-        drawn = page(code, sentence)
+        html = page(code, sentence)
     except (Error, SQLAlchemyError):  # a page needs the database, which may be what fails
-        drawn = None
-    return drawn or json_answer({"error": sentence}, code)
+        html = None
+    return html or json_answer({"error": sentence}, code)
 
 
 def _refused(error: Refusal) -> Response:
@@ -80,9 +85,20 @@ def _undecodable(error: Undecodable) -> Response:
 
 
 def _database_failed(error: Exception) -> Response:
-    reason = getattr(error, "orig", None) or error
-    logger.error("%s %s failed: %s", request.method, request.path, reason)
+    reason = reason_of(error)
+    database_logger.error("%s %s failed: %s", request.method, request.path, reason)
     return _refused(Refusal(503, f"the workspace can't use its database: {reason}"))
+
+
+def _file_failed(error: OSError) -> Response:
+    """A file that can't be written, most of the time, as the disk is full."""
+    if isinstance(error, StoreError):
+        logger.error("%s %s failed: %s", request.method, request.path, error.strerror)
+        return _refused(Refusal(503, str(error.strerror)))
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return _unexpected(error)
+    logger.error("%s %s failed: %s", request.method, request.path, error)
+    return _refused(Refusal(507, f"the workspace can't write its files: {error.strerror}"))
 
 
 def _unexpected(error: Exception) -> Response:

@@ -1,4 +1,4 @@
-"""What has just changed, for pages that are open: topics, numbered, the last ones kept.
+"""The feed of changes for pages that are open: topics, numbered, the last ones kept.
 
 A topic is `agents` (the list of them has changed), `agent:ID`, `deployment:ID`, `log:ID`,
 `run:NUMBER`, `runs`, or `all`. Whoever hears of one looks for himself: nothing else is told.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 KEPT = 2000  # changes that a page which lost its stream can catch up on
 ALL = "all"
@@ -23,6 +24,11 @@ class Feed:
         # A number is never used again: not after a restart either.
         self._last = time.time_ns() // 1000
         self._is_closed = False
+        self._listeners: list[Callable[[], None]] = []
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call this after each change. It must not block."""
+        self._listeners.append(listener)
 
     @property
     def last(self) -> int:
@@ -37,12 +43,18 @@ class Feed:
                 self._last += 1
                 self._changes.append((self._last, topic))
             self._changed.notify_all()
+        self._tell()
 
     def close(self) -> None:
         """Let all readers end."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
+        self._tell()
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
 
     def wait(self, after: int, timeout: float) -> tuple[int, list[str]] | None:
         """The number of the latest change, and the topics that changed after that one, each once.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import threading
-from collections.abc import Iterator
 
 from cachix_workspace.refusal import Refusal
-from cachix_workspace.websocket import REPLACED, RESTART, REVOKED, Socket
+from cachix_workspace.websocket import REPLACED, RESTART, REVOKED, Socket, wake
 
 
 class Hub:
@@ -18,13 +16,14 @@ class Hub:
         self._limit = limit
         self._lock = threading.Lock()
         self._used: collections.Counter[int] = collections.Counter()  # slots, by token
+        self._total = 0
         self._sockets: set[Socket] = set()
         self._agents: dict[str, Socket] = {}
         self._by_log: dict[str, set[Socket]] = {}
         self._stopping = False
+        self._closed = ""  # why no socket is taken now
 
-    @contextlib.contextmanager
-    def slot(self, token_id: int, most: int) -> Iterator[None]:
+    def enter(self, token_id: int, most: int) -> None:
         """Use one of the connections that sockets may have. Plain requests need the rest.
 
         Raises Refusal: 503 if none is left, 429 if the token has `most` already.
@@ -32,40 +31,42 @@ class Hub:
         with self._lock:
             if self._stopping:
                 raise Refusal(503, "the server restarts")
-            if self._used.total() >= self._limit:
+            if self._closed:
+                raise Refusal(503, self._closed)
+            if self._total >= self._limit:
                 raise Refusal(503, "too many connections: try again later")
             if self._used[token_id] >= most:
                 raise Refusal(429, f"this token has {most} websockets already: close some of them")
             self._used[token_id] += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._used[token_id] -= 1
-                if not self._used[token_id]:
-                    del self._used[token_id]
+            self._total += 1
 
-    @contextlib.contextmanager
-    def track(self, sock: Socket, log_id: str | None = None) -> Iterator[None]:
-        """Know this socket during the block.
+    def leave(self, token_id: int) -> None:
+        """Use a connection no more."""
+        with self._lock:
+            self._total -= 1
+            self._used[token_id] -= 1
+            if not self._used[token_id]:
+                del self._used[token_id]
 
-        With `log_id` it is woken when that deployment changes.
-        """
+    def add(self, sock: Socket) -> None:
+        """Know this socket. One of a log is woken when that deployment changes."""
         with self._lock:
             self._sockets.add(sock)
-            if log_id is not None:
-                self._by_log.setdefault(log_id, set()).add(sock)
-            if self._stopping:
-                sock.end(*RESTART)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._sockets.discard(sock)
-                if log_id is not None:
-                    self._by_log[log_id].discard(sock)
-                    if not self._by_log[log_id]:
-                        del self._by_log[log_id]
+            if sock.log_id is not None:
+                self._by_log.setdefault(sock.log_id, set()).add(sock)
+            is_late = self._stopping or bool(self._closed)
+        if is_late:
+            sock.end(*RESTART)
+
+    def remove(self, sock: Socket) -> None:
+        """Forget a socket, which uses no connection any more."""
+        with self._lock:
+            self._sockets.discard(sock)
+            if sock.log_id is not None:
+                self._by_log[sock.log_id].discard(sock)
+                if not self._by_log[sock.log_id]:
+                    del self._by_log[sock.log_id]
+        self.leave(sock.token_id)
 
     def register(self, agent_id: str, sock: Socket) -> None:
         """Make this the agent's socket, and close the former one (4001)."""
@@ -83,33 +84,41 @@ class Hub:
                 del self._agents[agent_id]
             return current and not self._stopping
 
-    def dismiss(self, agent_id: str) -> None:
-        """Close the agent's socket (1012): it comes again, if it may."""
+    def dismiss(self, *agent_ids: str) -> None:
+        """Close the sockets of agents (1012): they come again, if they may."""
         with self._lock:
-            sock = self._agents.get(agent_id)
-        if sock is not None:
+            socks = [self._agents[each] for each in agent_ids if each in self._agents]
+        for sock in socks:
             sock.end(*RESTART)
 
-    def wake_agent(self, agent_id: str) -> None:
-        """Let the agent's socket look for a deployment to send."""
+    def wake_agent(self, *agent_ids: str) -> None:
+        """Let the sockets of agents look for a deployment to send."""
         with self._lock:
-            sock = self._agents.get(agent_id)
-        if sock is not None:
-            sock.wake()
+            socks = [self._agents[each] for each in agent_ids if each in self._agents]
+        wake(socks)
 
     def wake_agents(self) -> None:
         """Let the sockets of all agents look."""
         with self._lock:
             socks = list(self._agents.values())
-        for sock in socks:
-            sock.wake()
+        wake(socks)
 
     def wake_viewers(self, *deployment_ids: str) -> None:
         """Let viewers look: these deployments have changed, or their logs have grown."""
         with self._lock:
             viewers = [sock for each in deployment_ids for sock in self._by_log.get(each, ())]
-        for viewer in viewers:
-            viewer.wake()
+        wake(viewers)
+
+    def wake_all_viewers(self) -> None:
+        """Let all viewers look."""
+        with self._lock:
+            viewers = [sock for socks in self._by_log.values() for sock in socks]
+        wake(viewers)
+
+    def agent_ids(self) -> set[str]:
+        """The agents that are connected."""
+        with self._lock:
+            return set(self._agents)
 
     def token_ids(self) -> set[int]:
         """The tokens that open sockets were authenticated with."""
@@ -122,6 +131,19 @@ class Hub:
             revoked = [sock for sock in self._sockets if sock.token_id in token_ids]
         for sock in revoked:
             sock.end(*REVOKED)
+
+    def shut(self, reason: str) -> None:
+        """Close all sockets (1012), and accept no more until `open`."""
+        with self._lock:
+            self._closed = reason
+            socks = list(self._sockets)
+        for sock in socks:
+            sock.end(*RESTART)
+
+    def open(self) -> None:
+        """Accept sockets again."""
+        with self._lock:
+            self._closed = ""
 
     def stop(self) -> None:
         """Close all sockets (1012), and accept no more."""

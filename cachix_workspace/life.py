@@ -9,15 +9,15 @@ them the time to come back.
 from __future__ import annotations
 
 import collections
-import contextlib
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from cachix_protocol import IN_PROGRESS, utc_now
 from cachix_workspace.deployments import DeploymentRow, Open
+from cachix_workspace.reports import AWAITING_REBOOT, REBOOTING
 
+REBOOT_SECONDS = 900.0  # for which a machine that reboots may be silent
 REPEATS = 3  # of one deployment on one connection, to an agent that gives no sign of life
 
 
@@ -40,6 +40,8 @@ class Signs:
         self._start = Sign.now()
         self._last: dict[str, Sign] = {}
         self._open: collections.Counter[str] = collections.Counter()  # sockets
+        self._quiet: set[str] = set()  # agents that all nodes know to be connected
+        self._told = 0.0  # when the last news were taken
         self._lock = threading.Lock()
 
     def note(self, *ids: str) -> None:
@@ -48,19 +50,31 @@ class Signs:
         with self._lock:
             self._last.update(dict.fromkeys(ids, sign))
 
-    @contextlib.contextmanager
-    def open(self, id: str) -> Iterator[None]:
-        """Give signs of life for as long as a socket is open."""
+    def enter(self, id: str, is_known: bool = False) -> None:
+        """Give signs of life from now on, as a socket is open, until `leave`.
+
+        Other nodes are told, unless they know.
+        """
         with self._lock:
             self._open[id] += 1
-        try:
-            yield
-        finally:
-            self.note(id)
-            with self._lock:
-                self._open[id] -= 1
-                if not self._open[id]:
-                    del self._open[id]
+            if is_known:
+                self._quiet.add(id)
+
+    def leave(self, id: str) -> None:
+        """Give no more, as the socket has ended, but this last one."""
+        self.note(id)
+        with self._lock:
+            self._open[id] -= 1
+            if not self._open[id]:
+                del self._open[id]
+                self._quiet.discard(id)
+
+    def take_news(self) -> list[str]:
+        """Those that have given a sign since the last call, or give one now, for other nodes."""
+        with self._lock:
+            before, self._told = self._told, time.monotonic()
+            given = {each for each, sign in self._last.items() if sign.moment >= before}
+            return sorted((given | set(self._open)) - self._quiet)
 
     def forget(self, deployment_id: str) -> None:
         """Forget a deployment that has ended."""
@@ -84,14 +98,20 @@ class Signs:
 
         One that does not run gives none, and is not lost.
         """
+        patience = patience_for(row.step, patience)
         if row.status != IN_PROGRESS or self.silence(row.id, row.agent_id) < patience:
             return None
         return self.last(row.id, row.agent_id).time
 
 
+def patience_for(step: str | None, patience: float) -> float:
+    """Seconds of silence after which a deployment in a step is lost."""
+    return max(patience, REBOOT_SECONDS) if step == REBOOTING else patience
+
+
 @dataclass(frozen=True)
 class Sent:
-    """What an agent was sent on its connection: the highest index, and repeats of a deployment.
+    """The deployments sent on a connection: the highest index, and repeats of a deployment.
 
     A repeat is one that was InProgress already.
     """
@@ -104,7 +124,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to send, after ending another one; `pause` is when to look again, in seconds."""
+    """A deployment to send, after ending another one; the next look is in `pause` seconds."""
 
     send: DeploymentRow | None = None
     end: DeploymentRow | None = None
@@ -112,7 +132,7 @@ class Decision:
 
 
 def decide(now: Open, is_ours: bool, sent: Sent, silence: float, patience: float) -> Decision:
-    """What to send an agent that is connected.
+    """The decision on what to send an agent that is connected.
 
     `silence` is how long the deployment that runs has given no sign of life; 0 if it is at work.
     """
@@ -121,7 +141,12 @@ def decide(now: Open, is_ours: bool, sent: Sent, silence: float, patience: float
         is_due = waiting is not None and waiting.index > sent.index
         return Decision(send=waiting if is_due else None)
     if is_ours:
-        return Decision(send=running if sent.is_new else None)
+        # one that waits for a reboot is done, and gives way
+        next_one = waiting if running.step == AWAITING_REBOOT else None
+        if sent.is_new:
+            return Decision(send=running, pause=1.0 if next_one else None)
+        is_due = next_one is not None and next_one.index > sent.index
+        return Decision(send=next_one if is_due else None)
     if silence < patience:
         return Decision(pause=patience - silence)
     if waiting is not None:
@@ -132,7 +157,7 @@ def decide(now: Open, is_ours: bool, sent: Sent, silence: float, patience: float
 
 
 def after(sent: Sent, decision: Decision) -> Sent:
-    """What an agent has been sent once a decision was carried out."""
+    """The deployments sent once a decision was carried out."""
     row = decision.send
     if row is None:
         return replace(sent, is_new=False)

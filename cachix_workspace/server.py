@@ -1,37 +1,52 @@
-"""gunicorn with one threaded worker, started from Python: a thread for each connection in use."""
+"""gunicorn with one threaded worker, started from Python: a thread for each whole request."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import logging
 import os
 import re
-import resource
+import signal
 import socket
-import struct
 import threading
+import time
+from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 from gunicorn.app.base import BaseApplication
-from gunicorn.http import wsgi
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.http import RequestParser, wsgi
+from gunicorn.sock import ssl_wrap_socket
+from gunicorn.util import has_fileno
+from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from cachix_console import tell
 from cachix_protocol import Error, UsageError
+from cachix_workspace import health, limits, membership, nodes
 from cachix_workspace.app import create_app, start_threads
 from cachix_workspace.context import Workspace, workspace_of
 from cachix_workspace.database import open_database
-from cachix_workspace.settings import Settings
+from cachix_workspace.directory import keep_reserve
+from cachix_workspace.door import Door
+from cachix_workspace.gate import KEEP_ALIVE, MAX_FIELD, MAX_FIELDS, Gate, Visitor
+from cachix_workspace.limits import IDLE_CONNECTIONS
+from cachix_workspace.quick import Quick
+from cachix_workspace.settings import HOST, Settings
+from cachix_workspace.supervisor import Supervisor
 from cachix_workspace.tls import Certificate
+from cachix_workspace.websocket import GOODBYE
 
 logger = logging.getLogger(__name__)
 
 GRACE = 4  # seconds from SIGTERM until open connections are cut
-KEEP_ALIVE = 75  # seconds that an idle connection is kept for an agent's next report
-IDLE_CONNECTIONS = 1024  # connections kept alive beside those in use
+REQUESTS, LARGE = 24, 64  # threads for requests, and for those whose bodies are large
+PAUSE = 0.02  # seconds
+# A kernel would take megabytes for each peer that takes its time.
+UNSENT, KEPT_UNSENT = getattr(socket, "TCP_NOTSENT_LOWAT", None), 1 << 18  # bytes
+SPARE = 4096  # connections beyond those that the gate keeps, before none is accepted
 LINK = re.compile(r"(/sign-in/)[^\s\"'?]+")
-LINGER = 1.0  # seconds that a peer has to take an answer before its connection is closed
 
 
 def bind(address: str) -> socket.socket:
@@ -62,6 +77,18 @@ def url_of(listener: socket.socket, scheme: str = "http") -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
+def default_url(listener: socket.socket, scheme: str) -> str:
+    """The public URL where none is named; with the machine's name if it has all addresses."""
+    if is_wildcard(listener) and HOST.fullmatch(name := socket.gethostname()):
+        return f"{scheme}://{name}:{listener.getsockname()[1]}"
+    return url_of(listener, scheme)
+
+
+def is_wildcard(listener: socket.socket) -> bool:
+    """Whether a socket listens on all addresses of the machine."""
+    return ipaddress.ip_address(str(listener.getsockname()[0]).partition("%")[0]).is_unspecified
+
+
 def is_exposed(listener: socket.socket) -> bool:
     """Whether other machines reach a listening socket."""
     host = str(listener.getsockname()[0]).partition("%")[0]
@@ -74,6 +101,17 @@ class Answer(wsgi.Response):
     def default_headers(self) -> list[str]:
         headers: list[str] = super().default_headers()
         return [header for header in headers if not header.startswith("Server: ")]
+
+    def sendfile(self, respiter: Any) -> bool:
+        """Let the lot send a whole file, by TLS too; False if this is none."""
+        file = getattr(respiter, "file", None)
+        is_plain = self.response_length is not None and not self.is_chunked()
+        if not isinstance(self.sock, Door) or not has_fileno(file) or not is_plain:
+            return False
+        self.send_headers()
+        if self.req.method != "HEAD":
+            self.sock.sendfile(file, file.tell(), self.response_length)
+        return True
 
 
 wsgi.Response = Answer  # type: ignore[misc]
@@ -96,6 +134,7 @@ class WorkspaceWorker(ThreadWorker):
         workspace = self._workspace()
         workspace.feed.close()
         workspace.hub.stop()
+        membership.leave(workspace)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.stopping.set()
@@ -103,48 +142,132 @@ class WorkspaceWorker(ThreadWorker):
 
     handle_quit = handle_exit  # Ctrl-C closes the websockets in order too
 
+    def init_signals(self) -> None:
+        super().init_signals()
+        for number in (signal.SIGHUP, signal.SIGUSR2):  # a closed terminal tells all its processes
+            signal.signal(number, signal.SIG_IGN)
+
     def is_parent_alive(self) -> bool:
         alive = bool(super().is_parent_alive())
         if not alive:  # gunicorn's master was killed: leave the port to a successor
             self.stopping.set()
         return alive
 
-    def enqueue_req(self, conn: Any) -> None:
-        settings = self._workspace().settings
-        _set_timeout(conn.sock, socket.SO_RCVTIMEO, settings.receive_timeout)
-        _set_timeout(conn.sock, socket.SO_SNDTIMEO, settings.send_timeout)
-        super().enqueue_req(conn)
+    @property
+    def nr_conns(self) -> int:
+        """Connections that are not parked for good."""
+        return self._open
 
-    def handle(self, conn: Any) -> Any:
-        """Handle a request, and half-close the connection here if it is not kept.
+    @nr_conns.setter
+    def nr_conns(self, number: int) -> None:
+        self._open = number
 
-        gunicorn closes it in the main thread, which would wait for the peer there.
+    def run(self) -> None:
+        workspace = self._workspace()
+        settings, self._changed = workspace.settings, threading.Condition()
+        self.bodies = futures.ThreadPoolExecutor(LARGE, thread_name_prefix="body")
+        most = settings.max_connections + IDLE_CONNECTIONS
+        limits = (most, 0 if settings.behind_proxy else settings.max_per_address)
+        timeout = settings.receive_timeout
+        self.gate = Gate(
+            *(workspace.lot, *limits, timeout, self._take, self._left),
+            *(self._quick(workspace), self._work),
+        )
+        super().run()
+        workspace.lot.call(self.gate.close)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._open, GRACE)
+        workspace.lot.wait_until_empty(GOODBYE + 1)
+        workspace.turns.wait_until_idle(1)
+        workspace.presence.wait_until_written(1)
+        self.bodies.shutdown(wait=False)
+
+    def _quick(self, workspace: Workspace) -> Quick:
+        application: Any = self.app
+        note = application.wsgi().extensions[health.REQUESTS].note
+        return Quick(workspace.settings, workspace.known, note)
+
+    def _work(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Have a thread call a function. Raises RuntimeError if the server has ended."""
+        self.tpool.submit(function, *arguments)
+
+    def accept(self, *arguments: Any) -> None:
+        """Let a connection wait at the gate. The listener is the last of the arguments."""
+        listener = arguments[-1]
+        try:
+            sock, address = listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(PAUSE)  # others will end
+            return
+        self._count(1)
+        try:
+            if UNSENT is not None:
+                sock.setsockopt(socket.IPPROTO_TCP, UNSENT, KEPT_UNSENT)
+            conn = TConn(self.cfg, sock, address, listener.getsockname())
+            if self.cfg.is_ssl:
+                conn.sock = ssl_wrap_socket(sock, self.cfg)
+        except OSError:  # it has left already
+            sock.close()
+            self._count(-1)
+            return
+        self.gate.enter(conn, str(address[0]))
+
+    def _count(self, more: int) -> None:
+        with self._changed:
+            self._open += more
+            if not self._open:
+                self._changed.notify_all()
+
+    def _left(self) -> None:
+        self._count(-1)
+
+    def _take(self, visitor: Visitor, sock: Any, is_large: bool, is_cut: bool) -> None:
+        """Answer a request of the gate by a thread. The lot's thread calls this."""
+        pool = self.bodies if is_large else self.tpool
+        try:
+            pool.submit(self._answer, visitor, sock, is_cut)
+        except RuntimeError:  # the server has ended
+            sock.close()
+            self._count(-1)
+
+    def _answer(self, visitor: Visitor, sock: Any, is_cut: bool) -> None:
+        """Answer a request, then let the lot have the connection: parked for good, or at the gate.
+
+        What gunicorn's own end of a request does would wait for the peer.
         """
-        keep = super().handle(conn)
-        if keep is False or (isinstance(keep, tuple) and not keep[0]):  # a tuple before gunicorn 24
-            _linger(conn.sock)
-        return keep
+        settings, lot = self._workspace().settings, self._workspace().lot
+        door = Door(sock, 0.0 if is_cut else settings.receive_timeout, settings.send_timeout)
+        conn, is_kept, rest = visitor.conn, False, b""
+        source: Any = door
+        try:
+            conn.sock, conn.parser = door, RequestParser(self.cfg, source, conn.client)
+            conn.parser.unreader.unread(bytes(visitor.head))
+            conn.initialized = conn.data_ready = True
+            keep = super().handle(conn)
+            is_kept = keep[0] if isinstance(keep, tuple) else keep is True  # before gunicorn 24
+            rest = conn.parser.unreader.buf.getvalue()
+        except Exception:
+            logger.exception("a request failed")
+        finally:
+            conn.parser = None
+            parked = lot.claimed(door)
+            if parked is not None:
+                lot.park(parked, sock, rest)
+                self._count(-1)
+            else:
+                if is_kept and door.reader is not None:
+                    self.gate.quick.learn(visitor.head, door.reader)
+                visitor.answered(door, bool(is_kept and self.alive and not is_cut), rest)
+                lot.park(visitor, sock)
 
-
-def _set_timeout(sock: socket.socket, option: int, seconds: float) -> None:
-    with contextlib.suppress(OSError):
-        timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, option, timeval)
-
-
-def _linger(sock: socket.socket) -> None:
-    """Half-close, and read on for a moment.
-
-    A close while bytes are unread would reset the connection, and the answer would be lost.
-    """
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_WR)
-        sock.settimeout(LINGER)
-        for _ in range(64):
-            if not sock.recv(1 << 16):
-                break
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        """Answer a request; the connection ends if most of its body was not read."""
+        keep = super().handle_request(req, conn)
+        reader = req.body.reader
+        is_open = getattr(reader, "parser", None) is not None  # chunks that may come
+        left = getattr(reader, "length", 0) > len(conn.parser.unreader.buf.getvalue())
+        return keep and not is_open and not left
 
 
 class Server(BaseApplication):
@@ -158,17 +281,17 @@ class Server(BaseApplication):
         super().__init__()
 
     def load_config(self) -> None:
-        threads = self.settings.max_connections
         config = {
             "bind": f"fd://{self.listener.detach()}",
             "workers": 1,
             "worker_class": WorkspaceWorker,
-            "threads": threads,
-            "worker_connections": threads + IDLE_CONNECTIONS,
-            "keepalive": KEEP_ALIVE,
+            "threads": REQUESTS,
+            "worker_connections": self.settings.max_connections + IDLE_CONNECTIONS + SPARE,
+            "keepalive": int(KEEP_ALIVE),
+            "limit_request_fields": MAX_FIELDS,
+            "limit_request_field_size": MAX_FIELD,
             "graceful_timeout": GRACE,
             "timeout": 60,
-            "sendfile": False,  # Python's sendfile waits without end for a reader that stalls
             "loglevel": "warning",
             "control_socket_disable": True,
             "forwarder_headers": "",  # a client could name another path by them
@@ -184,8 +307,15 @@ class Server(BaseApplication):
             if name in self.cfg.settings:  # older releases lack some
                 self.cfg.set(name, value)
 
+    def run(self) -> None:
+        Supervisor(self).run()
+
     def load(self) -> Any:
-        app = create_app(self.settings)
+        try:
+            app = create_app(self.settings)
+        except Error as error:  # such as newer tables, where a worker takes another one's place
+            tell(f"error: {error}")
+            raise SystemExit(Supervisor.WORKER_BOOT_ERROR) from None  # no further one is tried
         start_threads(app)
         return app
 
@@ -198,8 +328,12 @@ def serve(
     Raises Error if the data directory can't be used.
     """
     # An error is raised here: gunicorn would start a worker that fails again and again.
-    open_database(settings, create=True).close()
-    _raise_file_limit(settings.max_connections)
+    database = open_database(settings, create=True)
+    with database.read() as connection:
+        nodes.check(connection, settings, nodes.id_of(settings.data))
+    database.close()
+    keep_reserve(settings.data)
+    limits.allow_files(settings.max_connections + limits.BESIDE)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     hide_links()
     os.environ.pop("GUNICORN_CMD_ARGS", None)
@@ -226,15 +360,3 @@ def hide_links() -> None:
         return record
 
     logging.setLogRecordFactory(masked)
-
-
-def _raise_file_limit(connections: int) -> None:
-    """Allow a file descriptor for each connection, as far as the system's hard limit permits."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = connections + IDLE_CONNECTIONS + 256
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-        if allowed < needed:
-            sentence = "only %d open files are allowed, %d connections may need more"
-            logger.warning(sentence, allowed, connections)

@@ -34,9 +34,9 @@ class TlsSocket(ssl.SSLSocket):
     ended: bool
 
     def __new__(cls, *arguments: Any, **options: Any) -> TlsSocket:
-        made = super().__new__(cls, *arguments, **options)  # the library never calls __init__
-        made.turn, made.ended = threading.Lock(), False
-        return made
+        context = super().__new__(cls, *arguments, **options)  # the library never calls __init__
+        context.turn, context.ended = threading.Lock(), False
+        return context
 
     def do_handshake(self, block: bool = False) -> None:
         """Raises OSError if the peer stalls."""
@@ -108,13 +108,13 @@ class Certificate:
             return self._context
 
     def _look(self) -> list[tuple[int, int, int]]:
-        """What changes when the files do."""
-        found = []
+        """A value that changes when the files do."""
+        files = []
         with contextlib.suppress(OSError):
             for path in (self.certificate, self.key):
                 facts = os.stat(path)
-                found.append((facts.st_mtime_ns, facts.st_ino, facts.st_size))
-        return found
+                files.append((facts.st_mtime_ns, facts.st_ino, facts.st_size))
+        return files
 
 
 def load(certificate: Path, key: Path) -> ssl.SSLContext:
@@ -145,7 +145,7 @@ def _no_password() -> str:
 
 
 def _sentence(certificate: Path, key: Path, reason: str) -> str:
-    """What is wrong with two files, by OpenSSL's word for it."""
+    """The fault of two files, in words for OpenSSL's."""
     if reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):
         return f"--key={key} does not belong to the certificate in --certificate={certificate}"
     try:
