@@ -11,18 +11,20 @@ import os
 import re
 import urllib.parse
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from sqlalchemy import Connection, insert, select, update
 
-from cachix_protocol import BASE32, Cache, utc_now
+from cachix_protocol import BASE32, Cache, base32, utc_now
 from cachix_workspace import narinfo
-from cachix_workspace.narinfo import Narinfo, base32
+from cachix_workspace.files import TEMPORARY, Store
+from cachix_workspace.narinfo import Narinfo
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.settings import Settings
+from cachix_workspace.stores import make_directory
 from cachix_workspace.tables import caches
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # a label of a host name
@@ -30,7 +32,6 @@ NAR = re.compile(f"nar/[{BASE32}]{{32,64}}\\.nar(\\.[a-z0-9]{{1,8}})?")
 # Nix asks caches by priority: cache.nixos.org has 40, so it is asked after ours.
 INFO = "StoreDir: /nix/store\nWantMassQuery: 1\nPriority: 30\n"
 BLOCK = 1 << 18  # bytes of an upload in memory
-TEMPORARY = ".upload-"
 
 
 class Readable(Protocol):
@@ -169,6 +170,15 @@ def url(settings: Settings, name: str) -> str:
     return f"{settings.public_url}/cache/{name}"
 
 
+def find_default(connection: Connection, cache_id: int | None) -> CacheRow | None:
+    """The cache of a token, by its number, else the first one; None if there is none."""
+    query = select(caches).order_by(caches.c.id).limit(1)
+    if cache_id:
+        query = select(caches).where(caches.c.id == cache_id)
+    row = connection.execute(query).one_or_none()
+    return None if row is None else CacheRow(**row._mapping)
+
+
 def find_for_agent(
     connection: Connection,
     cache_id: int | None,
@@ -176,20 +186,19 @@ def find_for_agent(
     host: str,
     is_ours: bool = True,
 ) -> Cache | None:
-    """The cache that an agent is to use: its token's, else the first; None if there is none.
+    """The cache that an agent is to use: its token's, else the first; None if there is none."""
+    cache = find_default(connection, cache_id)
+    return None if cache is None else offer(cache, settings, host, is_ours)
 
-    Its URL has the host that the agent came by, if that is one of ours: the agent's token goes to
+
+def offer(cache: CacheRow, settings: Settings, host: str, is_ours: bool = True) -> Cache:
+    """A cache as an agent or a push is to use it.
+
+    Its URL has the host that the client came by, if that is one of ours: the client's token goes to
     no other one. Cachix's agent derives the key's name from the cache's name and `host`, the host
     that it was given. If that gives the right name it is sent the bare key, as it expects. Ours
     takes both. To Cachix's an old key is sent while it counts, if that is the one of that name.
     """
-    query = select(caches).order_by(caches.c.id).limit(1)
-    if cache_id:
-        query = select(caches).where(caches.c.id == cache_id)
-    row = connection.execute(query).one_or_none()
-    if row is None:
-        return None
-    cache = CacheRow(**row._mapping)
     derived, key = f"{cache.name}.{host_name(host)}-1", cache.all_keys
     if cache.key_name == derived and (not is_ours or cache.old_key_name is None):
         key = cache.public_key
@@ -219,70 +228,79 @@ def is_file_name(name: str) -> bool:
     return bool(narinfo.FILE_NAME.fullmatch(name) or NAR.fullmatch(name))
 
 
-def path_of(settings: Settings, cache_name: str, file_name: str) -> Path:
-    """The path of a file in a cache. Both names must have been checked."""
-    return settings.data / "cache" / cache_name / file_name
-
-
 def media_type(file_name: str) -> str:
     """The Content-Type of a file in a cache."""
     return "text/x-nix-narinfo" if file_name.endswith(".narinfo") else "application/x-nix-nar"
 
 
-def store_nar(target: Path, body: Readable, length: int | None) -> Stored:
+def store_nar(store: Store, name: str, body: Readable, length: int | None) -> Stored:
     """Store an upload, all or nothing. A NAR never changes.
 
     Raises Refusal if fewer than `length` bytes come, their hash is not that of the file's name, or
     the disk is full.
     """
-    with _upload(target, body, length, None) as (temporary, digest):
-        match = narinfo.NAR.fullmatch(f"nar/{target.name}")
+    with upload(store, name, body, length, None) as (temporary, digest):
+        match = narinfo.NAR.fullmatch(name)
         if match is None or match[1] != base32(digest):
-            raise Refusal(400, f"nar/{target.name} is not named after the SHA-256 of its bytes")
-        return Stored.NEW if _create(temporary, target) else Stored.KNOWN
+            raise Refusal(400, f"{name} is not named after the SHA-256 of its bytes")
+        if store.create(temporary, name):
+            return Stored.NEW
+        store.touch(name)  # so that nothing collects it before its narinfo comes
+        return Stored.KNOWN
 
 
 class Stored(enum.Enum):
-    """What became of an upload: the cache had nothing of its name, the same, or something else."""
+    """The result of an upload: the cache had nothing of its name, the same, or something else."""
 
     NEW = enum.auto()
     KNOWN = enum.auto()
     DROPPED = enum.auto()
 
 
-def store_narinfo(target: Path, body: Readable, length: int | None, cache: CacheRow) -> Stored:
+def store_narinfo(
+    store: Store,
+    name: str,
+    body: Readable,
+    length: int | None,
+    cache: CacheRow,
+    renewed: Callable[[], CacheRow],
+) -> Stored:
     """Store a narinfo that is signed by the cache's key, and whose NAR is there.
+
+    `renewed` reads the cache anew, where `cache` may be old.
 
     Another one of the same contents adds its signatures. One of other contents is dropped while the
     first one's NAR is there: a push that has lost a race is no failure. Raises Refusal.
     """
-    with _upload(target, body, length, narinfo.MOST_BYTES) as (temporary, _):
-        info = Narinfo.parse(target.name, temporary.read_bytes())
-        _check(info, target, cache)
+    with upload(store, name, body, length, narinfo.MOST_BYTES) as (temporary, _):
+        info = Narinfo.parse(name, temporary.read_bytes())
+        if not info.is_signed_by(cache.keys):
+            cache = renewed()
+        _check(info, store, name, cache)
         for _ in range(3):  # another push may come between the look and the change
-            if _create(temporary, target):
+            if store.create(temporary, name):
                 return Stored.NEW
-            earlier = _read(target)
-            if earlier is None or not _is_whole(earlier, target, cache):
-                os.replace(temporary, target)
+            earlier = read(store, name)
+            if earlier is None or not is_whole(earlier, store, cache):
+                store.replace(temporary, name)
                 return Stored.NEW
             if not info.describes_the_same(earlier):
                 return Stored.DROPPED
             if set(info.signatures) - set(earlier.signatures):
                 _rewrite(temporary, earlier.signed_also(info).text())
-                os.replace(temporary, target)
+                store.replace(temporary, name)
             return Stored.KNOWN
     return Stored.KNOWN
 
 
 @contextlib.contextmanager
-def _upload(
-    target: Path, body: Readable, length: int | None, limit: int | None
+def upload(
+    store: Store, name: str, body: Readable, length: int | None, limit: int | None
 ) -> Iterator[tuple[Path, bytes]]:
     """Write an upload into a temporary file; its path and the SHA-256. Raises Refusal."""
-    temporary = target.parent / f"{TEMPORARY}{uuid.uuid4()}"
+    temporary = store.place(name) / f"{TEMPORARY}{uuid.uuid4()}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(temporary.parent)
         with open(temporary, "xb") as file:
             received, digest = _copy(body, file, limit)
             if length is not None and received != length:
@@ -306,7 +324,7 @@ def _copy(body: Readable, file: Any, limit: int | None) -> tuple[int, bytes]:
     while block := body.read(BLOCK):
         received += len(block)
         if limit is not None and received > limit:
-            raise Refusal(413, f"a narinfo has at most {limit} bytes")
+            raise Refusal(413, f"this file has at most {limit} bytes")
         digest.update(block)
         file.write(block)
     return received, digest.digest()
@@ -320,72 +338,36 @@ def _rewrite(temporary: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _create(temporary: Path, target: Path) -> bool:
-    """Give an upload its name, unless there is a file of that name already."""
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        if target.exists():
-            return False
-        os.replace(temporary, target)
-    return True
-
-
-def _check(info: Narinfo, target: Path, cache: CacheRow) -> None:
+def _check(info: Narinfo, store: Store, name: str, cache: CacheRow) -> None:
     """Raises Refusal (400) if a narinfo is not signed by the cache's key, or its NAR not there."""
     if not info.is_signed_by(cache.keys):
         raise Refusal(
             400,
-            f"{target.name} has no signature by {cache.key_name}, the key of the cache "
+            f"{name} has no signature by {cache.key_name}, the key of the cache "
             f"{cache.name}: push with `?secret-key=FILE` at the end of the cache's URL",
         )
-    size = _nar_size(info, target)
+    nar = store.entry(info.url)
     expected = info.size if info.compression == "none" else info.file_size
-    if size is None:
-        raise Refusal(400, f"{target.name} names {info.url}, which is not there: upload that first")
-    if expected is not None and size != expected:
-        raise Refusal(400, f"{target.name} says that {info.url} has {expected} bytes, not {size}")
+    if nar is None:
+        raise Refusal(400, f"{name} names {info.url}, which is not there: upload that first")
+    if expected is not None and nar.size != expected:
+        raise Refusal(400, f"{name} says that {info.url} has {expected} bytes, not {nar.size}")
 
 
-def _nar_size(info: Narinfo, target: Path) -> int | None:
-    """The size of a narinfo's NAR as a file; None if it is not there."""
-    try:
-        return (target.parent / info.url).stat().st_size
-    except OSError:
-        return None
+def read(store: Store, name: str) -> Narinfo | None:
+    """A narinfo that was stored; None if there is none that this release would take.
 
-
-def _read(target: Path) -> Narinfo | None:
-    """A narinfo that was stored; None for one that only an earlier release would take."""
-    try:
-        return Narinfo.parse(target.name, target.read_bytes())
-    except (OSError, Refusal):
-        return None
-
-
-def _is_whole(info: Narinfo, target: Path, cache: CacheRow) -> bool:
-    """Whether a stored narinfo is signed by the cache's key, and its NAR still there."""
-    return info.is_signed_by(cache.keys) and _nar_size(info, target) is not None
-
-
-def unsigned(settings: Settings, cache: CacheRow) -> list[str]:
-    """The store paths that agents refuse: no key of the cache has signed them. In order.
-
-    Earlier releases took them. Raises OSError.
+    Raises OSError if that can't be told.
     """
-    found = []
-    for path in sorted((settings.data / "cache" / cache.name).glob("*.narinfo")):
-        info = _read(path)
-        if info is None or not info.is_signed_by(cache.keys):
-            found.append(path.name if info is None else info.store_path)
-    return found
+    content = store.read(name)
+    if content is None or len(content.body) > narinfo.MOST_BYTES:
+        return None
+    try:
+        return Narinfo.parse(name, content.body)
+    except Refusal:
+        return None
 
 
-def remove_leftovers(settings: Settings) -> None:
-    """Remove the temporary files of uploads that a killed server left behind."""
-    for pattern in (f"cache/*/{TEMPORARY}*", f"cache/*/nar/{TEMPORARY}*"):
-        for file in settings.data.glob(pattern):
-            with contextlib.suppress(OSError):
-                file.unlink()
+def is_whole(info: Narinfo, store: Store, cache: CacheRow) -> bool:
+    """Whether a stored narinfo is signed by the cache's key, and its NAR still there."""
+    return info.is_signed_by(cache.keys) and store.entry(info.url) is not None

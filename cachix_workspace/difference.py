@@ -1,4 +1,4 @@
-"""What changes from one system to the next: packages, as far as the narinfos of our caches tell."""
+"""The difference of two systems: packages, as far as the narinfos of our caches tell."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from cachix_workspace import cache, recent
+from cachix_workspace import recent
 from cachix_workspace.cache import CacheRow
 from cachix_workspace.settings import Settings
+from cachix_workspace.stores import store_of
 
 MOST_PATHS = 6000  # of one closure
 MOST_SECONDS = 1.5
@@ -72,14 +73,14 @@ def _closure(
     todo, seen, missing = [top[11:]], {top[11:]}, set[str]()
     while todo and len(seen) < MOST_PATHS and time.monotonic() < end:
         name = todo.pop()
-        found = None
+        closure = None
         for row in rows:
-            path = cache.path_of(settings, row.name, f"{name[:32]}.narinfo")
-            found = found or recent.read(path)
-        if found is None:
+            store = store_of(settings, row.name)
+            closure = closure or recent.read(store, f"{name[:32]}.narinfo")
+        if closure is None:
             missing.add(name)
             continue
-        new = [one for one in found.references if one not in seen]
+        new = [one for one in closure.references if one not in seen]
         seen.update(new)
         todo += new
     return (set() if top[11:] in missing else seen), missing
@@ -87,12 +88,12 @@ def _closure(
 
 def _packages(names: Collection[str]) -> dict[str, set[str]]:
     """The versions in names of store paths, by package."""
-    found: dict[str, set[str]] = defaultdict(set)
+    versions: dict[str, set[str]] = defaultdict(set)
     for name in names:
         match = VERSION.fullmatch(name[33:])
         package, version = (match[1], match[2]) if match else (name[33:], "")
-        found[package].add(PARTS.sub("", version))
-    return found
+        versions[package].add(PARTS.sub("", version))
+    return versions
 
 
 def _sorted(versions: Collection[str]) -> tuple[str, ...]:

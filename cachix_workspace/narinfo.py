@@ -83,7 +83,7 @@ class Narinfo:
 
     @property
     def fingerprint(self) -> bytes:
-        """What is signed. https://nix.dev/manual/nix/latest/store/store-path has it."""
+        """The text that is signed. https://nix.dev/manual/nix/latest/store/store-path has it."""
         names = ",".join(f"/nix/store/{name}" for name in sorted(set(self.references)))
         return f"1;{self.store_path};{self.nar_hash};{self.size};{names}".encode()
 
@@ -102,12 +102,6 @@ class Narinfo:
     def text(self) -> str:
         """The file."""
         return "\n".join([*self.lines, *(f"Sig: {one}" for one in self.signatures), ""])
-
-
-def base32(digest: bytes) -> str:
-    """Bytes in Nix's base 32: its own digits, the last bits first."""
-    number, length = int.from_bytes(digest, "little"), (len(digest) * 8 + 4) // 5
-    return "".join(BASE32[number >> 5 * i & 31] for i in reversed(range(length)))
 
 
 def _lines(file_name: str, content: bytes) -> list[str]:

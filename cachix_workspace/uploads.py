@@ -100,12 +100,12 @@ class Upload:
 
     @property
     def size(self) -> int:
-        """What it will take on the disk, as far as that is known."""
+        """Bytes that it will take on the disk, as far as that is known."""
         return max(self.announced, self.received)
 
     @property
     def rest(self) -> int:
-        """What is announced, and has not come yet."""
+        """Bytes that are announced, and have not come yet."""
         return self.size - self.received
 
     def read(self, size: int, /) -> bytes:
@@ -122,5 +122,5 @@ class Upload:
         """Break it off, from any thread: whoever reads it waits no longer."""
         self.ended = True
         if self._socket is not None:
-            with contextlib.suppress(OSError):  # also of TLS, whose own `shutdown` forgets its keys
-                socket.socket.shutdown(self._socket, socket.SHUT_RD)
+            with contextlib.suppress(OSError):  # the peer has left
+                self._socket.shutdown(socket.SHUT_RD)
