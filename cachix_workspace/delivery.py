@@ -16,17 +16,17 @@ import requests
 from sqlalchemy import Connection, select
 
 from cachix_protocol import FAILED, utc_now
-from cachix_workspace import fleet, sentences, webhooks
+from cachix_workspace import fleet, membership, sentences, webhooks
 from cachix_workspace.context import Workspace
-from cachix_workspace.database import get_meta, put_meta
+from cachix_workspace.database import get_meta, put_meta, reason_of
 from cachix_workspace.fleet import Brief
 from cachix_workspace.tables import agents, deployments
 from cachix_workspace.webhooks import BACK, OFFLINE, ROLLBACK_FAILED, Event, Message, Webhook
 
 logger = logging.getLogger(__name__)
 
-LOOK_INTERVAL = 10.0  # seconds between two looks
 OFFLINE_AFTER = 300.0  # seconds; also after the start, as all agents must have time to come back
+LEADS = 45.0  # seconds for which no other node tells
 TIMEOUT = 10.0  # seconds for a webhook's answer
 MAY_BE_OFFLINE = "may-be-offline"  # the label of laptops and the like
 TOLD_OFFLINE, TOLD_ENDED = "told_offline", "told_ended"  # keys of the meta table
@@ -35,13 +35,14 @@ MOST_ENDED = 500  # deployments that are looked at at a time
 
 def deliver_all(workspace: Workspace) -> None:
     """Look and tell, until the process ends."""
-    pause, started = threading.Event(), time.monotonic()
-    while not pause.wait(min(LOOK_INTERVAL, workspace.settings.revocation_interval)):
+    pause, started, settings = threading.Event(), time.monotonic(), workspace.settings
+    while not pause.wait(min(settings.look_interval, settings.revocation_interval)):
         try:
-            look(workspace, is_settled=time.monotonic() > started + OFFLINE_AFTER)
-            deliver(workspace)
+            if membership.leads(workspace, "webhooks", LEADS):
+                look(workspace, is_settled=time.monotonic() > started + OFFLINE_AFTER)
+                deliver(workspace)
         except Exception as error:  # this thread is the only one that tells: it must go on
-            logger.warning("webhooks could not be told: %s", error)
+            logger.warning("webhooks could not be told: %s", reason_of(error))
 
 
 def look(workspace: Workspace, is_settled: bool) -> None:
@@ -52,11 +53,11 @@ def look(workspace: Workspace, is_settled: bool) -> None:
             return
         url = workspace.settings.public_url
         ended, last = _ended(connection, url)
-        gone, offline = _offline(workspace, connection, url) if is_settled else ([], None)
-    if not ended and not gone and last is None and offline is None:
+        absent, offline = _offline(workspace, connection, url) if is_settled else ([], None)
+    if not ended and not absent and last is None and offline is None:
         return
     with workspace.database.write() as connection:
-        webhooks.tell(connection, [*ended, *gone])
+        webhooks.tell(connection, [*ended, *absent])
         if last is not None:
             put_meta(connection, TOLD_ENDED, last)
         if offline is not None:
@@ -65,8 +66,8 @@ def look(workspace: Workspace, is_settled: bool) -> None:
 
 def _begin(workspace: Workspace, connection: Connection) -> None:
     """Without a webhook nothing is to be told later of what happens now."""
-    told = get_meta(connection, TOLD_ENDED) or ""
-    if told < _ago(60.0):
+    last_time = get_meta(connection, TOLD_ENDED) or ""
+    if last_time < _ago(60.0):
         with workspace.database.write() as other:
             put_meta(other, TOLD_ENDED, utc_now())
 
@@ -78,8 +79,8 @@ def _ago(seconds: float) -> str:
 
 def _ended(connection: Connection, url: str) -> tuple[list[Event], str | None]:
     """The failures since the last look, and the end of the last one; None if nothing ended."""
-    told = get_meta(connection, TOLD_ENDED) or utc_now()
-    new = (deployments.c.status == FAILED) & (deployments.c.ended_on > told)
+    last_time = get_meta(connection, TOLD_ENDED) or utc_now()
+    new = (deployments.c.status == FAILED) & (deployments.c.ended_on > last_time)
     columns = (agents.c.name, agents.c.labels, deployments)
     query = select(*columns).join_from(deployments, agents).where(new)
     rows = connection.execute(query.order_by(deployments.c.ended_on).limit(MOST_ENDED)).all()
@@ -101,7 +102,7 @@ def _ended(connection: Connection, url: str) -> tuple[list[Event], str | None]:
         )
     if rows:
         return events, str(rows[-1].ended_on)
-    return events, told if get_meta(connection, TOLD_ENDED) is None else None
+    return events, last_time if get_meta(connection, TOLD_ENDED) is None else None
 
 
 def _offline(
@@ -111,20 +112,20 @@ def _offline(
 
     None if that is as before.
     """
-    told = set(json.loads(get_meta(connection, TOLD_OFFLINE) or "[]"))
+    reported = set(json.loads(get_meta(connection, TOLD_OFFLINE) or "[]"))
     lost_after = workspace.settings.lost_after
     briefs = fleet.brief_of_all(connection, workspace.signs, lost_after)
     before = _ago(OFFLINE_AFTER)
-    gone = {brief.name for brief in briefs if _is_gone(brief, before)}
+    absent = {brief.name for brief in briefs if _is_gone(brief, before)}
     # one that has gone, and was paused or labelled since, is neither gone nor back
     here = {brief.name for brief in briefs if brief.connected}
     events = [
-        _event(OFFLINE if brief.name in gone else BACK, brief, url)
+        _event(OFFLINE if brief.name in absent else BACK, brief, url)
         for brief in briefs
-        if brief.name in (gone - told) | (told & here)
+        if brief.name in (absent - reported) | (reported & here)
     ]
-    now = sorted((gone | told) - here)
-    return events, now if set(now) != told else None
+    now = sorted((absent | reported) - here)
+    return events, now if set(now) != reported else None
 
 
 def _is_gone(brief: Brief, before: str) -> bool:
@@ -144,6 +145,9 @@ def deliver(workspace: Workspace) -> None:
     with workspace.database.read() as connection:
         todo = webhooks.due(connection)
     for webhook, message in todo:
+        with workspace.database.write() as connection:
+            if not webhooks.claim(connection, message):
+                continue  # another node sends it
         ok, answer = send(webhook, message)
         with workspace.database.write() as connection:
             webhooks.note_answer(connection, message, ok, answer)

@@ -21,9 +21,11 @@ from cachix_protocol import (
     FAILED,
     IN_PROGRESS,
     PENDING,
+    PLAIN,
     SUCCEEDED,
     TERMINAL,
     Deployment,
+    Wish,
     dumps,
     loads,
     utc_now,
@@ -31,7 +33,15 @@ from cachix_protocol import (
 from cachix_workspace.agents import find as find_agent
 from cachix_workspace.agents import get as get_agent
 from cachix_workspace.refusal import Refusal
-from cachix_workspace.reports import REBOOT_NEEDED, UNTOUCHED_STEPS, Report, transition
+from cachix_workspace.reports import (
+    DRY_RUN,
+    REBOOT_NEEDED,
+    TESTED,
+    UNREPORTED,
+    UNTOUCHED_STEPS,
+    Report,
+    transition,
+)
 from cachix_workspace.tables import agents, deployments
 from cachix_workspace.tokens import Token
 
@@ -39,7 +49,6 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z")
 MAX_INDEX = (1 << 31) - 1  # more than a database's integers hold is no index
 MAX_REASON = 1 << 16  # characters
 MAX_STEPS = 50
-MOST_FORMER = 20  # paths that an agent may be sent back to by hand
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,14 @@ class DeploymentRow:
     before: str | None = None
     steps: str | None = None
     rollback_scripts: str | None = None
+    sent_to: int | None = None
+    operation: str | None = None
+    reboot: str | None = None
+
+    @property
+    def wish(self) -> Wish:
+        """The operation and the reboot that it asks for."""
+        return Wish(self.operation or PLAIN.operation, self.reboot or PLAIN.reboot)
 
     def to_json(self) -> dict[str, Any]:
         """The answer of protocol.md section 4, and our own additions: see docs/protocol.rst."""
@@ -98,6 +115,7 @@ class DeploymentRow:
             "retryOf": self.retry_of,
             "before": self.before,
             "steps": loads(self.steps or "[]"),
+            **self.wish.to_json(whole=True),
         }
 
 
@@ -107,7 +125,7 @@ class DeploymentRow:
 def find(connection: Connection, deployment_id: str, lock: bool = False) -> DeploymentRow:
     """The deployment, with `lock` locked for the rest of the transaction. Raises Refusal (404)."""
     query = select(deployments).where(deployments.c.id == deployment_id.lower())
-    row = connection.execute(query.with_for_update() if lock else query).one_or_none()
+    row = connection.execute(query.with_for_update(key_share=True) if lock else query).one_or_none()
     if row is None:
         raise Refusal(404, f"there is no deployment {deployment_id[:64]}")
     return DeploymentRow(**row._mapping)
@@ -130,10 +148,15 @@ def find_by_index(connection: Connection, name: str, index: int) -> DeploymentRo
     return DeploymentRow(**row._mapping)
 
 
-def find_own(connection: Connection, agent_name: str | None, deployment_id: str) -> DeploymentRow:
-    """The deployment, locked, if it is that agent's. Raises Refusal (403 or 404)."""
-    agent = find_agent(connection, agent_name)
-    deployment = find(connection, deployment_id, lock=True)
+def find_own(
+    connection: Connection, agent_name: str | None, deployment_id: str, lock: bool = True
+) -> DeploymentRow:
+    """The deployment if it is that agent's. Raises Refusal (403 or 404).
+
+    Both are locked, the agent first: whoever decides by all of its deployments does so too.
+    """
+    agent = find_agent(connection, agent_name, lock)
+    deployment = find(connection, deployment_id, lock)
     if deployment.agent_id != agent.id:
         raise Refusal(403, f"deployment {deployment.id} is not one of agent {agent.name}")
     return deployment
@@ -147,16 +170,24 @@ class Open:
     waiting: DeploymentRow | None
 
 
-def find_open(connection: Connection, agent_id: str) -> Open:
-    """The agent's InProgress deployment, and its newest Pending one: none while it is paused."""
-    mine = (deployments.c.agent_id == agent_id) & deployments.c.status.in_([PENDING, IN_PROGRESS])
-    query = select(deployments).where(mine).order_by(deployments.c.index.desc())
-    rows = [DeploymentRow(**row._mapping) for row in connection.execute(query)]
-    running = next((row for row in rows if row.status == IN_PROGRESS), None)
-    waiting = next((row for row in rows if row.status == PENDING), None)
-    if waiting is not None and get_agent(connection, agent_id).paused_on is not None:
-        waiting = None
-    return Open(running, waiting)
+def find_open(connection: Connection, agent_ids: Collection[str]) -> dict[str, Open]:
+    """The InProgress deployment of each of these agents, and its newest Pending one.
+
+    None waits while an agent is paused.
+    """
+    is_open = deployments.c.status.in_([PENDING, IN_PROGRESS])
+    mine = deployments.c.agent_id.in_(agent_ids) & is_open
+    query = select(agents.c.paused_on.label("agent_paused_on"), deployments).join(agents)
+    running, waiting = dict[str, DeploymentRow](), dict[str, DeploymentRow]()
+    for row in connection.execute(query.where(mine).order_by(deployments.c.index.desc())):
+        values = dict(row._mapping)
+        is_paused = values.pop("agent_paused_on") is not None
+        deployment = DeploymentRow(**values)
+        if deployment.status == IN_PROGRESS:
+            running.setdefault(deployment.agent_id, deployment)
+        elif not is_paused:
+            waiting.setdefault(deployment.agent_id, deployment)
+    return {each: Open(running.get(each), waiting.get(each)) for each in agent_ids}
 
 
 def to_wire(row: DeploymentRow) -> Deployment:
@@ -168,6 +199,7 @@ def to_wire(row: DeploymentRow) -> Deployment:
         rollback_script=row.rollback_script,
         resumed=row.status == IN_PROGRESS,
         signature=None if row.signature is None else loads(row.signature),
+        wish=row.wish.to_json() or None,
     )
 
 
@@ -195,26 +227,12 @@ def list_some(
     return [DeploymentRow(**row._mapping) for row in rows]
 
 
-def newest(connection: Connection, names: Collection[str]) -> dict[str, DeploymentRow]:
-    """The newest deployment of each of these agents that has had one, by name."""
-    wanted = agents.c.name.in_(names) & (deployments.c.index == agents.c.last_index)
-    query = select(agents.c.name.label("agent_name"), deployments).join(agents).where(wanted)
-    found = {}
-    for row in connection.execute(query):
-        values = dict(row._mapping)
-        name = str(values.pop("agent_name"))
-        found[name] = DeploymentRow(**values)
-    return found
-
-
-def succeeded_paths(connection: Connection, agent_id: str) -> list[str]:
-    """The store paths that an agent has succeeded with, the last one first."""
-    mine = (deployments.c.agent_id == agent_id) & (deployments.c.status == SUCCEEDED)
-    query = select(deployments.c.store_path).where(mine).order_by(deployments.c.index.desc())
-    return list(dict.fromkeys(connection.execute(query.limit(200)).scalars()))[:MOST_FORMER]
-
-
 # --- changes --------------------------------------------------------------------------------------
+
+_UNKNOWN = {
+    "status": IN_PROGRESS,
+    **dict.fromkeys(("outcome", "reason", "finished_on", "ended_on")),
+}
 
 
 def apply_report(
@@ -224,6 +242,8 @@ def apply_report(
 
     It is not if the deployment had ended differently before, or is to be cancelled and can be.
     """
+    if deployment.outcome == UNREPORTED and report.status in TERMINAL:
+        deployment = _change(connection, deployment, **_UNKNOWN)  # it comes late, and it counts
     status = transition(deployment.status, report.status)
     denied = report.denies_cancellation(says_steps=deployment.step is not None)
     if status is None and deployment.status == CANCELLED and denied:
@@ -249,7 +269,7 @@ def apply_report(
     else:
         reason = None if report.reason is None else report.reason[:MAX_REASON]
         changes.update(ended(status, reason), finished_on=time, outcome=report.outcome)
-    if status == SUCCEEDED:
+    if status == SUCCEEDED and report.outcome not in (DRY_RUN, TESTED):
         _note_success(connection, deployment, report.outcome, time)
     return _change(connection, deployment, **changes), True
 
@@ -262,17 +282,20 @@ def _note_success(
     If it says what it runs, it will say that of this one too: until then nobody is to take what it
     ran before for a change by hand.
     """
+    newer = others(deployment, SUCCEEDED) & (deployments.c.index > deployment.index)
+    if connection.execute(select(deployments.c.id).where(newer).limit(1)).first():
+        return  # this report comes late
     mine, path = agents.c.id == deployment.agent_id, deployment.store_path
     deployed = {"deployed": path, "deployed_on": time}
     connection.execute(update(agents).where(mine).values(**deployed))
     if outcome != REBOOT_NEEDED:
         differs = agents.c.running.is_not(None) & (agents.c.running != path)
-        runs = {"running": path, "running_since": time}
+        runs = {"running": path, "running_since": time, "by_hand": None}
         connection.execute(update(agents).where(mine & differs).values(**runs))
 
 
 def _news(deployment: DeploymentRow, report: Report) -> dict[str, Any]:
-    """What a report says that is not known yet, but for the status."""
+    """The news of a report, but for the status."""
     news: dict[str, Any] = {}
     if report.closure_size not in (None, deployment.closure_size):
         news["closure_size"] = report.closure_size
@@ -291,7 +314,7 @@ def _change(connection: Connection, deployment: DeploymentRow, **changes: Any) -
 
 
 def _cancelled() -> dict[str, Any]:
-    """What changes when a deployment is cancelled."""
+    """The columns that change when a deployment is cancelled."""
     return {**ended(CANCELLED, "cancelled"), "cancel_requested": None}
 
 
@@ -305,9 +328,14 @@ def others(deployment: DeploymentRow, status: str) -> ColumnElement[bool]:
 
 
 def ended(status: str, reason: str | None) -> dict[str, Any]:
-    """What changes when a deployment ends now."""
+    """The columns that change when a deployment ends now."""
     now = utc_now()
     return {"status": status, "reason": reason, "finished_on": now, "ended_on": now}
+
+
+def unreported(reason: str) -> dict[str, Any]:
+    """The columns that change when a deployment is given up: its agent may report another end."""
+    return {**ended(FAILED, reason), "outcome": UNREPORTED}
 
 
 def give_up(connection: Connection, running: DeploymentRow, waiting: DeploymentRow) -> None:
@@ -316,7 +344,14 @@ def give_up(connection: Connection, running: DeploymentRow, waiting: DeploymentR
     reason = f"the agent gave no sign of life any more, and deployment {index} was waiting"
     current = find(connection, running.id, lock=True)
     if current.status == IN_PROGRESS:  # else its report has just come
-        _change(connection, current, **ended(FAILED, reason))
+        _change(connection, current, **unreported(reason))
+
+
+def refuse(connection: Connection, row: DeploymentRow, reason: str) -> None:
+    """End a deployment that its agent must not be sent."""
+    current = find(connection, row.id, lock=True)
+    if current.status not in TERMINAL:
+        _change(connection, current, **ended(FAILED, reason), outcome="nothing-changed")
 
 
 def fail_others(connection: Connection, deployment: DeploymentRow) -> None:
@@ -327,7 +362,7 @@ def fail_others(connection: Connection, deployment: DeploymentRow) -> None:
     index = deployment.index
     reason = f"the agent went on to deployment {index} without reporting the end of this one"
     older = others(deployment, IN_PROGRESS) & (deployments.c.index < index)
-    connection.execute(update(deployments).where(older).values(**ended(FAILED, reason)))
+    connection.execute(update(deployments).where(older).values(**unreported(reason)))
 
 
 def can_cancel(row: DeploymentRow) -> bool:

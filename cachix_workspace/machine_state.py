@@ -1,4 +1,4 @@
-"""What agents say of their machines: what runs, since when, and whether a reboot is needed."""
+"""Agents' reports on their machines: the running path, since when, and a needed reboot."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 from sqlalchemy import Connection, update
 
 from cachix_protocol import Undecodable, checked_field, is_store_path, utc_now
+from cachix_workspace import audit
 from cachix_workspace.agents import AgentRow
 from cachix_workspace.deployments import TIME
+from cachix_workspace.states import HANDS
 from cachix_workspace.tables import agents
 
 KINDS = ("nixos", "darwin", "home-manager", "profile")
@@ -19,13 +21,17 @@ MINUTE = len("2026-11-27T18:52")
 
 @dataclass(frozen=True)
 class MachineState:
-    """What an agent says of its machine; None is for what is not known."""
+    """The report of an agent on its machine; None is for facts that are not known.
+
+    `by_hand` is the key of HANDS if the path was run at the machine itself.
+    """
 
     running: str | None
     since: str | None
     profile: str | None
     kind: str | None
     needs_reboot: bool
+    by_hand: str | None = None
 
     @classmethod
     def from_json(cls, record: Any) -> MachineState:
@@ -43,7 +49,10 @@ class MachineState:
             raise Undecodable(f"`kind` must be one of {', '.join(KINDS)}")
         needs_reboot = checked_field(record, "rebootNeeded", bool)
         is_time = since is not None and TIME.fullmatch(since) is not None
-        return cls(running, since if is_time else None, profile, kind, needs_reboot)
+        by_hand = checked_field(record, "byHand", dict, optional=True) or {}
+        action = str(by_hand.get("action"))
+        facts = (profile, kind, needs_reboot, action if action in HANDS else None)
+        return cls(running, since if is_time else None, *facts)
 
 
 def _is_file(path: str) -> bool:
@@ -58,12 +67,16 @@ def note(connection: Connection, agent: AgentRow, state: MachineState) -> bool:
         "running_since": _running_since(agent, state, now),
         "profile": state.profile,
         "kind": state.kind,
+        "by_hand": state.by_hand,
         "reboot_since": (agent.reboot_since or now) if state.needs_reboot else None,
     }
     is_new = any(getattr(agent, name) != value for name, value in changes.items())
     if is_new or (agent.state_on or "")[:MINUTE] != now[:MINUTE]:
         mine = agents.c.id == agent.id
         connection.execute(update(agents).where(mine).values(**changes, state_on=now))
+    if state.by_hand is not None and state.running != agent.running:
+        words = HANDS[state.by_hand]
+        audit.record(connection, f"agent {agent.name}", words, str(state.running))
     return is_new
 
 

@@ -6,9 +6,21 @@ import uuid
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, select, update
 
-from cachix_protocol import CANCELLED, PENDING, TERMINAL, Spec, dumps, listed, loads, utc_now
+from cachix_protocol import (
+    ABILITY,
+    CANCELLED,
+    PENDING,
+    PLAIN,
+    TERMINAL,
+    Spec,
+    Wish,
+    dumps,
+    listed,
+    loads,
+    utc_now,
+)
 from cachix_workspace import audit, freeze, runs
 from cachix_workspace import deployments as all_deployments
 from cachix_workspace.agents import AgentRow
@@ -22,7 +34,7 @@ ACTIONS = {DEPLOY: "deploy", RETRY: "retry", ROLL_BACK: "roll back"}  # as the a
 
 @dataclass(frozen=True)
 class Actor:
-    """Who orders, as the audit and pages name him, and the address that he comes from."""
+    """The actor of an order, as the audit and pages name him, and his address."""
 
     name: str
     address: str = ""
@@ -30,13 +42,14 @@ class Actor:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an agent is to run, with a rollback script, or some by system. `signature` is JSON."""
+    """The system that an agent is to run; its rollback scripts. `signature` is JSON."""
 
     store_path: str
     script: str | None = None
     scripts: dict[str, str] = field(default_factory=dict)
     signature: str | None = None
     retry_of: int | None = None
+    wish: Wish = PLAIN
 
 
 @dataclass(frozen=True)
@@ -48,13 +61,27 @@ class Order:
     replaced: list[str]
 
 
-def order(connection: Connection, spec: Spec, by: Actor, source: Source | None = None) -> Order:
-    """Order what a deploy.json says. Raises Refusal, as `place` does."""
+def order(
+    connection: Connection,
+    spec: Spec,
+    by: Actor,
+    source: Source | None = None,
+    run_id: int | None = None,
+) -> Order:
+    """Order what a deploy.json says, as a new run or within one. Raises Refusal as `place` does."""
     wanted = {
-        name: Wanted(path, None, spec.rollback_scripts, _signed(spec, name))
+        name: Wanted(
+            path,
+            None,
+            spec.rollback_scripts,
+            _signed(spec, name),
+            wish=spec.wishes.get(name, PLAIN),
+        )
         for name, path in spec.agents.items()
     }
-    return place(connection, wanted, by, source=source)
+    if run_id is not None:
+        run_id = runs.go_on(connection, run_id, by.name)
+    return place(connection, wanted, by, source=source, run_id=run_id)
 
 
 def _signed(spec: Spec, name: str) -> str | None:
@@ -69,40 +96,61 @@ def place(
     action: str = DEPLOY,
     source: Source | None = None,
     of_run: int | None = None,
+    run_id: int | None = None,
 ) -> Order:
-    """Create a run with a Pending deployment for each agent, by name.
+    """Create a run, unless it is there, with a Pending deployment for each agent, by name.
 
-    Raises Refusal: 423 if the workspace is frozen, 400 that names the agents that are unknown.
+    Raises Refusal: 423 if the workspace is frozen, 400 that names the agents that are unknown, or
+    that do not know the operation.
     """
     freeze.check(connection)
-    query = select(agents).where(agents.c.name.in_(wanted)).with_for_update()
+    query = select(agents).where(agents.c.name.in_(wanted)).order_by(agents.c.name)
+    query = query.with_for_update(key_share=True)  # in one order, or two orders would deadlock
     targets = {row.name: AgentRow(**row._mapping) for row in connection.execute(query)}
     unknown = sorted(name for name in wanted if name not in targets)
     if unknown:
         names = listed([name[:128] for name in unknown])
         hint = "An agent is known once it has connected, or was added."
         raise Refusal(400, f"unknown agents: {names}. {hint}")
-    run_id = runs.create(connection, by.name, action, source, of_run)
-    created: dict[str, DeploymentRow] = {}
-    replaced: list[str] = []
-    for name, each in wanted.items():
-        row = created[name] = _create(connection, targets[name], each, run_id, by)
-        replaced += _replace_others(connection, row)
-        detail = f"{name}, deployment {row.index}: {row.store_path}"
-        audit.record(connection, by.name, ACTIONS[action], detail, by.address)
+    _refuse_beyond(wanted, targets)
+    if run_id is None:
+        run_id = runs.create(connection, by.name, action, source, of_run)
+    created = {name: _planned(targets[name], each, run_id, by) for name, each in wanted.items()}
+    replaced = _replace_others(connection, created.values())
+    theirs = agents.c.id.in_([row.agent_id for row in created.values()])
+    connection.execute(update(agents).where(theirs).values(last_index=agents.c.last_index + 1))
+    connection.execute(insert(deployments), [vars(row) for row in created.values()])
+    details = [f"{name}, deployment {row.index}: {row.store_path}" for name, row in created.items()]
+    audit.record_all(connection, by.name, ACTIONS[action], details, by.address)
     return Order(run_id, created, replaced)
 
 
-def _create(
-    connection: Connection, agent: AgentRow, wanted: Wanted, run_id: int, by: Actor
-) -> DeploymentRow:
-    index = agent.last_index + 1
-    connection.execute(update(agents).where(agents.c.id == agent.id).values(last_index=index))
+def _refuse_beyond(wanted: dict[str, Wanted], targets: dict[str, AgentRow]) -> None:
+    """Raises Refusal (400) for agents that would switch where something else was ordered.
+
+    One that has never connected is asked when it does.
+    """
+    silent = [a for a in targets.values() if a.has_connected and not a.knows(ABILITY)]
+    for wish in {wanted[agent.name].wish for agent in silent} - {PLAIN}:
+        raise Refusal(400, beyond([a for a in silent if wanted[a.name].wish == wish], wish))
+
+
+def beyond(others: Collection[AgentRow], wish: Wish) -> str:
+    """A sentence about agents that do not know an operation, or a reboot."""
+    names = listed([f"{agent.name} ({agent.program})" for agent in others])
+    words = " and ".join(f"`{name}: {word}`" for name, word in wish.to_json().items())
+    remedy = "update it to a cachix-deploy that does; nothing was changed"
+    return f"the agent does not know {words} and would switch: {names}: {remedy}"
+
+
+def _planned(agent: AgentRow, wanted: Wanted, run_id: int, by: Actor) -> DeploymentRow:
+    """The deployment that an agent is to have next. It is not stored yet."""
     is_known = bool(agent.system)  # one that was added, and has not connected yet, has none
-    deployment = DeploymentRow(
+    wish = wanted.wish.to_json()
+    return DeploymentRow(
         id=str(uuid.uuid4()),
         agent_id=agent.id,
-        index=index,
+        index=agent.last_index + 1,
         store_path=wanted.store_path,
         rollback_script=wanted.script or wanted.scripts.get(agent.system),
         status=PENDING,
@@ -118,9 +166,9 @@ def _create(
         retry_of=wanted.retry_of,
         before=agent.running or agent.deployed,
         rollback_scripts=None if is_known or not wanted.scripts else dumps(wanted.scripts),
+        operation=wish.get("operation"),
+        reboot=wish.get("reboot"),
     )
-    connection.execute(insert(deployments).values(**vars(deployment)))
-    return deployment
 
 
 def choose_scripts(connection: Connection, agent: AgentRow) -> None:
@@ -134,14 +182,18 @@ def choose_scripts(connection: Connection, agent: AgentRow) -> None:
         connection.execute(update(deployments).where(this).values(**values, rollback_scripts=None))
 
 
-def _replace_others(connection: Connection, newest: DeploymentRow) -> list[str]:
-    """Cancel the agent's other Pending deployments; their ids."""
-    others = all_deployments.others(newest, PENDING)
-    ids = list(connection.execute(select(deployments.c.id).where(others)).scalars())
-    if ids:
-        values = all_deployments.ended(CANCELLED, f"replaced by deployment {newest.index}")
-        connection.execute(update(deployments).where(others).values(**values))
-    return ids
+def _replace_others(connection: Connection, newest: Collection[DeploymentRow]) -> list[str]:
+    """Cancel what waits for the agents of these deployments, which are not stored yet; the ids."""
+    indexes = {row.agent_id: row.index for row in newest}
+    waiting = deployments.c.agent_id.in_(indexes) & (deployments.c.status == PENDING)
+    rows = connection.execute(select(deployments.c.id, deployments.c.agent_id).where(waiting)).all()
+    if rows:
+        ended = {**all_deployments.ended(CANCELLED, None), "reason": bindparam("why")}
+        this = deployments.c.id == bindparam("which")
+        whys = [f"replaced by deployment {indexes[row.agent_id]}" for row in rows]
+        values = [{"which": row.id, "why": why} for row, why in zip(rows, whys)]
+        connection.execute(update(deployments).where(this).values(**ended), values)
+    return [row.id for row in rows]
 
 
 # --- retry and roll back --------------------------------------------------------------------------
@@ -184,14 +236,14 @@ def retryable(connection: Connection, rows: dict[str, DeploymentRow]) -> dict[st
 
 
 def _again(row: DeploymentRow) -> Wanted:
-    """What repeats a deployment, for the same agent."""
+    """The item that repeats a deployment, for the same agent."""
     scripts = loads(row.rollback_scripts or "{}")
-    return Wanted(row.store_path, row.rollback_script, scripts, retry_of=row.index)
+    return Wanted(row.store_path, row.rollback_script, scripts, retry_of=row.index, wish=row.wish)
 
 
 @dataclass(frozen=True)
 class Back:
-    """What an agent would be rolled back to. No path: it can't be, for this reason."""
+    """The path that an agent would be rolled back to. No path: it can't be, for this reason."""
 
     name: str
     now: str | None
@@ -200,12 +252,12 @@ class Back:
 
 
 def plan_back(connection: Connection, rows: dict[str, DeploymentRow]) -> list[Back]:
-    """What rolling these deployments back would do, by the agents' names: to what ran before."""
+    """The plan of rolling these deployments back, by the agents' names: to the former paths."""
     query = select(agents).where(agents.c.name.in_(rows))
-    found = {row.name: AgentRow(**row._mapping) for row in connection.execute(query)}
+    by_name = {row.name: AgentRow(**row._mapping) for row in connection.execute(query)}
     plan = []
     for name, row in sorted(rows.items()):
-        agent = found[name]
+        agent = by_name[name]
         now, reason = agent.running or agent.deployed, ""
         if row.before is None:
             reason = "nothing is known to have run before"
@@ -230,24 +282,31 @@ def roll_back(
 
 
 def deploy_path(
-    connection: Connection, names: Collection[str], store_path: str, by: Actor, action: str = DEPLOY
+    connection: Connection,
+    names: Collection[str],
+    store_path: str,
+    by: Actor,
+    action: str = DEPLOY,
+    wish: Wish = PLAIN,
 ) -> Order:
     """Order one path for some agents, with the rollback script it had there. Raises Refusal."""
     _refuse_signed(connection, names)
     query = select(agents.c.name, agents.c.id).where(agents.c.name.in_(names))
     ids = {row.name: row.id for row in connection.execute(query)}
     wanted = {
-        name: _former(connection, ids[name], store_path) if name in ids else Wanted(store_path)
+        name: _former(connection, ids[name], store_path, wish)
+        if name in ids
+        else Wanted(store_path, wish=wish)
         for name in names
     }
     return place(connection, wanted, by, action)
 
 
-def _former(connection: Connection, agent_id: str, store_path: str) -> Wanted:
+def _former(connection: Connection, agent_id: str, store_path: str, wish: Wish = PLAIN) -> Wanted:
     """A path with the rollback script that the agent's last deployment of it had."""
     mine = (deployments.c.agent_id == agent_id) & (deployments.c.store_path == store_path)
     newest = select(deployments).where(mine).order_by(deployments.c.index.desc()).limit(1)
     row = connection.execute(newest).one_or_none()
     if row is None:
-        return Wanted(store_path)
-    return replace(_again(DeploymentRow(**row._mapping)), retry_of=None)
+        return Wanted(store_path, wish=wish)
+    return replace(_again(DeploymentRow(**row._mapping)), retry_of=None, wish=wish)

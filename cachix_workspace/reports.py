@@ -1,4 +1,4 @@
-"""What an agent reports of a deployment, and what it is worth: values and pure functions.
+"""Reports of agents on deployments, and their effects: values and pure functions.
 
 docs/protocol.rst has the steps and the outcomes. An agent that knows others is heard all the same.
 """
@@ -19,17 +19,20 @@ from cachix_protocol import (
     listed,
 )
 
+REBOOT_NEEDED, DRY_RUN, TESTED = "reboot-needed", "dry-run", "tested"
+UNREPORTED = "unreported"  # said by the workspace, and only until the agent reports how it ended
+AWAITING_REBOOT, REBOOTING = "awaiting-reboot", "rebooting"
 UNTOUCHED_STEPS = ("received", "downloading", "ready")  # the machine is as it was
 TOUCHED_STEPS = (
-    *("activating", "checking", "committing", "rolling-back"),
+    *("activating", "checking", "committing", AWAITING_REBOOT, REBOOTING, "rolling-back"),
     *("succeeded", "rolled-back", "rollback-failed"),
 )
 STEPS = (*UNTOUCHED_STEPS, *TOUCHED_STEPS, "failed", "cancelled", "superseded")
-REBOOT_NEEDED = "reboot-needed"
 OUTCOMES = (
     *("succeeded", "nothing-changed", "rolled-back", "rollback-failed"),
-    *("changed-by-others", "state-lost", REBOOT_NEEDED),
+    *("changed-by-others", "state-lost", REBOOT_NEEDED, DRY_RUN, TESTED),
 )
+SHOWN_OUTCOMES = (*OUTCOMES, UNREPORTED)
 MAX_SIGNATURE = 1 << 16  # characters
 
 

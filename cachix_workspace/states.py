@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cachix_protocol import CANCELLED, FAILED, IN_PROGRESS, PENDING, SUCCEEDED
 
@@ -32,10 +32,22 @@ UNDER_WAY = State("under-way", "under way", "half", "busy")
 OFFLINE = State("offline", "offline", "ring", "idle")
 NEVER = State("never", "never connected", "dashes", "idle")
 BY_HAND = State("by-hand", "changed by hand", "hand", "warn")
+TESTED = State("tested", "runs a test", "half", "warn")
 REBOOT = State("reboot-needed", "reboot needed", "turn", "warn")
 WELL = State("well", "well", "check", "good")
 AGENT_STATES = (
-    *(ROLLBACK_FAILED, LOST, FAILED_STATE, UNDER_WAY, OFFLINE, NEVER, BY_HAND, REBOOT, WELL),
+    *(
+        ROLLBACK_FAILED,
+        LOST,
+        FAILED_STATE,
+        UNDER_WAY,
+        OFFLINE,
+        NEVER,
+        BY_HAND,
+        TESTED,
+        REBOOT,
+        WELL,
+    ),
 )
 RANKS = {state.key: rank for rank, state in enumerate(AGENT_STATES)}
 
@@ -43,17 +55,22 @@ WAITING = State("waiting", "waiting", "ring", "idle")
 SUCCEEDED_STATE = State("succeeded", "succeeded", "check", "good")
 ROLLED_BACK = State("rolled-back", "failed, rolled back", "cross", "bad")
 UNCHANGED = State("nothing-changed", "failed, nothing changed", "cross", "bad")
+DRY_RUN = State("dry-run", "dry run", "check", "idle")
+TESTED_STATE = State("tested", "tested", "check", "good")
 CANCELLED_STATE = State("cancelled", "cancelled", "bar", "idle")
 DEPLOYMENT_STATES = (
     *(ROLLBACK_FAILED, LOST, FAILED_STATE, ROLLED_BACK, UNCHANGED, UNDER_WAY, WAITING),
-    *(REBOOT, SUCCEEDED_STATE, CANCELLED_STATE),
+    *(REBOOT, SUCCEEDED_STATE, TESTED_STATE, DRY_RUN, CANCELLED_STATE),
 )
 OUTCOMES = {  # the state of an ended deployment, by its status and outcome; by status otherwise
     (FAILED, "rollback-failed"): ROLLBACK_FAILED,
     (FAILED, "rolled-back"): ROLLED_BACK,
     (FAILED, "nothing-changed"): UNCHANGED,
     (SUCCEEDED, "reboot-needed"): REBOOT,
+    (SUCCEEDED, "dry-run"): DRY_RUN,
+    (SUCCEEDED, "tested"): TESTED_STATE,
 }
+HANDS = {"rollback": "rolled back by hand", "activation": "activated by hand"}
 BY_STATUS = {
     PENDING: WAITING,
     IN_PROGRESS: UNDER_WAY,
@@ -72,7 +89,7 @@ def of_deployment(status: str, outcome: str | None, is_lost: bool = False) -> St
 
 @dataclass(frozen=True)
 class Facts:
-    """What the state of an agent follows from.
+    """The facts that the state of an agent follows from.
 
     `open` is the status of the deployment that has not ended; `ended` and `outcome` are of the last
     one that succeeded or failed.
@@ -88,6 +105,8 @@ class Facts:
     running: str | None = None
     deployed: str | None = None
     needs_reboot: bool = False
+    by_hand: str | None = None  # a key of HANDS, if what runs was run at the machine
+    runs_test: bool = False
 
 
 def of_agent(facts: Facts) -> State:
@@ -105,7 +124,9 @@ def of_agent(facts: Facts) -> State:
         return OFFLINE if facts.has_connected else NEVER
     if facts.open is not None and not facts.paused:
         return UNDER_WAY
-    waits_for_boot = facts.needs_reboot and facts.outcome == REBOOT.key
+    if facts.runs_test:
+        return TESTED
+    waits_for_boot = facts.needs_reboot and facts.outcome in (REBOOT.key, DRY_RUN.key)
     if facts.running and facts.deployed and facts.running != facts.deployed and not waits_for_boot:
-        return BY_HAND
+        return replace(BY_HAND, word=HANDS.get(facts.by_hand or "", BY_HAND.word))
     return REBOOT if facts.needs_reboot else WELL

@@ -1,6 +1,7 @@
 """The schema.
 
-Times are text as the protocol writes them (RFC 3339, UTC): they sort, and need no conversion.
+Times are text as the protocol writes them (RFC 3339, UTC): they sort, and need no conversion. Thus
+texts are compared by their bytes, in PostgreSQL too, whatever the language of its database.
 """
 
 from __future__ import annotations
@@ -13,13 +14,33 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
-    String,
+    Sequence,
     Table,
-    Text,
     UniqueConstraint,
 )
+from sqlalchemy import String as AnyString
+from sqlalchemy import Text as AnyText
+from sqlalchemy.dialects.postgresql import TEXT
+
+BY_BYTES = TEXT(collation="C")
+String = AnyString().with_variant(BY_BYTES, "postgresql")
+Text = AnyText().with_variant(BY_BYTES, "postgresql")
 
 metadata = MetaData()
+
+# a number for each connection of an agent, and each start of a node, where there are sequences
+connection_numbers = Sequence("connection_numbers", metadata=metadata)
+
+nodes = Table(
+    "nodes",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("host", String, nullable=False),
+    Column("start", BigInteger, nullable=False),
+    Column("started_on", String, nullable=False),  # by the database's clock, as the next one
+    Column("seen_on", String, nullable=False),
+    Column("shared", Boolean, nullable=False),  # whether its cache's directory is
+)
 
 meta = Table(
     "meta",
@@ -88,7 +109,12 @@ agents = Table(
     Column("running_since", String),
     Column("profile", String),
     Column("kind", String),  # nixos, darwin, home-manager or profile
+    Column("node_id", String),  # that it connected to last
+    Column("connection", BigInteger),  # the number of that connection
     Column("reboot_since", String),  # since when it needs a reboot
+    Column("by_hand", String),  # rollback or activation, if the path was run at the machine
+    Column("abilities", String),  # words of its last handshake, see docs/protocol.rst
+    Index("agents_by_node", "node_id", "connected"),
 )
 
 deployments = Table(
@@ -122,6 +148,9 @@ deployments = Table(
     Column("steps", Text),  # when each step was reported, as JSON: [[step, time], ...]
     # by system, as JSON, while the system of the agent is not known yet
     Column("rollback_scripts", Text),
+    Column("sent_to", BigInteger),  # the number of the connection that it was sent on last
+    Column("operation", String),  # null for switch
+    Column("reboot", String),  # null for never
     UniqueConstraint("agent_id", "index"),
     Index("deployments_by_status", "agent_id", "status"),
     Index("deployments_by_run", "run_id", "status", "outcome"),  # counted from this alone

@@ -1,4 +1,4 @@
-"""What Alembic runs to migrate: `database.migrate` hands it the connection, in a transaction."""
+"""The entry of Alembic: `database.migrate` hands it the connection, in a transaction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What agents of ours report, and requests to cancel."""
+"""Reports of our agents, and requests to cancel."""
 
 from alembic import op
 from sqlalchemy import Column, String

@@ -1,4 +1,4 @@
-"""Who did what when, and when a token was used last."""
+"""The audit, and the last use of tokens."""
 
 from alembic import op
 from sqlalchemy import Column, Integer, String, Text

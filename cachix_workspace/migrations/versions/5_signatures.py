@@ -1,4 +1,4 @@
-"""What CI signed."""
+"""Signatures of orders."""
 
 from alembic import op
 from sqlalchemy import Column, Text
