@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import sys
 from typing import Any
 
@@ -28,48 +29,33 @@ def main(argv: list[str] | None = None) -> int:
         return error.status
     except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or nobody reads stdout any more
         return 1
+    except Exception as error:
+        sentence = sentence_on(error)
+        if not sentence:
+            raise
+        complain(Error(sentence))
+        return Error.status
+
+
+def sentence_on(error: Exception) -> str:
+    """The sentence on a disk or a database that fails; empty for any other error."""
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}{error.strerror or error}"
+    if isinstance(error, sqlite3.Error) or type(error).__module__ == "sqlalchemy.exc":
+        from cachix_workspace.database import reason_of
+
+        return f"the workspace can't use its database: {reason_of(error)}"
+    return ""
 
 
 def _run(options: dict[str, Any]) -> int:
-    """Each group of commands imports what it needs: SQLAlchemy, Flask and gunicorn start slowly."""
+    """Commands import what they need only here: SQLAlchemy, Flask and gunicorn start slowly."""
     if options["serve"]:
         from cachix_workspace.cli import serve
 
         return serve.run(options)
-    if options["--url"] and _is_afar(options):
-        from cachix_workspace.cli import afar
-
-        afar.run(options)
-    elif options["token"]:
-        from cachix_workspace.cli import token
-
-        token.run(options)
-    elif options["cache"] and not options["list"]:
-        from cachix_workspace.cli import cache
-
-        cache.run(options)
-    elif options["audit"]:
-        from cachix_workspace.cli import audit
-
-        audit.run(options)
-    elif options["move"] or (options["agent"] and options["list"] and not options["--url"]):
-        from cachix_workspace.cli import agent
-
-        agent.run(options)
-    else:
-        _run_by_api(options)
-    return 0
-
-
-def _is_afar(options: dict[str, Any]) -> bool:
-    """Whether the command works otherwise on a workspace beside it, with more options there."""
-    is_cache = options["cache"] and not options["list"]
-    return bool(options["token"] or is_cache or options["audit"] or options["move"])
-
-
-def _run_by_api(options: dict[str, Any]) -> None:
-    """Run a command that works from afar as well."""
-    from cachix_workspace.cli import fleet, people
+    from cachix_workspace.cli import audit, cache, fleet, keep, people, token
 
     commands = {
         "init": people.init,
@@ -78,10 +64,17 @@ def _run_by_api(options: dict[str, Any]) -> None:
         "webhook": people.webhook,
         "freeze": people.freeze,
         "thaw": people.freeze,
-        "cache": people.list_caches,
+        "cache": cache.run,
+        "audit": audit.run,
+        "token": token.run,
+        "prune": keep.prune,
+        "backup": keep.back_up,
+        "restore": keep.restore,
+        "migrate-database": keep.migrate_database,
     }
     name = next((name for name in commands if options[name]), "")
     commands.get(name, fleet.run)(options)
+    return 0
 
 
 if __name__ == "__main__":

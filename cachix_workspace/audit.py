@@ -1,10 +1,11 @@
-"""Who did what when: written in the transaction of what was done, and never changed."""
+"""The audit: entries written in the transaction of each change, and never changed."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, insert, or_, select
@@ -34,8 +35,32 @@ def record(
     connection: Connection, actor: str, action: str, detail: str = "", address: str = ""
 ) -> None:
     """Note that `actor` did something, from the network address if it came from there."""
-    values = {"time": utc_now(), "actor": actor, "action": action, "address": address}
-    connection.execute(insert(audit).values(**values, detail=detail[:MAX_DETAIL]))
+    record_all(connection, actor, action, [detail], address)
+
+
+def record_all(
+    connection: Connection, actor: str, action: str, details: Sequence[str], address: str = ""
+) -> None:
+    """Note that `actor` did something to each of many, in one statement."""
+    record_many(connection, action, [(actor, detail, address) for detail in details])
+
+
+def record_many(
+    connection: Connection, action: str, entries: Sequence[tuple[str, str, str]]
+) -> None:
+    """Note who did something, to what, and from which address, in one statement."""
+    now = utc_now()
+    rows = [
+        {
+            "time": now,
+            "actor": actor,
+            "action": action,
+            "address": address,
+            "detail": detail[:MAX_DETAIL],
+        }
+        for actor, detail, address in entries
+    ]
+    connection.execute(insert(audit), rows)
 
 
 def list_some(connection: Connection, limit: int) -> list[Entry]:
@@ -55,7 +80,7 @@ def list_page(connection: Connection, text: str, limit: int, offset: int) -> lis
 
 
 class Refusals:
-    """Which refused tokens are worth an entry: one for an address in PAUSE seconds.
+    """Decide which refused tokens are worth an entry: one for an address in PAUSE seconds.
 
     Otherwise whoever tries tokens would fill the disk.
     """

@@ -1,4 +1,4 @@
-"""What one pastes to start an agent, or to let CI deploy: complete, with everything filled in.
+"""Blocks to paste that start an agent, or let CI deploy: complete, with all values filled in.
 
 A token is never part of a block that stays in a shell's history or in a file: it is pasted into
 `cat`, whose input no shell keeps. The one exception says so: the line that ends with its shell.
@@ -17,7 +17,7 @@ PASTE = "…"  # stands for a token that is not shown any more
 
 @dataclass(frozen=True)
 class Facts:
-    """What is filled in: the agent's name, the workspace's URL, the program's SHA-256, a token."""
+    """Values of a block: an agent's name, the workspace's URL, the program's SHA-256, a token."""
 
     name: str
     url: str
@@ -242,13 +242,13 @@ def _fresh(facts: Facts) -> Step:
 
 @dataclass(frozen=True)
 class CiFacts:
-    """What is filled in for CI: URLs, the program's SHA-256, and the cache."""
+    """The values of the blocks for CI: the workspace's URL, and the program's SHA-256."""
 
     url: str
     sha256: str
-    cache_url: str
 
 
+SECRETS = ("CACHIX_ACTIVATE_TOKEN", "CACHIX_SIGNING_KEY")
 FLAKE = """\
 # flake.nix: what `nix build .#deploy` makes, for agents by their names
 packages.x86_64-linux.deploy = pkgs.writeText "deploy.json" (builtins.toJSON {
@@ -256,38 +256,25 @@ packages.x86_64-linux.deploy = pkgs.writeText "deploy.json" (builtins.toJSON {
 });"""
 
 
-def push_line(cache_url: str, path: str) -> str:
-    """What pushes a path to a cache, with the secret key in `cache.key` and a token in `netrc`."""
-    to = f"{cache_url}?secret-key=cache.key&compression=zstd"
-    nix = "nix --extra-experimental-features nix-command"
-    return f"{nix} copy --netrc-file ./netrc --to '{to}' {shlex.quote(path)}"
+def push_line(url: str, path: str, cache: str = "") -> str:
+    """The command that pushes a path to a cache, with SECRETS in the environment."""
+    more = f" --cache={cache}" if cache else ""
+    return f"cachix-deploy push {shlex.quote(path)} --host={url}{more}"
 
 
 def _ci_script(facts: CiFacts, indent: str) -> str:
-    features = "--extra-experimental-features nix-command"
-    netrc = f"machine {_host(facts.url)} login x password $CACHIX_ACTIVATE_TOKEN"
-    target = f"{facts.cache_url}?secret-key=/tmp/cache.key&compression=zstd"
     lines = [
         f"curl -fsS -o /tmp/cachix-deploy {facts.url}/get/cachix-deploy.pyz",
         f"echo '{facts.sha256}  /tmp/cachix-deploy' | sha256sum -c -",
-        '(umask 077; printf %s "$CACHE_SIGNING_KEY" > /tmp/cache.key)',
-        f'(umask 077; echo "{netrc}" > /tmp/netrc)',
-        "nix build --print-out-paths .#deploy > /tmp/paths",
-        f"nix {features} copy --netrc-file /tmp/netrc --to '{target}' $(cat /tmp/paths)",
-        f"python3 /tmp/cachix-deploy activate ./result --host={facts.url}",
+        "nix build .#deploy",
+        "python3 /tmp/cachix-deploy activate --push result",
     ]
     return "\n".join(indent + line for line in lines)
 
 
-def _host(url: str) -> str:
-    return (
-        url.partition("://")[2].partition("/")[0].rpartition(":")[0]
-        or (url.partition("://")[2].partition("/")[0])
-    )
-
-
 def github(facts: CiFacts) -> str:
     """A workflow for GitHub Actions."""
+    secrets = "\n".join(f"          {name}: ${{{{ secrets.{name} }}}}" for name in SECRETS)
     return f"""\
 name: deploy
 on:
@@ -300,20 +287,22 @@ jobs:
       - uses: actions/checkout@v4
       - uses: cachix/install-nix-action@v31
       - env:
-          CACHIX_ACTIVATE_TOKEN: ${{{{ secrets.CACHIX_ACTIVATE_TOKEN }}}}
-          CACHE_SIGNING_KEY: ${{{{ secrets.CACHE_SIGNING_KEY }}}}
+          CACHIX_HOST: {facts.url}
+{secrets}
         run: |
 {_ci_script(facts, "          ")}"""
 
 
 def gitlab(facts: CiFacts) -> str:
-    """A job for GitLab CI."""
+    """A job for GitLab CI, whose settings have SECRETS as variables."""
     script = _ci_script(facts, "      ")
     return f"""\
 deploy:
   image: nixos/nix
   rules:
     - if: $CI_COMMIT_BRANCH == $CI_DEFAULT_BRANCH
+  variables:
+    CACHIX_HOST: {facts.url}
   script:
     - |
       export NIX_CONFIG='experimental-features = nix-command flakes'

@@ -1,4 +1,4 @@
-"""Whatever a browser may do with a workspace's answers, or send here for another site.
+"""The rules for browsers: uses of a workspace's answers, or send here for another site.
 
 Agents and CI send neither `Origin` nor `Sec-Fetch-Site`, so that nothing changes for them.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, select
@@ -17,7 +18,7 @@ MOST_AGENTS = 10**6
 
 @dataclass(frozen=True)
 class Enrolled:
-    """What was made: the token's number and secret, and whom it is for."""
+    """A token: its number and secret, and the agents that it is for."""
 
     token_id: int
     secret: str
@@ -68,10 +69,22 @@ def _token(
     token_id, secret = tokens.create(
         connection, AGENT, terms.description, terms.days, cache_id, agents=whose, most=most
     )
-    detail = f"{token_id} (agent, for agents {whose})"
+    detail = f"{token_id} (agent, for agents {whose}) {terms.description}".rstrip()
     audit.record(connection, by.name, "token create", detail, by.address)
     is_for_one = not set("*,") & set(whose)
     return Enrolled(token_id, secret, whose, is_for_one)
+
+
+def for_each(
+    connection: Connection, names: Iterable[str], terms: Terms, by: Actor
+) -> list[Enrolled]:
+    """Make a token for each of these agents, known or not. Raises Refusal (400 or 404)."""
+    cache_id = terms.check(connection)
+    enrolled = []
+    for name in dict.fromkeys(names):
+        upkeep.check_name(name)
+        enrolled.append(_token(connection, name, terms, cache_id, by))
+    return enrolled
 
 
 def add_many(

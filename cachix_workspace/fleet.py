@@ -16,10 +16,11 @@ from sqlalchemy import Connection, select
 from sqlalchemy.engine import Row
 
 from cachix_protocol import FAILED, IN_PROGRESS, PENDING, SUCCEEDED
-from cachix_workspace import states
+from cachix_workspace import life, states
 from cachix_workspace.agents import labels_of
 from cachix_workspace.feed import Feed
 from cachix_workspace.life import Signs
+from cachix_workspace.reports import TESTED
 from cachix_workspace.states import Facts, State
 from cachix_workspace.tables import agents, deployments
 
@@ -49,7 +50,9 @@ class Brief:
     id: str
     name: str
     system: str
-    version: str | None  # of cachix-deploy; None for any other agent
+    created_on: str
+    version: str  # the header of its connection
+    client: str | None  # its version of cachix-deploy; None for any other agent
     kind: str | None
     labels: tuple[str, ...]
     connected: bool
@@ -64,7 +67,7 @@ class Brief:
 
 @dataclass(frozen=True)
 class Filter:
-    """Which agents: those with all words in name or system, the label, the state's key."""
+    """Select agents: those with all words in name or system, the label, the state's key."""
 
     text: str = ""
     label: str = ""
@@ -104,13 +107,13 @@ def brief_of_all(
     rows = _agents(connection, names)
     waiting = _others(connection, _open(names))
     ended = _others(connection, _ended(names))
-    found = []
+    briefs = []
     for row in rows:
         now = waiting.get(row.id)
         last = ended.get(row.id)
         lost = now is not None and _is_lost(signs, now, row.id, lost_after)
-        found.append(_brief(row, _latest(now, lost), _latest(last, False), lost))
-    return sorted(found, key=lambda brief: (brief.state.rank, brief.name))
+        briefs.append(_brief(row, _latest(now, lost), _latest(last, False), lost))
+    return sorted(briefs, key=lambda brief: (brief.state.rank, brief.name))
 
 
 def overview(briefs: list[Brief], wanted: Filter, page: int) -> Overview:
@@ -119,8 +122,8 @@ def overview(briefs: list[Brief], wanted: Filter, page: int) -> Overview:
     counts["paused"] = sum(brief.paused_on is not None for brief in briefs)
     labels = Counter(label for brief in briefs for label in brief.labels)
     matching = briefs if wanted.is_empty else [each for each in briefs if wanted.matches(each)]
-    shown = matching[(page - 1) * PAGE : page * PAGE]
-    return Overview(shown, len(matching), len(briefs), counts, labels)
+    page_of_briefs = matching[(page - 1) * PAGE : page * PAGE]
+    return Overview(page_of_briefs, len(matching), len(briefs), counts, labels)
 
 
 class Shared:
@@ -132,7 +135,7 @@ class Shared:
         self._briefs: list[Brief] = []
 
     def get(self, feed: Feed, read: Callable[[], list[Brief]]) -> list[Brief]:
-        """What `read` returns, or has returned within FRESH seconds if nothing has changed since.
+        """The value of `read`, or its last one within FRESH seconds if nothing has changed since.
 
         Nobody may change the list.
         """
@@ -146,8 +149,19 @@ class Shared:
 
 
 def _agents(connection: Connection, names: Collection[str] | None) -> Iterable[Row[Any]]:
-    columns = ("id", "name", "system", "client", "kind", "labels", "connected", "seen_on")
-    more = ("paused_on", "running", "deployed", "reboot_since", "state_on")
+    columns = (
+        "id",
+        "name",
+        "created_on",
+        "system",
+        "version",
+        "client",
+        "kind",
+        "labels",
+        "connected",
+        "seen_on",
+    )
+    more = ("paused_on", "running", "deployed", "reboot_since", "state_on", "by_hand")
     query = select(*(agents.c[name] for name in (*columns, *more)))
     return connection.execute(_only(query, names)).all()
 
@@ -190,7 +204,8 @@ def _others(connection: Connection, query: Any) -> dict[str, Row[Any]]:
 
 
 def _is_lost(signs: Signs, row: Row[Any], agent_id: str, lost_after: float) -> bool:
-    return row.status == IN_PROGRESS and signs.silence(row.id, agent_id) >= lost_after
+    patience = life.patience_for(row.step, lost_after)
+    return row.status == IN_PROGRESS and signs.silence(row.id, agent_id) >= patience
 
 
 def _latest(row: Row[Any] | None, is_lost: bool) -> Latest | None:
@@ -215,12 +230,16 @@ def _brief(row: Row[Any], now: Latest | None, last: Latest | None, is_lost: bool
         running=row.running,
         deployed=row.deployed,
         needs_reboot=row.reboot_since is not None,
+        by_hand=row.by_hand,
+        runs_test=last is not None and (last.outcome, last.store_path) == (TESTED, row.running),
     )
     return Brief(
         id=row.id,
         name=row.name,
         system=row.system,
-        version=row.client,
+        created_on=row.created_on,
+        version=row.version,
+        client=row.client,
         kind=row.kind,
         labels=labels_of(row.labels),
         connected=row.connected,

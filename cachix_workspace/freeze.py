@@ -26,7 +26,7 @@ class Frozen:
 
     @property
     def sentence(self) -> str:
-        """What whoever wants to deploy is told."""
+        """The sentence that refuses an order."""
         return f"the workspace is frozen since {self.since[:16]}Z by {self.by}: {self.reason}"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sqlalchemy import Connection, func, insert, select, update
 
 from cachix_protocol import (
     FAILURE_LINE,
+    SUCCEEDED,
     SUCCESS_LINE,
     TERMINAL,
     LogLine,
@@ -17,6 +18,7 @@ from cachix_protocol import (
     loads,
     utc_now,
 )
+from cachix_workspace.database import Database
 from cachix_workspace.deployments import DeploymentRow
 from cachix_workspace.settings import Settings
 from cachix_workspace.tables import deployments, log_chunks
@@ -76,9 +78,9 @@ def append(
 ) -> int:
     """Take the new ones of `lines`; the index that follows them. Raises Gap or Closed.
 
-    `offset` is the index of the first line; None if all are new. At most `most` bytes are stored,
-    and whatever else comes is dropped. `deployment` must have been read, and locked, in this
-    transaction.
+    `offset` is the index of the first line; None if all are new. At most `most` bytes are stored:
+    the rest of the lines that go beyond them is dropped, and of later ones only a closing line is
+    taken. `deployment` must have been read, and locked, in this transaction.
     """
     following = taken(deployment)
     if offset is not None:
@@ -90,6 +92,8 @@ def append(
     if _is_closed(connection, deployment):
         raise Closed(following)
     kept, dropped = _kept(connection, deployment, lines, most)
+    if not kept:  # the log is full
+        raise Closed(following)
     first = deployment.log_next
     for chunk in split(kept):
         query = insert(log_chunks).values(
@@ -105,6 +109,24 @@ def append(
     mine = deployments.c.id == deployment.id
     connection.execute(update(deployments).where(mine).values(**changes))
     return following
+
+
+def finish(connection: Connection, deployment: DeploymentRow) -> None:
+    """Give a full log its closing line, for whoever follows: its agent was told to send no more.
+
+    `deployment` has ended, and must have been read, and locked, in this transaction.
+    """
+    if deployment.log_dropped is None or _has_end(connection, deployment):
+        return
+    append(connection, deployment, None, [_closing(deployment)], 0)
+
+
+def _closing(deployment: DeploymentRow) -> str:
+    """The closing line of a deployment that has ended."""
+    is_success = deployment.status == SUCCEEDED
+    line = SUCCESS_LINE if is_success else f"{FAILURE_LINE} {deployment.reason or ''}"
+    text = " ".join(line.split())[: MAX_CLOSING // 8]  # JSON may take six for each
+    return dumps(LogLine(text, utc_now()).to_json())
 
 
 def taken(deployment: DeploymentRow) -> int:
@@ -152,6 +174,8 @@ def _kept(
     is_end = bool(rest) and len(rest[-1]) <= MAX_CLOSING and is_closing(rest[-1])
     if is_end and (kept or not _has_end(connection, deployment)):
         end = [rest.pop()]
+    elif rest and deployment.status in TERMINAL:  # the agent is told to send no more
+        end = [_closing(deployment)]
     note = [_note(most)] if rest and is_whole else []
     return [*kept, *note, *end], bool(rest)
 
@@ -196,3 +220,15 @@ def read(connection: Connection, deployment_id: str, offset: int) -> list[str]:
 def is_closing(line: str) -> bool:
     """Whether a stored line is one of the two with which agents end a log."""
     return str(loads(line)["line"]).startswith((SUCCESS_LINE, FAILURE_LINE))
+
+
+def stream(database: Database, deployment_id: str) -> Iterator[bytes]:
+    """The log as text, each line as the agent sent it, a part at a time."""
+    offset = 0
+    while True:
+        with database.read() as connection:
+            lines = read(connection, deployment_id, offset)
+        if not lines:
+            return
+        offset += len(lines)
+        yield "".join(f"{loads(line)['line']}\n" for line in lines).encode("utf-8", "replace")

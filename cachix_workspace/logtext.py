@@ -1,4 +1,4 @@
-"""Log lines for people: pages of a log, colours, search. Whatever a terminal would obey is removed.
+"""Log lines for people: pages of a log, colours, search. Control characters are removed.
 
 A log has up to hundreds of thousands of lines, and a line up to megabytes: a page has some of them.
 """
@@ -45,7 +45,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Found:
+class Match:
     """A line that has what was looked for."""
 
     number: int
@@ -61,7 +61,7 @@ def cleaned(text: str) -> str:
     return HIDDEN.sub(UNSEEN, CONTROLS.sub(UNSEEN, text))
 
 
-def plain(text: str) -> str:
+def bare(text: str) -> str:
     """A line without colours too."""
     return COLOUR.sub("", cleaned(text))
 
@@ -75,13 +75,13 @@ def active(colours: str, text: str) -> str:
 
 def read_lines(connection: Connection, deployment_id: str, start: int, count: int) -> list[str]:
     """`count` stored lines from `start` on (from 0), fewer at the end."""
-    found: list[str] = []
-    while len(found) < count:
-        batch = logs.read(connection, deployment_id, start + len(found))
+    lines: list[str] = []
+    while len(lines) < count:
+        batch = logs.read(connection, deployment_id, start + len(lines))
         if not batch:
             break
-        found += batch[: count - len(found)]
-    return found
+        lines += batch[: count - len(lines)]
+    return lines
 
 
 def page(connection: Connection, deployment_id: str, start: int, count: int = PAGE) -> list[Line]:
@@ -89,7 +89,7 @@ def page(connection: Connection, deployment_id: str, start: int, count: int = PA
     back = min(LOOK_BACK, start)
     stored = read_lines(connection, deployment_id, start - back, back + count)
     converter = Ansi2HTMLConverter(inline=False, escaped=True)
-    colours, found = "", []
+    colours, lines = "", []
     for number, text in enumerate(stored, start - back + 1):
         record = loads(text)
         whole = str(record["line"])
@@ -98,35 +98,35 @@ def page(connection: Connection, deployment_id: str, start: int, count: int = PA
             markup = Markup(converter.convert(colours + line, full=False).rstrip("\n"))
             left_out = max(0, len(whole) - LONGEST)
             is_error = ERROR.search(line) is not None
-            found.append(Line(number, str(record["time"]), markup, left_out, is_error))
+            lines.append(Line(number, str(record["time"]), markup, left_out, is_error))
         colours = active(colours, line)
-    return found
+    return lines
 
 
 def first_error(connection: Connection, deployment_id: str, lines: int) -> int | None:
     """The index of the first line that looks like an error, in the last 5,000 lines."""
     start = max(0, lines - 5000)
     for index, text in enumerate(read_lines(connection, deployment_id, start, 5000), start):
-        if MAY_BE.search(text) and ERROR.search(plain(str(loads(text)["line"])[:LONGEST])):
+        if MAY_BE.search(text) and ERROR.search(bare(str(loads(text)["line"])[:LONGEST])):
             return index
     return None
 
 
-def search(connection: Connection, deployment_id: str, wanted: str) -> list[Found]:
+def search(connection: Connection, deployment_id: str, wanted: str) -> list[Match]:
     """The first lines that have this text, in upper or lower case."""
     escaped = json.dumps(wanted, ensure_ascii=False)[1:-1]
     pattern = re.sub(r"([\\%_])", r"\\\1", escaped)
     mine = log_chunks.c.deployment_id == deployment_id
     matches = log_chunks.c.body.ilike(f"%{pattern}%", escape="\\")
     query = select(log_chunks).where(mine & matches).order_by(log_chunks.c.first)
-    found: list[Found] = []
+    hits: list[Match] = []
     with connection.execute(query.limit(MOST_CHUNKS)) as chunks:
         for chunk in chunks:
             for index, text in enumerate(chunk.body.split("\n"), chunk.first + 1):
-                line = plain(str(loads(text)["line"]))
+                line = bare(str(loads(text)["line"]))
                 at = line.lower().find(wanted.lower())
                 if at >= 0:
-                    found.append(Found(index, line[max(0, at - 100) : at + 300]))
-                if len(found) >= MOST_FOUND:
-                    return found
-    return found
+                    hits.append(Match(index, line[max(0, at - 100) : at + 300]))
+                if len(hits) >= MOST_FOUND:
+                    return hits
+    return hits

@@ -1,8 +1,7 @@
-"""What Prometheus reads: agents by state, deployments, steps, requests, bytes, ends of tokens."""
+"""Metrics for Prometheus: agents by state, deployments, steps, requests, bytes, ends of tokens."""
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter, defaultdict
@@ -18,6 +17,8 @@ from werkzeug.wrappers import Response
 from cachix_protocol import PENDING, TERMINAL, loads, utc_now
 from cachix_workspace import cache, fleet, sentences, states, tokens
 from cachix_workspace.context import KEY, Workspace
+from cachix_workspace.files import Store
+from cachix_workspace.stores import store_of
 from cachix_workspace.tables import deployments
 
 PREFIX = "cachix_workspace"
@@ -50,13 +51,17 @@ class Requests:
     def _end(self, answer: Response) -> Response:
         began = g.pop("began", None)
         if began is not None:
-            labels = (request.blueprint or "none", request.method, str(answer.status_code))
-            self.seconds.labels(*labels).observe(time.monotonic() - began)
+            part, status = request.blueprint or "none", str(answer.status_code)
+            self.note(part, request.method, status, began)
         return answer
+
+    def note(self, part: str, method: str, status: str, began: float) -> None:
+        """Count a request that began at a moment of the monotonic clock."""
+        self.seconds.labels(part, method, status).observe(time.monotonic() - began)
 
 
 class Facts(Collector):
-    """What the database says, at the time when it is asked."""
+    """The figures of the database, read when they are asked for."""
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
@@ -108,19 +113,19 @@ class Facts(Collector):
         query = select(deployments.c.steps, deployments.c.finished_on)
         ended = query.where(deployments.c.status.in_(TERMINAL) & deployments.c.steps.is_not(None))
         rows = connection.execute(ended.order_by(deployments.c.created_on.desc()).limit(2000))
-        found: dict[str, list[float]] = defaultdict(list)
+        durations: dict[str, list[float]] = defaultdict(list)
         for steps, finished_on in rows:
             marks = [*loads(steps), ["", finished_on]]
             for (step, start), (_, end) in zip(marks, marks[1:]):
                 seconds = sentences.seconds_between(start, end)
                 if seconds is not None:
-                    found[step].append(seconds)
+                    durations[step].append(seconds)
         family = HistogramMetricFamily(
             f"{PREFIX}_step_seconds",
             "Seconds of each step, of the newest 2,000 deployments",
             labels=["step"],
         )
-        for step, times in sorted(found.items()):
+        for step, times in sorted(durations.items()):
             buckets = [(str(most), sum(time <= most for time in times)) for most in STEPS]
             family.add_metric([step], [*buckets, ("+Inf", len(times))], sum(times))
         return family
@@ -145,30 +150,18 @@ class Sizes:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._found: dict[str, tuple[float, float]] = {}
+        self._found: dict[Store, tuple[float, float]] = {}
 
     def of(self, workspace: Workspace, name: str) -> float:
         """The bytes of a cache's files."""
-        directory = str(cache.path_of(workspace.settings, name, "x").parent)
-        now = time.monotonic()
+        store, now = store_of(workspace.settings, name), time.monotonic()
         with self._lock:
-            at, size = self._found.get(directory, (-BYTES_INTERVAL, 0.0))
+            at, size = self._found.get(store, (-BYTES_INTERVAL, 0.0))
         if now - at >= BYTES_INTERVAL:
-            size = _bytes_below(directory)
+            size = float(sum(entry.size for entry in store.all_entries()))
             with self._lock:
-                self._found[directory] = (now, size)
+                self._found[store] = (now, size)
         return size
-
-
-def _bytes_below(directory: str) -> float:
-    total = 0
-    for root, _, names in os.walk(directory):
-        for name in names:
-            try:
-                total += os.stat(os.path.join(root, name)).st_size
-            except OSError:
-                continue
-    return float(total)
 
 
 sizes = Sizes()

@@ -8,6 +8,7 @@ secret that was not used, because it got lost on the way, binds nothing.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, func, select, update
 
@@ -29,6 +30,12 @@ def check(connection: Connection, token: Token, name: str) -> None:
     if problem:
         raise Refusal(403, problem)
     _check_count(connection, agent, token)
+
+
+def is_simple(token: Token) -> bool:
+    """Whether nothing is to be decided when a new agent comes with the token: see `admit`."""
+    is_shared = not (token.is_unbound or token.is_enrolment)
+    return is_shared and token.most is None and token.issued_by is None
 
 
 def check_report(
@@ -88,6 +95,8 @@ def admit(connection: Connection, token: Token, agent: AgentRow) -> str | None:
     problem = _problem(connection, agent, token, agent.name)
     if problem:
         raise Refusal(403, problem)
+    if token.most is not None:
+        all_tokens.lock(connection, token.id)  # agents that enrol now are counted one by one
     _check_count(connection, agent, token)
     if token.is_unbound:
         all_tokens.bind(connection, token, agent.name)
@@ -144,10 +153,34 @@ def users(connection: Connection, token_id: int) -> list[str]:
     return list(connection.execute(query).scalars())
 
 
+@dataclass(frozen=True)
+class Binding:
+    """Whether a name is for one machine alone: by a token that its agent keeps, or one made for it.
+
+    `token_id` is the token that the agent connected with last.
+    """
+
+    is_bound: bool
+    has_own_token: bool
+    token_id: int | None
+
+
+def bindings(connection: Connection, names: Collection[str]) -> dict[str, Binding]:
+    """The bindings of agents, by their names."""
+    present = tokens.c.id == agents.c.token_id
+    query = select(agents.c.name, agents.c.owner_id, agents.c.token_id, tokens.c.agents)
+    query = query.outerjoin(tokens, present).where(agents.c.name.in_(names))
+    by_name = {}
+    for row in connection.execute(query):
+        has_own = row.owner_id is not None
+        by_name[row.name] = Binding(has_own or row.agents == row.name, has_own, row.token_id)
+    return by_name
+
+
 def users_of(connection: Connection, token_ids: Collection[int]) -> dict[int, list[str]]:
     """The agents that connected with each of these tokens last, by name."""
     query = select(agents.c.token_id, agents.c.name).where(agents.c.token_id.in_(token_ids))
-    found: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}
     for row in connection.execute(query.order_by(agents.c.name)):
-        found.setdefault(row.token_id, []).append(row.name)
-    return found
+        names.setdefault(row.token_id, []).append(row.name)
+    return names

@@ -6,7 +6,7 @@ import datetime
 import hmac
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import Connection, delete, insert, select, update
 
@@ -37,7 +37,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Viewer:
-    """Whoever looks at a page: a person or a token. `session_id` is 0 if a proxy names him."""
+    """A viewer of pages: a person or a token. `session_id` is 0 if a proxy names him."""
 
     name: str  # as the header of pages and the audit have it
     role: str
@@ -61,7 +61,7 @@ class Link:
 
 @dataclass(frozen=True)
 class SessionRow:
-    """Who is signed in, with which browser."""
+    """A session: a person or token, and the browser."""
 
     id: int
     name: str
@@ -183,7 +183,8 @@ def use_link(connection: Connection, secret: str) -> Link | None:
     link = find_link(connection, secret)
     if link is not None and link.state == "valid":
         mine = (links.c.id == link.id) & links.c.used_on.is_(None)
-        connection.execute(update(links).where(mine).values(used_on=utc_now()))
+        used = connection.execute(update(links).where(mine).values(used_on=utc_now()))
+        return link if used.rowcount else replace(link, state="used")
     return link
 
 
@@ -224,16 +225,18 @@ def begin(
 
 
 def viewer(connection: Connection, cookie: str) -> Viewer | None:
-    """Whoever has this session, unless it has ended, or what it hangs on has."""
+    """The viewer of a session, unless that has ended, or its person or token has."""
     hashed = digest(cookie)
     row = connection.execute(select(sessions).where(sessions.c.hash == hashed)).one_or_none()
     if row is None or row.expires_on <= utc_now() or not hmac.compare_digest(row.hash, hashed):
         return None
     if row.person_id is not None:
-        found = connection.execute(select(people).where(people.c.id == row.person_id)).one_or_none()
-        if found is None:
+        person = connection.execute(
+            select(people).where(people.c.id == row.person_id)
+        ).one_or_none()
+        if person is None:
             return None
-        return Viewer(found.name, found.role, person_id=found.id, session_id=row.id)
+        return Viewer(person.name, person.role, person_id=person.id, session_id=row.id)
     token = all_tokens.get(connection, row.token_id)
     role = None if token is None else role_of(token)
     if token is None or role is None:
@@ -264,7 +267,7 @@ def is_seen_long_ago(connection: Connection, session_id: int) -> bool:
 
 
 def list_sessions(connection: Connection) -> list[SessionRow]:
-    """Who is signed in: the sessions that have not ended, those of late first."""
+    """The sessions that have not ended, the latest first."""
     query = select(sessions, people.c.name).outerjoin(people)
     query = query.where(sessions.c.expires_on > utc_now()).order_by(sessions.c.seen_on.desc())
     return [

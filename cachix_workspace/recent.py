@@ -1,4 +1,4 @@
-"""What was pushed to a cache of late: top-level paths, of which no other recent path is a part."""
+"""Recent pushes to a cache: top-level paths, of which no other recent path is a part."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from cachix_workspace import cache
 from cachix_workspace.cache import CacheRow
-from cachix_workspace.narinfo import MOST_BYTES, Narinfo
-from cachix_workspace.refusal import Refusal
+from cachix_workspace.files import Store
+from cachix_workspace.narinfo import Narinfo
 from cachix_workspace.settings import Settings
+from cachix_workspace.stores import store_of
 
 MOST_LOOKED_AT = 400  # narinfos, the newest
 MOST_SHOWN = 40
@@ -42,11 +42,11 @@ class Recent:
 
 @dataclass(frozen=True)
 class Look:
-    """What a look at a cache has found, when, and how old the directory was then."""
+    """The recent paths of a cache, the time of the look, and the time of its directory then."""
 
     moment: float
     changed: int
-    found: list[Recent]
+    paths: list[Recent]
 
 
 _lock = threading.Lock()
@@ -54,31 +54,31 @@ _looks: dict[str, Look] = {}
 
 
 def kind_of(store_path: str) -> str:
-    """What a store path is, as far as its name tells: nixos, darwin, home-manager or profile."""
+    """The kind of a store path by its name: nixos, darwin, home-manager or profile."""
     name = store_path[44:]
     return next((kind for pattern, kind in KINDS if pattern.match(name)), "profile")
 
 
 def recent(settings: Settings, row: CacheRow) -> list[Recent]:
     """The newest top-level paths of a cache. A look counts until something is pushed."""
-    directory = cache.path_of(settings, row.name, "x").parent
-    now, key = time.monotonic(), f"{directory} {row.all_keys}"
+    store = store_of(settings, row.name)
+    now, key = time.monotonic(), f"{store} {row.all_keys}"
     try:
-        changed = directory.stat().st_mtime_ns
+        changed = store.changed()
     except OSError:
         return []
     with _lock:
         last = _looks.get(key)
     if last is not None and (last.changed == changed or now - last.moment < KEPT):
-        return last.found
-    found = _look(row, directory)
+        return last.paths
+    look = _look(row, store)
     with _lock:
-        _looks[key] = Look(now, changed, found)
-    return found
+        _looks[key] = Look(now, changed, look)
+    return look
 
 
-def _look(row: CacheRow, directory: Path) -> list[Recent]:
-    infos = [(pushed, info) for pushed, path in _newest(directory) if (info := read(path))]
+def _look(row: CacheRow, store: Store) -> list[Recent]:
+    infos = [(pushed, info) for pushed, name in _newest(store) if (info := read(store, name))]
     parts = {
         reference
         for _, info in infos
@@ -100,27 +100,21 @@ def _look(row: CacheRow, directory: Path) -> list[Recent]:
     ][:MOST_SHOWN]
 
 
-def _newest(directory: Path) -> Iterable[tuple[float, Path]]:
-    """The newest narinfos of a directory, by when they were written."""
+def _newest(store: Store) -> Iterable[tuple[float, str]]:
+    """The names of the newest narinfos, and when they were written, in seconds since 1970."""
     try:
-        with os.scandir(directory) as entries:
-            times = (
-                (entry.stat(follow_symlinks=False).st_mtime, entry.path)
-                for entry in entries
-                if entry.name.endswith(".narinfo")
-            )
-            newest = heapq.nlargest(MOST_LOOKED_AT, times)
+        infos = (entry for entry in store.entries() if entry.name.endswith(".narinfo"))
+        newest = heapq.nlargest(MOST_LOOKED_AT, infos, key=lambda entry: entry.modified)
     except OSError:
         return []
-    return [(moment, Path(path)) for moment, path in newest]
+    return [(entry.modified / 1e9, entry.name) for entry in newest]
 
 
-def read(path: Path) -> Narinfo | None:
-    """The narinfo in a file; None if there is none that can be read."""
+def read(store: Store, name: str) -> Narinfo | None:
+    """A narinfo; None if there is none that can be read now."""
     try:
-        with path.open("rb") as file:
-            return Narinfo.parse(path.name, file.read(MOST_BYTES))
-    except (OSError, Refusal):
+        return cache.read(store, name)
+    except OSError:
         return None
 
 
@@ -130,10 +124,10 @@ def _system_of(store_path: str) -> str | None:
 
 
 def find(settings: Settings, rows: Iterable[CacheRow], store_path: str) -> Narinfo | None:
-    """What the first of these caches that has a path says of it."""
+    """The entry of a path in the first of these caches that has it."""
     name = f"{store_path[11:43]}.narinfo"
     for row in rows:
-        info = read(cache.path_of(settings, row.name, name))
+        info = read(store_of(settings, row.name), name)
         if info is not None and info.store_path == store_path:
             return info
     return None

@@ -1,4 +1,4 @@
-"""Runs: what one order did, with one deployment for each agent."""
+"""Runs: the deployments of one order, or of all batches of a roll-out."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ LINK = re.compile(r"https?://[^\s\x00-\x1f\"'<>]{1,1000}")
 
 @dataclass(frozen=True)
 class Source:
-    """What CI said about an order: docs/protocol.rst has the words. Links are http or https."""
+    """The source of an order, by CI: docs/protocol.rst has the fields. Links are http or https."""
 
     commit: str = ""
     branch: str = ""
     title: str = ""
     url: str = ""  # of the commit
     job: str = ""  # URL of the CI job
+    actor: str = ""  # whom CI acts for
 
     @classmethod
     def from_json(cls, record: Any) -> Source | None:
-        """What the `source` of a deploy.json says, None without one. Raises Undecodable.
+        """The `source` of an order, None without one. Raises Undecodable.
 
         Names that are unknown are left out, and so are links that a page must not have.
         """
@@ -41,7 +42,7 @@ class Source:
         if not isinstance(record, dict):
             raise Undecodable("`source` must be an object")
         words = {}
-        for name in ("commit", "branch", "title", "url", "job"):
+        for name in ("commit", "branch", "title", "url", "job", "actor"):
             value = record.get(name, "")
             if not isinstance(value, str):
                 raise Undecodable(f"`source` must have a text for `{name}`")
@@ -68,8 +69,8 @@ class RunRow:
     of_run: int | None
 
     @property
-    def said(self) -> Source:
-        """What CI said about itself."""
+    def origin(self) -> Source:
+        """The words of CI about itself."""
         return Source(**loads(self.source)) if self.source else Source()
 
 
@@ -88,16 +89,24 @@ def create(
     connection: Connection, actor: str, action: str, source: Source | None, of_run: int | None
 ) -> int:
     """Create a run; its number."""
-    said = None if source is None else dumps(asdict(source))
-    values = {"created_on": utc_now(), "actor": actor, "action": action, "source": said}
+    text = None if source is None else dumps(asdict(source))
+    values = {"created_on": utc_now(), "actor": actor, "action": action, "source": text}
     query = insert(runs).values(**values, of_run=of_run).returning(runs.c.id)
     return int(connection.execute(query).scalar_one())
+
+
+def go_on(connection: Connection, run_id: int, actor: str) -> int:
+    """The run that a later order of the same actor belongs to; its number. Raises Refusal."""
+    run = get(connection, run_id)
+    if (run.actor, run.action) != (actor, DEPLOY):
+        raise Refusal(403, f"run {run_id} is another one's: an order goes on with a run of its own")
+    return run.id
 
 
 def get(connection: Connection, run_id: int) -> RunRow:
     """The run of this number. Raises Refusal (404)."""
     row = None
-    if run_id < 1 << 31:
+    if 0 < run_id < 1 << 31:
         row = connection.execute(select(runs).where(runs.c.id == run_id)).one_or_none()
     if row is None:
         raise Refusal(404, f"there is no run {run_id}")
@@ -127,13 +136,14 @@ def members(connection: Connection, run_id: int) -> list[Member]:
     """The deployments of a run, by the agents' names."""
     facts = (agents.c.name, agents.c.connected, agents.c.seen_on, agents.c.paused_on)
     query = select(*(fact.label(f"agent_{fact.name}") for fact in facts), deployments)
-    query = query.join(agents).where(deployments.c.run_id == run_id).order_by(agents.c.name)
-    found = []
+    query = query.join(agents).where(deployments.c.run_id == run_id)
+    query = query.order_by(agents.c.name, deployments.c.index)
+    rows = []
     for row in connection.execute(query):
         values = dict(row._mapping)
         about = [values.pop(f"agent_{fact.name}") for fact in facts]
-        found.append(Member(about[0], about[1], about[2], about[3], DeploymentRow(**values)))
-    return found
+        rows.append(Member(about[0], about[1], about[2], about[3], DeploymentRow(**values)))
+    return rows
 
 
 def counts(
@@ -147,7 +157,7 @@ def counts(
     query = select(*what, func.count()).where(deployments.c.run_id.in_(run_ids)).group_by(*what)
     if agent_ids is not None:
         query = query.where(deployments.c.agent_id.in_(agent_ids))
-    found: dict[int, Counter[tuple[str, str]]] = {run_id: Counter() for run_id in run_ids}
+    by_run: dict[int, Counter[tuple[str, str]]] = {run_id: Counter() for run_id in run_ids}
     for run_id, status, outcome, count in connection.execute(query):
-        found[run_id][status, outcome or ""] += count
-    return found
+        by_run[run_id][status, outcome or ""] += count
+    return by_run

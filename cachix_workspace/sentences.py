@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cachix_protocol import CANCELLED, FAILED, IN_PROGRESS, PENDING, SUCCEEDED
 from cachix_workspace.agents import AgentRow
 from cachix_workspace.deployments import DeploymentRow
+from cachix_workspace.fetched import Progress
 
 STEPS = {
     "received": "received",
@@ -16,6 +17,8 @@ STEPS = {
     "activating": "activating",
     "checking": "checking",
     "committing": "committing",
+    "awaiting-reboot": "waiting to reboot",
+    "rebooting": "rebooting",
     "rolling-back": "rolling back",
     "succeeded": "done",
     "rolled-back": "rolled back",
@@ -47,13 +50,17 @@ class Mark:
 
 
 def tell(
-    row: DeploymentRow, agent: AgentRow, lost_since: str | None = None, is_behind: bool = False
+    row: DeploymentRow,
+    agent: AgentRow,
+    lost_since: str | None = None,
+    is_behind: bool = False,
+    progress: Progress | None = None,
 ) -> Telling:
     """How a deployment stands; `is_behind`: another one of its agent runs."""
     if row.status == PENDING:
         return _waiting(row, agent, is_behind)
     if row.status == IN_PROGRESS:
-        return _running(row, agent, lost_since)
+        return _running(row, agent, lost_since, progress)
     if row.status == CANCELLED:
         return _cancelled(row)
     if row.status == SUCCEEDED:
@@ -82,15 +89,34 @@ def _waiting(row: DeploymentRow, agent: AgentRow, is_behind: bool) -> Telling:
     return Telling(f"Waiting for {name} to take it")
 
 
-def _running(row: DeploymentRow, agent: AgentRow, lost_since: str | None) -> Telling:
+def _running(
+    row: DeploymentRow, agent: AgentRow, lost_since: str | None, progress: Progress | None
+) -> Telling:
     if lost_since:
         return Telling(
             f"Lost: nothing heard since {clock(lost_since)}",
             f"Look at the machine of {agent.name}: the deployment goes on, or is undone, "
             "as soon as an agent runs there. Its result is still taken.",
         )
+    if row.step == "awaiting-reboot":
+        return Telling(
+            "Waiting for its reboot window" if row.reboot == "window" else "Waiting for its reboot",
+            "The new system is in place. A newer deployment does not wait for this reboot.",
+        )
+    if row.step == "rebooting":
+        since = "" if agent.connected else f": offline since {clock(agent.seen_on)}"
+        return Telling(
+            f"Rebooting {agent.name}{since}",
+            "It is confirmed once its agent reaches this workspace again. Otherwise the machine "
+            "boots the former system.",
+        )
     if row.cancel_requested:
         return Telling("Cancelling: the agent is asked before it changes anything")
+    if row.step == "downloading" and progress is not None:
+        unit, size = ("MB", 1e6) if progress.total >= 1_000_000 else ("kB", 1e3)
+        return Telling(
+            f"Downloading {progress.done / size:.0f} of {progress.total / size:.0f} {unit}"
+        )
     if row.step == "downloading" and row.closure_size:
         return Telling(f"Downloading {megabytes(row.closure_size)}")
     word = STEPS.get(row.step or "", "")
@@ -108,6 +134,24 @@ def _cancelled(row: DeploymentRow) -> Telling:
 def _succeeded(row: DeploymentRow, agent: AgentRow) -> Telling:
     took = seconds_between(row.started_on, row.finished_on)
     ending = f" in {lasting(took)}" if took is not None else ""
+    if row.outcome == "dry-run":
+        return Telling(
+            f"Dry run{ending}: nothing was changed", "The log has what an activation would do."
+        )
+    if row.outcome == "tested":
+        return Telling(
+            f"Succeeded{ending}: {row.store_path} runs until the next boot",
+            "The former system boots then.",
+        )
+    if row.outcome == "reboot-needed" and row.operation == "boot":
+        return Telling(
+            f"Succeeded{ending}: {row.store_path} is what starts next",
+            f"{agent.name} runs it after a reboot. It was not checked.",
+        )
+    if row.outcome == "reboot-needed" and row.reboot:
+        why = first_line(row.reason) or "it did not come to the reboot"
+        telling = f"{why[:1].upper()}{why[1:]}.".replace("..", ".")
+        return Telling(f"Succeeded{ending}: {agent.name} needs a reboot", telling)
     if row.outcome == "reboot-needed":
         return Telling(
             f"Succeeded{ending}: {agent.name} needs a reboot",
@@ -126,9 +170,9 @@ def _failed(row: DeploymentRow, agent: AgentRow) -> Telling:
     if row.outcome == "rollback-failed":
         facts = [f"{agent.name} runs {agent.running}"] if agent.running else []
         facts += [f"its profile is {agent.profile}"] if agent.profile else []
-        said = f" {', '.join(facts)}." if facts else ""
+        tail = f" {', '.join(facts)}." if facts else ""
         return Telling(
-            f"Rollback failed: {reason}.{said}".replace("..", "."),
+            f"Rollback failed: {reason}.{tail}".replace("..", "."),
             f"Somebody must look at {agent.name}: it is on a system that nobody has confirmed.",
         )
     if row.outcome == "changed-by-others":
@@ -137,26 +181,28 @@ def _failed(row: DeploymentRow, agent: AgentRow) -> Telling:
         )
     if row.outcome == "state-lost":
         return Telling(f"Failed: {reason}", "The agent has lost its record of this deployment.")
+    if row.outcome == "unreported":
+        return Telling(f"Failed: {reason}", "Its agent may report later how it ended.")
     return Telling(f"Failed: {reason}")
 
 
 def marks(row: DeploymentRow, steps: list[tuple[str, str]]) -> list[Mark]:
     """The step line: steps that were reported, each with how long it took, then those to come."""
-    shown = [(step, time) for step, time in steps if step != "ready"]
+    visible = [(step, time) for step, time in steps if step != "ready"]
     is_over = row.status not in (PENDING, IN_PROGRESS)
-    found = []
-    for (step, time), following in zip(shown, [*shown[1:], ("", row.finished_on or "")]):
+    result = []
+    for (step, time), following in zip(visible, [*visible[1:], ("", row.finished_on or "")]):
         is_last = following[0] == ""
         state = "now" if is_last and not is_over else "done"
         if is_last and row.status == FAILED:
             state = "bad"
         took = None if is_last and step in ("succeeded", "rolled-back") else following[1]
-        found.append(Mark(STEPS.get(step, step), state, seconds_between(time, took)))
-    reported = {step for step, _ in shown}
+        result.append(Mark(STEPS.get(step, step), state, seconds_between(time, took)))
+    reported = {step for step, _ in visible}
     is_back = bool(reported & {*WAY_BACK, "rollback-failed"})
     to_come = [] if is_over else list(WAY_BACK if is_back else WAY)
     last = max((to_come.index(step) for step in reported if step in to_come), default=-1)
-    return found + [Mark(STEPS[step], "next") for step in to_come[last + 1 :]]
+    return result + [Mark(STEPS[step], "next") for step in to_come[last + 1 :]]
 
 
 def seconds_between(start: str | None, end: str | None) -> float | None:

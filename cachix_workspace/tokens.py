@@ -22,6 +22,7 @@ KINDS = (AGENT, ACTIVATE, ADMIN, METRICS)
 ANY = frozenset({AGENT, ACTIVATE, ADMIN})  # may read caches
 CI = frozenset({ACTIVATE, ADMIN})  # may deploy, follow logs and push to caches
 AGENTS = frozenset({AGENT})
+MAX_NUMBER = (1 << 31) - 1  # more than a database's integers hold is no number of a token
 OVERLAP = 7.0  # days for which a token is valid beside its successor, unless that is used
 WARN = (14, 3)  # days before a token expires
 MOVED = "its name is for another machine; for this one, remove secret-NAME.json from its state"
@@ -158,15 +159,22 @@ def list_all(connection: Connection) -> list[Token]:
 
 def revoke(connection: Connection, token_id: int) -> bool:
     """Revoke a token; False if there is none of this number. Repeating it changes nothing."""
-    mine = tokens.c.id == token_id
+    mine = tokens.c.id == min(token_id, MAX_NUMBER)
     row = connection.execute(select(tokens.c.revoked_on).where(mine)).one_or_none()
     if row is not None and row.revoked_on is None:
         connection.execute(update(tokens).where(mine).values(revoked_on=utc_now()))
     return row is not None
 
 
+def lock(connection: Connection, token_id: int) -> None:
+    """Lock a token for the rest of the transaction."""
+    query = select(tokens.c.id).where(tokens.c.id == token_id)
+    connection.execute(query.with_for_update(key_share=True))
+
+
 def get(connection: Connection, token_id: int) -> Token | None:
     """The token of this number, if there is one."""
+    token_id = min(token_id, MAX_NUMBER)
     row = connection.execute(select(tokens).where(tokens.c.id == token_id)).one_or_none()
     return None if row is None else Token(**row._mapping)
 
@@ -177,7 +185,7 @@ def rotate(connection: Connection, token: Token) -> tuple[int, str]:
     Both are valid until the new one is used, or for OVERLAP days. See `owners` for agents.
     """
     lasts = _in_days(OVERLAP)
-    made = create(
+    successor = create(
         connection,
         token.kind,
         token.description,
@@ -188,7 +196,7 @@ def rotate(connection: Connection, token: Token) -> tuple[int, str]:
     )
     ends = lasts if token.expires_on is None else min(lasts, token.expires_on)
     connection.execute(update(tokens).where(tokens.c.id == token.id).values(expires_on=ends))
-    return made
+    return successor
 
 
 def successor(connection: Connection, token_id: int) -> Token | None:
@@ -210,11 +218,11 @@ def note_first_use(connection: Connection, token: Token) -> None:
     connection.execute(update(tokens).where(mine).values(revoked_on=utc_now()))
 
 
-def revoke_issued(connection: Connection, token_id: int) -> int:
-    """Revoke the tokens that agents got for an enrolment token; how many there were."""
+def revoke_issued(connection: Connection, token_id: int) -> list[int]:
+    """Revoke the tokens that agents got for an enrolment token; their numbers."""
     theirs = (tokens.c.issued_by == token_id) & tokens.c.revoked_on.is_(None)
     query = update(tokens).where(theirs).values(revoked_on=utc_now())
-    return int(connection.execute(query).rowcount)
+    return list(connection.execute(query.returning(tokens.c.id)).scalars())
 
 
 def expiring(connection: Connection) -> list[Token]:

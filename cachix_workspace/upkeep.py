@@ -1,4 +1,4 @@
-"""What operators do with agents, tokens and the workspace: each change is audited with it."""
+"""Changes of agents, tokens and the workspace by operators: each is audited with it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,30 @@ from collections.abc import Collection
 from sqlalchemy import Connection, delete, select, update
 
 from cachix_protocol import IN_PROGRESS, is_agent_name, listed, utc_now
-from cachix_workspace import agents, audit, owners, tokens
+from cachix_workspace import (
+    agents,
+    audit,
+    cache,
+    collect,
+    deployments,
+    freeze,
+    owners,
+    people,
+    tokens,
+    webhooks,
+)
 from cachix_workspace import tables as t
 from cachix_workspace.agents import AgentRow
+from cachix_workspace.cache import CacheRow
 from cachix_workspace.database import put_meta
+from cachix_workspace.deployments import DeploymentRow
+from cachix_workspace.freeze import Frozen
 from cachix_workspace.orders import Actor
+from cachix_workspace.people import INVITATION_LASTS, Person
 from cachix_workspace.refusal import Refusal
+from cachix_workspace.settings import Settings
 from cachix_workspace.tokens import Token
+from cachix_workspace.webhooks import Webhook
 
 MAX_NAME = 60  # characters of the workspace's name
 
@@ -100,7 +117,8 @@ def remove(connection: Connection, name: str, by: Actor) -> AgentRow:
 
     Raises Refusal (404, or 409 while a deployment runs).
     """
-    agent = agents.find_all(connection, [name])[0]
+    agents.find_all(connection, [name])
+    agent = agents.find(connection, name, lock=True)
     mine = t.deployments.c.agent_id == agent.id
     running = select(t.deployments.c.index).where(mine & (t.deployments.c.status == IN_PROGRESS))
     if connection.execute(running.limit(1)).one_or_none() is not None:
@@ -139,15 +157,15 @@ def rotate_token(connection: Connection, number: int, by: Actor) -> tuple[Token,
     return token, successor, secret
 
 
-def revoke_token(connection: Connection, number: int, and_agents: bool, by: Actor) -> int:
-    """Revoke a token, and perhaps those that agents got for it; how many of these there were.
+def revoke_token(connection: Connection, number: int, and_agents: bool, by: Actor) -> list[int]:
+    """Revoke a token, and perhaps those that agents got for it; the numbers of these.
 
     Raises Refusal (404).
     """
     if not tokens.revoke(connection, number):
         raise Refusal(404, f"there is no token {number}: see `cachix-workspace token list`")
-    issued = tokens.revoke_issued(connection, number) if and_agents else 0
-    also = f" and {issued} of its agents" if and_agents else ""
+    issued = tokens.revoke_issued(connection, number) if and_agents else []
+    also = f" and {len(issued)} of its agents" if and_agents else ""
     _note(connection, by, "token revoke", f"{number}{also}")
     return issued
 
@@ -162,3 +180,120 @@ def name_workspace(connection: Connection, name: str, by: Actor) -> None:
         raise Refusal(400, "the workspace's name has letters that one can see")
     put_meta(connection, "name", name)
     _note(connection, by, "workspace name", name)
+
+
+def cancel(connection: Connection, deployment_id: str, by: Actor) -> tuple[DeploymentRow, bool]:
+    """Cancel a deployment, or ask its agent to; it, and False if it has ended already."""
+    row, is_cancelled = deployments.cancel(connection, deployment_id)
+    name = agents.get(connection, row.agent_id).name
+    _note(connection, by, "cancel", f"{name}, deployment {row.index}: now {row.status}")
+    return row, is_cancelled
+
+
+# --- caches ---------------------------------------------------------------------------------------
+
+
+def create_cache(
+    connection: Connection, name: str, is_public: bool, settings: Settings, by: Actor
+) -> tuple[CacheRow, str]:
+    """Create a cache; it, and its secret key. Raises Refusal (400 or 409)."""
+    row, secret = cache.create(connection, name, is_public, settings)
+    _note(connection, by, "cache create", f"{name} ({'public' if is_public else 'private'})")
+    return row, secret
+
+
+def rotate_cache(connection: Connection, name: str, by: Actor) -> tuple[CacheRow, str]:
+    """Make a new key for a cache; the cache, and the secret key. Raises Refusal (404 or 409)."""
+    row, secret = cache.rotate(connection, name)
+    _note(connection, by, "cache key rotate", f"{name}, now {row.key}")
+    return row, secret
+
+
+def retire_cache(connection: Connection, name: str, by: Actor) -> CacheRow:
+    """Drop the former key of a cache. Raises Refusal (404 or 409)."""
+    row = cache.retire(connection, name)
+    _note(connection, by, "cache key retire", f"{name}, left {row.key}")
+    return row
+
+
+def pin(
+    connection: Connection, settings: Settings, row: CacheRow, path: str, by: Actor
+) -> list[str]:
+    """Keep a store path in a cache; all pins. Raises Refusal (400, 404 or 409)."""
+    paths = collect.pin(connection, settings, row, path)
+    _note(connection, by, "cache pin", f"{row.name}: {path}")
+    return paths
+
+
+def unpin(connection: Connection, row: CacheRow, path: str, by: Actor) -> list[str]:
+    """Let go of a store path in a cache; all pins. Raises Refusal (404)."""
+    paths = collect.unpin(connection, row, path)
+    _note(connection, by, "cache unpin", f"{row.name}: {path}")
+    return paths
+
+
+# --- people ---------------------------------------------------------------------------------------
+
+
+def add_person(connection: Connection, name: str, role: str, by: Actor) -> tuple[Person, str]:
+    """Add a person; him, and the secret of his invitation. Raises Refusal (400 or 409)."""
+    person = people.add(connection, name, role)
+    _note(connection, by, "person add", f"{name} ({role})")
+    return person, people.make_link(connection, person, INVITATION_LASTS)
+
+
+def make_link(connection: Connection, name: str, by: Actor) -> tuple[Person, str]:
+    """Make a link that signs a person in; him, and its secret. Raises Refusal (404)."""
+    person = people.get(connection, name)
+    _note(connection, by, "login link", name)
+    return person, people.make_link(connection, person)
+
+
+def change_role(connection: Connection, name: str, role: str, by: Actor) -> Person:
+    """Give a person another role. Raises Refusal (400, 404 or 409)."""
+    person = people.change_role(connection, name, role)
+    _note(connection, by, "person role", f"{name}: {person.role}")
+    return person
+
+
+def remove_person(connection: Connection, name: str, by: Actor) -> None:
+    """Remove a person, who is signed out by that. Raises Refusal (404 or 409)."""
+    people.remove(connection, name)
+    _note(connection, by, "person remove", name)
+
+
+def end_session(connection: Connection, number: int, by: Actor) -> None:
+    """Sign a browser out. Raises Refusal (404)."""
+    people.end(connection, number)
+    _note(connection, by, "session end", str(number))
+
+
+# --- webhooks and the freeze ----------------------------------------------------------------------
+
+
+def create_webhook(
+    connection: Connection, url: str, format: str, events: list[str], label: str, by: Actor
+) -> Webhook:
+    """Create a webhook; an empty label is for all agents. Raises Refusal (400)."""
+    hook = webhooks.create(connection, url, format, events, label or None)
+    _note(connection, by, "webhook create", f"{hook.id} ({hook.format}) {hook.shown_url}")
+    return hook
+
+
+def remove_webhook(connection: Connection, number: int, by: Actor) -> None:
+    """Remove a webhook. Raises Refusal (404)."""
+    hook = webhooks.remove(connection, number)
+    _note(connection, by, "webhook remove", f"{hook.id} {hook.shown_url}")
+
+
+def stop_orders(connection: Connection, reason: str, by: Actor) -> Frozen:
+    """Freeze the workspace. Raises Refusal (400)."""
+    frozen = freeze.freeze(connection, reason, by.name)
+    _note(connection, by, "freeze", frozen.reason)
+    return frozen
+
+
+def take_orders(connection: Connection, by: Actor) -> None:
+    """Thaw the workspace, if it is frozen."""
+    if freeze.thaw(connection):
+        _note(connection, by, "thaw", "")

@@ -27,6 +27,7 @@ FAILED, ROLLBACK_FAILED, OFFLINE, BACK = "failed", "rollback-failed", "offline",
 EVENTS = (FAILED, ROLLBACK_FAILED, OFFLINE, BACK)
 TEST = "test"
 SIGNATURE = "X-Signature-256"  # the HMAC of the body, in hexadecimal after `sha256=`
+CLAIMED = 60.0  # seconds that a node has for sending a message
 GATHER = 60.0  # seconds in which events become one message
 LASTS = datetime.timedelta(days=1)  # for so long a message is tried
 PAUSES = (30, 60, 300, 900, 1800)  # seconds after each failure; the last one from then on
@@ -88,7 +89,7 @@ class Message:
 
     @property
     def events(self) -> list[Event]:
-        """What it tells."""
+        """The event, in words."""
         return [
             Event(**{**event, "labels": tuple(event["labels"])}) for event in json.loads(self.body)
         ]
@@ -134,7 +135,7 @@ def _parts(url: str) -> urllib.parse.SplitResult | None:
 
 def get(connection: Connection, webhook_id: int) -> Webhook:
     """The webhook of this number. Raises Refusal (404)."""
-    query = select(webhooks).where(webhooks.c.id == min(webhook_id, 1 << 31))
+    query = select(webhooks).where(webhooks.c.id == min(webhook_id, (1 << 31) - 1))
     row = connection.execute(query).one_or_none()
     if row is None:
         raise Refusal(404, f"there is no webhook {webhook_id}")
@@ -206,6 +207,16 @@ def due(connection: Connection) -> list[tuple[Webhook, Message]]:
     return [(by_id[each.webhook_id], each) for each in messages if each.webhook_id in by_id]
 
 
+def claim(connection: Connection, message: Message) -> bool:
+    """Take a message that is due, so that no other node sends it; False if one has.
+
+    If this node dies meanwhile, another one sends it later.
+    """
+    mine = (webhook_messages.c.id == message.id) & (webhook_messages.c.due_on == message.due_on)
+    query = update(webhook_messages).where(mine).values(due_on=_in(CLAIMED))
+    return bool(connection.execute(query).rowcount)
+
+
 def note_answer(connection: Connection, message: Message, ok: bool, answer: str) -> None:
     """Note how a try ended, and when the next one is due, if there is to be one."""
     tries = message.tries + 1
@@ -236,8 +247,8 @@ def last_messages(connection: Connection) -> dict[int, Message]:
     """The newest message of each webhook, by its number."""
     query = select(func.max(webhook_messages.c.id)).group_by(webhook_messages.c.webhook_id)
     rows = connection.execute(select(webhook_messages).where(webhook_messages.c.id.in_(query)))
-    found = [Message(**row._mapping) for row in rows]
-    return {message.webhook_id: message for message in found}
+    messages = [Message(**row._mapping) for row in rows]
+    return {message.webhook_id: message for message in messages}
 
 
 # --- what is sent ---------------------------------------------------------------------------------
@@ -245,14 +256,14 @@ def last_messages(connection: Connection) -> dict[int, Message]:
 
 @dataclass(frozen=True)
 class Body:
-    """What is posted."""
+    """The body that is posted."""
 
     content: bytes
     headers: dict[str, str]
 
 
 def body_of(webhook: Webhook, message: Message) -> Body:
-    """What a message is in a webhook's format."""
+    """A message in a webhook's format."""
     events = message.events
     if webhook.format == NTFY:
         title = events[0].text if len(events) == 1 else f"{len(events)} events"
