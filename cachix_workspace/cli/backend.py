@@ -14,6 +14,7 @@ from cachix_protocol import Error, UsageError, checked_url
 from cachix_workspace.cli.place import open_workspace, operator
 
 TIMEOUT = 30.0  # seconds
+PAGE = 1000  # things that are asked for at a time
 TOKEN = "CACHIX_WORKSPACE_TOKEN"
 
 
@@ -37,6 +38,8 @@ class Local:
     """A workspace beside us, perhaps under a server that runs."""
 
     def __init__(self, options: dict[str, Any]) -> None:
+        import logging
+
         from flask import Flask
 
         from cachix_workspace import answers
@@ -51,6 +54,8 @@ class Local:
         app.extensions[KEY] = Workspace(settings, self.database, Hub(1), Signs())
         app.extensions[access.LOCAL] = Actor(operator())
         answers.register_error_handlers(app)
+        # the command prints the same sentence
+        answers.database_logger.addHandler(logging.NullHandler())
         document.add_to(app)
         self.client = app.test_client()
 
@@ -98,8 +103,22 @@ class Remote:
         return request
 
 
+def every(where: Backend, path: str, key: str, most: int | None = None) -> list[Any]:
+    """The things of a list, page by page, or the first `most` of them. Raises Error."""
+    things: dict[Any, Any] = {}
+    page: int | None = 1
+    while page is not None and (most is None or len(things) < most):
+        limit = min(PAGE, PAGE if most is None else most)
+        mark = "&" if "?" in path else "?"
+        answer = where.call("GET", f"{path}{mark}page={page}&limit={limit}")
+        # whatever is new meanwhile moves others to the next page
+        things.update((one.get("id", one.get("name")), one) for one in answer[key])
+        page = answer["next"]
+    return list(things.values())[:most]
+
+
 def read(status: int, mimetype: str, content: bytes) -> Any:
-    """What an answer says. Raises Error for one that is none of success."""
+    """The value of an answer. Raises Error for one that is none of success."""
     text = content.decode("utf-8", "replace")
     value: Any = text
     if mimetype == "application/json" and text.strip():

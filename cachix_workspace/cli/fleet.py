@@ -9,12 +9,13 @@ from urllib.parse import quote, urlencode
 
 from cachix_console import tell
 from cachix_protocol import Error, UsageError
-from cachix_workspace.cli.backend import Backend, backend
-from cachix_workspace.cli.output import show, show_json, show_table
+from cachix_workspace.cli.backend import Backend, backend, every
+from cachix_workspace.cli.output import Json, show, show_json, show_table
 
-Json = dict[str, Any]
-SHOWN = ("state", "online", "seenOn", "system", "kind", "version", "labels", "pausedSince")
-MORE = ("running", "deployment", "lastDeployment", "lastState", "lastEndedOn")
+SHOWN = ("description", "state", "connected", "seenOn", "system", "kind", "version", "labels")
+MORE = ("pausedSince", "pausedBy", "running", "runningSince", "rebootNeededSince", "deployment")
+NOTABLE = ("rollback-failed", "lost", "failed", "by-hand", "reboot-needed")  # of AGENT_STATES
+LAST = ("lastDeployment", "lastState", "lastEndedOn", "token")
 
 
 def run(options: dict[str, Any]) -> None:
@@ -68,6 +69,9 @@ def _agent(where: Backend, options: dict[str, Any]) -> None:
         where.call("DELETE", path)
         tell(f"agent {name} is removed; stop it on its machine")
         return
+    if options["move"]:
+        _move(where, name, path)
+        return
     if options["show"]:
         answer = where.call("GET", path)
     else:
@@ -76,7 +80,7 @@ def _agent(where: Backend, options: dict[str, Any]) -> None:
         show_json(answer)
     else:
         show_table([["name", answer["name"]]])
-        show_facts(answer, (*SHOWN, *MORE))
+        show_facts(answer, (*SHOWN, *MORE, *LAST))
 
 
 def _change(options: dict[str, Any]) -> Json:
@@ -88,20 +92,48 @@ def _change(options: dict[str, Any]) -> Json:
 
 
 def _list_agents(where: Backend, options: dict[str, Any]) -> None:
-    found, page = [], 1
-    while page is not None:
-        answer = where.call("GET", f"/agents?{urlencode({'page': page, 'limit': 1000})}")
-        found += answer["agents"]
-        page = answer["next"]
+    query = {"label": options["--label"] or "", "state": options["--state"] or ""}
+    agents = every(where, f"/agents?{urlencode(query)}", "agents")
     if options["--json"]:
-        show_json(found)
+        show_json(agents)
         return
-    table = [["NAME", "STATE", "SYSTEM", "VERSION", "SINCE", "LABELS"]]
-    for one in found:
-        state = one["state"] + (", paused" if one["pausedSince"] else "")
-        facts = [one["system"] or "-", one["version"] or "-", (one["seenOn"] or "-")[:19]]
-        table.append([one["name"], state, *facts, ",".join(one["labels"])])
+    labels = any(one["labels"] for one in agents)
+    bound = any(one["bound"] for one in agents)
+    head = ["NAME", "STATE", "SYSTEM", "VERSION", "SINCE"]
+    table = [[*head, *["LABELS"] * labels, *["TOKEN"] * bound]]
+    for one in agents:
+        program = f"cachix-deploy {one['client']}" if one["client"] else one["version"] or "-"
+        row = [one["name"], _state(one), one["system"] or "-", program, one["seenOn"] or "-"]
+        row += [",".join(one["labels"]) or "-"] * labels
+        table.append([*row, *[_binding(one)] * bound])
     show_table(table)
+
+
+def _state(one: Json) -> str:
+    """Whether an agent is connected, and what an operator must know besides."""
+    place = "online" if one["connected"] else "offline"
+    notes = [
+        place,
+        *[one["state"]] * (one["state"] in NOTABLE),
+        *["paused"] * bool(one["pausedSince"]),
+    ]
+    return ", ".join(notes)
+
+
+def _binding(one: Json) -> str:
+    """Why nobody else can use an agent's name, or that others can."""
+    if not one["bound"]:
+        return "not bound to a machine"
+    return "its own" if one["hasOwnToken"] else f"token {one['token']}"
+
+
+def _move(where: Backend, name: str, path: str) -> None:
+    """Let another machine have a name."""
+    if where.call("GET", path)["hasOwnToken"] is False:
+        tell(f"{name} is not bound to a machine: any that has a token for it can connect")
+        return
+    where.call("POST", f"{path}/move")
+    tell(f"{name} is free: the next machine that connects with an enrolment token has it")
 
 
 # --- deployments ----------------------------------------------------------------------------------
@@ -114,7 +146,8 @@ def _deployment(where: Backend, options: dict[str, Any]) -> None:
     name, index = options["AGENT"], number_of(options, "INDEX")
     path = f"/agents/{quote(name, safe='')}/deployments/{index}"
     if options["log"]:
-        for line in where.call("GET", f"{path}/log").splitlines():
+        lines = where.call("GET", f"{path}/log").split("\n")
+        for line in lines[:-1]:
             show(line)
         return
     if options["show"]:
@@ -128,12 +161,12 @@ def _list_deployments(where: Backend, options: dict[str, Any]) -> None:
     query = {"limit": limit_of(options)}
     if options["--agent"]:
         query["agent"] = options["--agent"]
-    found = where.call("GET", f"/deployments?{urlencode(query)}")["deployments"]
+    rows = where.call("GET", f"/deployments?{urlencode(query)}")["deployments"]
     if options["--json"]:
-        show_json(found)
+        show_json(rows)
         return
     table = [["AGENT", "INDEX", "STATE", "ORDERED", "BY", "PATH"]]
-    for one in found:
+    for one in rows:
         facts = [one["createdOn"][:19], one["startedBy"] or "-", one["storePath"]]
         table.append([one["agent"], str(one["index"]), one["state"], *facts])
     show_table(table)
@@ -144,8 +177,8 @@ def _list_deployments(where: Backend, options: dict[str, Any]) -> None:
 
 def _run(where: Backend, options: dict[str, Any]) -> None:
     if options["list"]:
-        found = where.call("GET", f"/runs?{urlencode({'limit': limit_of(options)})}")["runs"]
-        show_json(found) if options["--json"] else _show_runs(found)
+        runs = where.call("GET", f"/runs?{urlencode({'limit': limit_of(options)})}")["runs"]
+        show_json(runs) if options["--json"] else _show_runs(runs)
         return
     path = f"/runs/{number_of(options, 'RUN')}"
     if options["rollback"]:
@@ -166,12 +199,12 @@ def _run(where: Backend, options: dict[str, Any]) -> None:
     show_table(table)
 
 
-def _show_runs(found: list[Json]) -> None:
+def _show_runs(runs: list[Json]) -> None:
     table = [["RUN", "WHEN", "WHAT", "BY", "OUTCOME"]]
-    for one in found:
-        said = one["source"].get("title") or one["source"].get("commit", "")
+    for one in runs:
+        title = one["source"].get("title") or one["source"].get("commit", "")
         counts = ", ".join(f"{count} {state}" for state, count in one["counts"].items())
-        facts = [one["createdOn"][:19], said or one["action"], one["startedBy"], counts]
+        facts = [one["createdOn"][:19], title or one["action"], one["startedBy"], counts]
         table.append([str(one["id"]), *facts])
     show_table(table)
 

@@ -1,4 +1,4 @@
-"""The commands `person`, `login-link`, `webhook`, `freeze`, `thaw`, `cache list` and `init`."""
+"""The commands `person`, `login-link`, `webhook`, `freeze`, `thaw` and `init`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from urllib.parse import quote
 
 from cachix_console import tell
 from cachix_protocol import UsageError
-from cachix_workspace.cli.backend import Backend, backend
+from cachix_workspace.cli.backend import backend
 from cachix_workspace.cli.fleet import number_of
 from cachix_workspace.cli.output import show, show_json, show_table
-from cachix_workspace.cli.place import open_workspace, operator
+from cachix_workspace.cli.place import note_database, open_workspace, operator
 
 
 def init(options: dict[str, Any]) -> None:
     """Make a workspace, unless there is one."""
     _, settings = open_workspace(options, create=True)
+    note_database(options)
     tell(f"there is a workspace in {settings.data}")
 
 
@@ -44,16 +45,16 @@ def person(options: dict[str, Any]) -> None:
     where, name = backend(options), options["NAME"]
     path = f"/people/{quote(name or '', safe='')}"
     if options["list"]:
-        found = where.call("GET", "/people")["people"]
+        people = where.call("GET", "/people")["people"]
         if options["--json"]:
-            show_json(found)
+            show_json(people)
         else:
-            rows = [[one["name"], one["role"], one["createdOn"][:10]] for one in found]
+            rows = [[one["name"], one["role"], one["createdOn"][:10]] for one in people]
             show_table([["NAME", "ROLE", "SINCE"], *rows])
     elif options["add"]:
-        made = where.call("POST", "/people", {"name": name, "role": options["--role"]})
-        tell(f"{name} is a person of role {made['role']}, and signs in by this link, once:")
-        show(made["link"])
+        answer = where.call("POST", "/people", {"name": name, "role": options["--role"]})
+        tell(f"{name} is a person of role {answer['role']}, and signs in by this link, once:")
+        show(answer["link"])
     elif options["link"]:
         show(where.call("POST", f"{path}/link")["link"])
     elif options["role"]:
@@ -68,12 +69,12 @@ def webhook(options: dict[str, Any]) -> None:
     """Run one of the commands about webhooks. Raises Error."""
     where = backend(options)
     if options["list"]:
-        found = where.call("GET", "/webhooks")["webhooks"]
+        webhooks = where.call("GET", "/webhooks")["webhooks"]
         if options["--json"]:
-            show_json(found)
+            show_json(webhooks)
             return
         table = [["ID", "FORMAT", "EVENTS", "LAST ANSWER", "URL"]]
-        for one in found:
+        for one in webhooks:
             facts = [one["format"], ",".join(one["events"]), one["lastAnswer"] or "-"]
             table.append([str(one["id"]), *facts, one["url"]])
         show_table(table)
@@ -81,9 +82,9 @@ def webhook(options: dict[str, Any]) -> None:
         body = {"url": options["HOOK"], "format": options["--format"], "label": options["--label"]}
         if options["--events"]:
             body["events"] = options["--events"].split(",")
-        made = where.call("POST", "/webhooks", body)
-        tell(f"webhook {made['id']}; this key signs its messages, and is not shown again:")
-        show(made["key"])
+        answer = where.call("POST", "/webhooks", body)
+        tell(f"webhook {answer['id']}; this key signs its messages, and is not shown again:")
+        show(answer["key"])
     else:
         number = number_of(options, "ID")
         if options["test"]:
@@ -103,17 +104,3 @@ def freeze(options: dict[str, Any]) -> None:
         return
     frozen = where.call("PUT", "/freeze", {"reason": options["REASON"]})
     tell(f"the workspace takes no orders: {frozen['reason']}")
-
-
-def list_caches(options: dict[str, Any]) -> None:
-    """List the caches."""
-    where: Backend = backend(options)
-    found = where.call("GET", "/caches")["caches"]
-    if options["--json"]:
-        show_json(found)
-        return
-    table = [["NAME", "READ BY", "URL", "KEY"]]
-    for one in found:
-        readers = "anybody" if one["public"] else "tokens"
-        table.append([one["name"], readers, one["url"], one["publicKey"]])
-    show_table(table)

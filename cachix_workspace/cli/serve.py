@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cachix_console import number, positive, tell
 from cachix_protocol import UsageError
 from cachix_workspace import people, server
-from cachix_workspace.cli.place import data_of, further_urls, public_url
-from cachix_workspace.database import open_database
+from cachix_workspace.cli.keep import limits_of
+from cachix_workspace.cli.place import (
+    cache_of,
+    data_of,
+    further_urls,
+    note_database,
+    public_url,
+    settings_of,
+)
+from cachix_workspace.database import CACHE_STORE, get_meta, open_database, put_meta
+from cachix_workspace.directory import alone
+from cachix_workspace.limits import connections_of
 from cachix_workspace.settings import Settings
 from cachix_workspace.tls import Certificate
 
@@ -23,28 +35,71 @@ def run(options: dict[str, Any]) -> int:
     """Serve until a signal; the exit status. Raises Error."""
     url = public_url(options)
     proxies = int(number(options, "--behind-proxy", 0, 9))
-    connections = int(number(options, "--max-connections", 4, 100_000))
-    certificate = certificate_of(options)
+    is_named = options["--max-connections"] is not None
+    named = int(number(options, "--max-connections", 4, 100_000)) if is_named else None
+    limits = limits_of(options)
+    certificate, caches = certificate_of(options), cache_of(options)
     listener = server.bind(options["--listen"])
     settings = Settings(
         data=data_of(options),
-        public_url=url or server.url_of(listener, "http" if certificate is None else "https"),
+        database=settings_of(options).database,
+        public_url=url or server.default_url(listener, "http" if certificate is None else "https"),
         also_known_as=further_urls(options),
+        has_shared_directory=bool(options["--cache-shared"]),
+        is_nameless=url is None and server.is_wildcard(listener),
         behind_proxy=proxies,
         auth_header=auth_header_of(options, proxies),
-        max_connections=connections,
+        max_connections=connections_of(named),
+        max_per_address=int(number(options, "--max-per-address", 0, 100_000)),
         max_nar=int(positive(options, "--max-nar", "GiB", MOST_GIB) * GIB),
         keep_free=int(number(options, "--keep-free", 0, MOST_GIB) * GIB),
+        keep_deployments=limits.count,
+        keep_days=limits.days,
         max_log=int(positive(options, "--max-log", "MiB", 1 << 20) * MIB),
     )
-    if certificate is None and not proxies and server.is_exposed(listener):
+    is_plain = certificate is None and not proxies and server.is_exposed(listener)
+    _warn(settings, options["--listen"] if is_plain else "")
+    with alone(settings.data):
+        settings = with_cache(settings, caches)
+        tell_how_to_sign_in(settings)
+        note_database(options)
+        return server.serve(settings, listener, certificate)
+
+
+def _warn(settings: Settings, exposed: str) -> None:
+    """Tell what is surprising; `exposed` is the address that others reach by plain http."""
+    if exposed:
         tell(
-            f"warning: --listen={options['--listen']} is plain http, and other machines reach it: "
+            f"warning: --listen={exposed} is plain http, and other machines reach it: "
             "anybody on the way can read tokens and change deployments; use --certificate and "
             "--key, or a proxy that speaks TLS and --behind-proxy=1"
         )
-    tell_how_to_sign_in(settings)
-    return server.serve(settings, listener, certificate)
+    if settings.is_nameless:
+        tell(
+            "without --public-url agents and CI are told the address that they came by, and links "
+            f"begin with {settings.public_url}"
+        )
+
+
+def with_cache(settings: Settings, named: str) -> Settings:
+    """The settings with the place of the caches, which later commands find. Raises Error.
+
+    It is the one of the last time, unless another one is named.
+    """
+    with contextlib.closing(open_database(settings, create=True)) as database:
+        with database.read() as connection:
+            noted = get_meta(connection, CACHE_STORE) or ""
+        result = replace(settings, cache_store=named or noted)
+        if result.is_bucket:
+            from cachix_workspace import bucket
+
+            bucket.check(result.cache_store)
+        if named and named != noted:
+            with database.write() as connection:
+                put_meta(connection, CACHE_STORE, named)
+            former = noted or str(settings.caches)
+            tell(f"caches are kept in {named} now, and no longer in {former}")
+    return result
 
 
 def tell_how_to_sign_in(settings: Settings) -> None:

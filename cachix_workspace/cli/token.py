@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from typing import Any
 
-from cachix_console import positive, tell, write_secret
-from cachix_protocol import Error, UsageError, is_agent_name, listed, utc_now
-from cachix_workspace import audit, cache, owners, tokens, upkeep
-from cachix_workspace.cli.output import show_json, show_secret, show_table
-from cachix_workspace.cli.place import open_workspace, operator
-from cachix_workspace.orders import Actor
+from cachix_console import positive, tell
+from cachix_protocol import Error, UsageError, is_agent_name, listed
+from cachix_workspace import tokens
+from cachix_workspace.cli.backend import backend, every
+from cachix_workspace.cli.output import Json, new_files, show_json, show_secret, show_table
 
 MAX_DAYS = 36_500
-JSON_FIELDS = (
-    "id",
-    "kind",
-    "description",
-    "agents",
-    "created_on",
-    "expires_on",
-    "revoked_on",
-    "used_on",
-    "issued_by",
-    "most",
-    "replaces",
-)
 
 
 def run(options: dict[str, Any]) -> None:
@@ -42,15 +27,22 @@ def run(options: dict[str, Any]) -> None:
         list_all(options)
 
 
+# --- create ---------------------------------------------------------------------------------------
+
+
 def create(options: dict[str, Any]) -> None:
     """Create a token and print its secret, or write it into a file."""
     if options["--names-from"]:
         create_many(options)
         return
-    out = options["--out"]
-    number, secret = create_all(options, [(agents_of(options), out)])[0]
-    kind = kind_of(options)
-    show_secret(f"{kind} token {number}", secret, out)
+    kind, out = kind_of(options), options["--out"]
+    body = {**terms_of(options), "kind": kind, "agents": agents_of(options)}
+    body.update(shared=bool(options["--shared"]), count=count_of(options))
+    where = backend(options)
+    with new_files([out] if out else []) as write:
+        answer = where.call("POST", "/tokens", body)
+        write([answer["secret"]])
+    show_secret(f"{kind} token {answer['id']}", answer["secret"], out)
 
 
 def create_many(options: dict[str, Any]) -> None:
@@ -58,17 +50,20 @@ def create_many(options: dict[str, Any]) -> None:
     path, directory = options["--names-from"], options["--out-dir"]
     if not options["agent"] or not directory:
         raise UsageError("--names-from makes tokens for agents, in files below --out-dir")
+    terms, where = terms_of(options), backend(options)
     try:
         with open(path, encoding="utf-8") as file:
-            names = [name for line in file if (name := line.strip())]
+            names = list(dict.fromkeys(name for line in file if (name := line.strip())))
         os.makedirs(directory, mode=0o700, exist_ok=True)
     except (OSError, UnicodeDecodeError) as error:
         raise Error(f"{path} or {directory} can't be used: {error}") from None
     wrong = [name for name in names if not is_agent_name(name)]
     if wrong or not names:
         raise Error(f"{path} must have an agent's name in each line, not {listed(wrong) or 'none'}")
-    create_all(options, [(name, os.path.join(directory, name)) for name in dict.fromkeys(names)])
-    tell(f"{len(set(names))} agent tokens, which are not shown again: in {directory}")
+    with new_files([os.path.join(directory, name) for name in names]) as write:
+        answers = where.call("POST", "/tokens/batch", {**terms, "agents": names})["tokens"]
+        write([one["secret"] for one in answers])
+    tell(f"{len(names)} agent tokens, which are not shown again: in {directory}")
 
 
 def kind_of(options: dict[str, Any]) -> str:
@@ -76,43 +71,20 @@ def kind_of(options: dict[str, Any]) -> str:
     return next(kind for kind in tokens.KINDS if options[kind])
 
 
-def create_all(
-    options: dict[str, Any], wanted: list[tuple[str | None, str | None]]
-) -> list[tuple[int, str]]:
-    """Create tokens, each for some agents and into a file, if it names one; numbers and secrets.
-
-    If one file can't be written no token is made.
-    """
-    kind, created, most = kind_of(options), [], count_of(options)
+def terms_of(options: dict[str, Any]) -> Json:
+    """The options that any token has. Raises UsageError."""
     days = positive(options, "--expires", "days", MAX_DAYS) if options["--expires"] else None
-    description = options["--description"] or ""
-    database, _ = open_workspace(options)
-    with contextlib.ExitStack() as written, database.write() as connection:
-        cache_id = None
-        if options["--cache"]:
-            cache_id = cache.find_named(connection, options["--cache"]).id
-        for agents, path in wanted:
-            made = tokens.create(
-                connection, kind, description, days, cache_id, agents=agents, most=most
-            )
-            whose = f", for agents {agents}" if agents else ""
-            detail = f"{made[0]} ({kind}{whose}) {description}".rstrip()
-            audit.record(connection, operator(), "token create", detail)
-            if path:
-                write_secret(made[1], path)
-                written.callback(os.unlink, path)
-            created.append(made)
-        written.pop_all()
-    return created
+    description, cache = options["--description"] or "", options["--cache"] or ""
+    return {"description": description, "expiresInDays": days, "cache": cache}
 
 
 def agents_of(options: dict[str, Any]) -> str | None:
-    """The agents that a token is for: None for any, empty for the first. Raises UsageError."""
+    """The agents that a token is for, if a command line names any. Raises UsageError."""
     given = [option for option in ("--name", "--names", "--agents") if options[option] is not None]
     if options["--shared"] and not options["agent"]:
         raise UsageError("--shared is for agent tokens: other ones are for all agents anyway")
     if not given:
-        return "" if options["agent"] and not options["--shared"] else None
+        return None
     (option,), text = given, str(options[given[0]])
     if (option == "--agents") == bool(options["agent"]):
         right = "--name or --names" if options["agent"] else "--agents"
@@ -134,6 +106,9 @@ def count_of(options: dict[str, Any]) -> int | None:
     return int(text)
 
 
+# --- rotate, revoke and list ----------------------------------------------------------------------
+
+
 def number_of(options: dict[str, Any]) -> int:
     """The number of the token that a command is about. Raises UsageError."""
     number = options["ID"]
@@ -144,62 +119,56 @@ def number_of(options: dict[str, Any]) -> int:
 
 def rotate(options: dict[str, Any]) -> None:
     """Create a token's successor."""
-    number = number_of(options)
-    database, _ = open_workspace(options)
-    with database.write() as connection:
-        token, successor, secret = upkeep.rotate_token(connection, number, Actor(operator()))
-        if options["--out"]:
-            write_secret(secret, options["--out"])
+    number, out, where = number_of(options), options["--out"], backend(options)
+    with new_files([out] if out else []) as write:
+        answer = where.call("POST", f"/tokens/{number}/rotate")
+        write([answer["secret"]])
     ends = f"token {number} ends when this one is used, in {tokens.OVERLAP:.0f} days at the latest"
     tell(ends)
-    show_secret(f"{token.kind} token {successor}", secret, options["--out"])
+    show_secret(f"{answer['kind']} token {answer['id']}", answer["secret"], out)
 
 
 def revoke(options: dict[str, Any]) -> None:
     """Revoke a token."""
     number, and_agents = number_of(options), bool(options["--and-agents"])
-    database, _ = open_workspace(options)
-    with database.write() as connection:
-        issued = upkeep.revoke_token(connection, number, and_agents, Actor(operator()))
-    also = f" and {issued} of its agents are" if and_agents else " is"
+    query = "?andAgents=true" if and_agents else ""
+    done = backend(options).call("DELETE", f"/tokens/{number}{query}")
+    also = f" and {done['agents']} of its agents are" if and_agents else " is"
     tell(f"token {number}{also} revoked")
 
 
 def list_all(options: dict[str, Any]) -> None:
-    """List the tokens."""
-    database, _ = open_workspace(options)
-    with database.read() as connection:
-        rows = tokens.list_all(connection)
-        users = {token.id: owners.users(connection, token.id) for token in rows}
-    now = utc_now()
+    """List the tokens, the newest last."""
+    rows = every(backend(options), "/tokens", "tokens")[::-1]
     if options["--json"]:
-        show_json([_facts(token, now) | {"used_by": users[token.id]} for token in rows])
+        show_json(rows)
         return
-    some = any(token.agents is not None for token in rows)
+    some = any(one["agents"] is not None for one in rows)
     table = [["ID", "KIND", "STATE", *["AGENTS"] * some, "CREATED", "EXPIRES", "DESCRIPTION"]]
-    for token in rows:
-        kind = _kind(token)
-        dates = [token.created_on[:10], (token.expires_on or "-")[:10]]
-        agents = [token.agents or ("the first" if token.is_unbound else "any")] * some
-        table.append([str(token.id), kind, token.state(now), *agents, *dates, token.description])
+    for one in rows:
+        dates = [one["createdOn"][:10], (one["expiresOn"] or "-")[:10]]
+        whose = "any" if one["agents"] is None else one["agents"] or "the first"
+        row = [str(one["id"]), _kind(one), one["state"], *[whose] * some, *dates]
+        table.append([*row, one["description"]])
     show_table(table)
-    replaced = {token.replaces: token.id for token in rows if token.replaces is not None}
-    for token in rows:
-        if token.id in replaced and token.state(now) == "valid":
-            still = f", which {listed(users[token.id])} still use" if users[token.id] else ""
-            tell(f"token {token.id} is replaced by token {replaced[token.id]}{still}")
+    _tell_replaced(rows)
 
 
-def _kind(token: tokens.Token) -> str:
+def _kind(one: Json) -> str:
     """A token's kind for people: whoever has a shared one can be any agent."""
-    if token.kind != tokens.AGENT:
-        return token.kind
-    if token.issued_by is not None:
+    if one["kind"] != tokens.AGENT:
+        return str(one["kind"])
+    if one["issuedBy"] is not None:
         return "agent's own"
-    if token.is_enrolment:
-        return "agent, enrols"
-    return "agent, shared" if token.agents is None else "agent"
+    if one["agents"] is None:
+        return "agent, shared"
+    return "agent, enrols" if set("*,") & set(one["agents"]) else "agent"
 
 
-def _facts(token: tokens.Token, now: str) -> dict[str, Any]:
-    return {field: getattr(token, field) for field in JSON_FIELDS} | {"state": token.state(now)}
+def _tell_replaced(rows: list[Json]) -> None:
+    """Say which tokens are still valid although they have a successor."""
+    replaced = {one["replaces"]: one["id"] for one in rows if one["replaces"] is not None}
+    for one in rows:
+        if one["id"] in replaced and one["state"] == "valid":
+            still = f", which {listed(one['usedBy'])} still use" if one["usedBy"] else ""
+            tell(f"token {one['id']} is replaced by token {replaced[one['id']]}{still}")

@@ -15,8 +15,11 @@ Usage:
   cachix-workspace serve [--listen=ADDRESS] [--public-url=URL] [--data=DIR] [--max-connections=N]
                          [--certificate=FILE --key=FILE] [--behind-proxy=N]
                          [--also-known-as=URL]... [--max-nar=GIB] [--keep-free=GIB]
-                         [--max-log=MIB] [--auth-header=NAME]
-  cachix-workspace init [--data=DIR]
+                         [--cache-directory=DIR [--cache-shared] | --cache-store=URL]
+                         [--max-log=MIB] [--auth-header=NAME] [--keep-deployments=N]
+                         [--keep-days=DAYS] [--max-per-address=N]
+                         [--database=URL | --database-file=FILE]
+  cachix-workspace init [--data=DIR] [--database=URL | --database-file=FILE]
   cachix-workspace login-link [NAME] [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace person list [--json] [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace person add NAME --role=ROLE [--data=DIR | --url=URL [--token-file=FILE]]
@@ -29,8 +32,10 @@ Usage:
                                 [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace token list [--json] [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace token rotate ID [--out=FILE] [--data=DIR | --url=URL [--token-file=FILE]]
-  cachix-workspace token revoke ID [--and-agents] [--data=DIR | --url=URL [--token-file=FILE]]
-  cachix-workspace agent list [--json] [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace token revoke ID [--and-agents]
+                         [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace agent list [--label=LABEL] [--state=STATE] [--json]
+                         [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace agent move NAME [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace agent (show | pause | resume | remove) NAME [--json]
                          [--data=DIR | --url=URL [--token-file=FILE]]
@@ -52,12 +57,19 @@ Usage:
                          [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace webhook (test | remove) ID [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace cache list [--json] [--data=DIR | --url=URL [--token-file=FILE]]
-  cachix-workspace cache create NAME [--private] [--public-url=URL] [--out=FILE]
-                         [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace cache create NAME [--private] [--out=FILE]
+                         [[--public-url=URL] [--data=DIR] | --url=URL [--token-file=FILE]]
   cachix-workspace cache show NAME [--json] [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace cache key (rotate | retire) NAME [--out=FILE]
                          [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace cache gc NAME [--keep-deployments=N] [--keep-days=DAYS] [--dry-run] [--json]
+                         [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace cache (pin | unpin) NAME PATH [--data=DIR | --url=URL [--token-file=FILE]]
   cachix-workspace audit [--limit=N] [--json] [--data=DIR | --url=URL [--token-file=FILE]]
+  cachix-workspace prune [--keep-deployments=N] [--keep-days=DAYS] [--dry-run] [--data=DIR]
+  cachix-workspace backup DIR [--data=DIR]
+  cachix-workspace restore DIR [--data=DIR] [--database=URL | --database-file=FILE]
+  cachix-workspace migrate-database (--to=URL | --database-file=FILE) [--data=DIR]
   cachix-workspace --help
   cachix-workspace --version
 
@@ -66,8 +78,8 @@ Commands:
   init          Make a workspace. Only this and `serve` do.
   login-link    Print a link that signs in the first admin, or the person NAME, once.
   person        The people who may sign in: viewers read, operators also deploy, admins do all.
-  token create  Create a token for agents, for CI (activate), for everything (admin), or to read
-                /metrics, and print it. It is not shown again.
+  token create  Create a token for agents, for CI (activate), for an administrator (admin),
+                or to read /metrics, and print it. It is not shown again.
   token list    List the tokens, without their secrets.
   token rotate  Create the successor of a token, and print it. The old one ends when the new one is
                 used first (one of agents: for each agent by itself), after 7 days at the latest.
@@ -76,20 +88,36 @@ Commands:
                 paused its deployments wait.
   deployment    List and show deployments and their logs, retry or cancel one.
   run           List, show, retry or roll back runs: a run is what one order deployed.
-  freeze        Take no orders until `thaw`. Whoever wants to deploy reads the reason.
+  freeze        Take no orders until `thaw`. They are refused with the reason.
   webhook       Who is told of failures, and of agents that are offline.
   agent move    Let another machine have the name of an agent that keeps a token of its own, because
                 the former machine was reinstalled or is gone.
   cache create  Create a binary cache, and print the secret key to sign with. It is not shown
-                again. Whoever pushes also signs.
+                again. A push signs with it.
   cache show    Show the URL and the public keys of a cache.
   cache key     rotate: make a new key for a cache, and print the secret one. Both keys count until
                 the old one is retired: then no agent takes what only that has signed.
+  cache gc      Remove store paths, and print them, that nothing needs: no agent, none of its last
+                deployments, no pin, no late push. It works beside a running server.
+  cache pin     Keep a store path with all that it needs; `unpin` lets go of it.
   audit         Show who did what when.
+  prune         Remove old deployments with their logs, and write logs into less room. `serve` does
+                so every night. Open deployments stay, and so do the last deployment of each
+                agent and the last two paths that it succeeded with.
+  backup        Copy database and caches into DIR, a new directory, beside a running server. Files
+                of caches become hard links where DIR is on the same file system.
+  restore       Make a workspace of the backup in DIR. Then start the server.
+  migrate-database  Move the database from SQLite into an empty one of PostgreSQL, while the server
+                is stopped. The data directory names it from then on.
 
 Options:
   --data=DIR           The directory of the workspace. By default it is CACHIX_WORKSPACE_DATA, else
                        STATE_DIRECTORY, and for root /var/lib/cachix-workspace.
+  --database=URL       Keep the database in PostgreSQL, such as postgresql+psycopg://USER@HOST/NAME,
+                       not in a file of DIR. DIR names it from then on. A URL with a password
+                       belongs in a file, or in CACHIX_WORKSPACE_DATABASE.
+  --database-file=FILE  The file that has the URL, read at each start.
+  --to=URL             The database to move to: as --database.
   --url=URL            Work from afar, on the workspace at this URL,
   --token-file=FILE    with the admin token in FILE, or in CACHIX_WORKSPACE_TOKEN; for agents,
                        deployments and runs one of CI will do.
@@ -107,14 +135,28 @@ Options:
   --certificate=FILE   Speak TLS, without a proxy: a PEM file with the certificate and the ones
                        that it is signed by. A renewed file is used at once.
   --key=FILE           Its private key, a PEM file without a password.
-  --max-connections=N  Connections at a time. Three quarters of them may be websockets
-                       [default: 4096].
+  --max-connections=N  Connections at a time, by default 16000, or fewer where the system allows
+                       fewer open files. Three quarters of them may be websockets.
+  --max-per-address=N  Connections of one address that have not shown a valid token: for a newer
+                       one the oldest has to go. 0 for any number. Behind a proxy, which has one
+                       address for all, it does not count [default: 512].
   --max-nar=GIB        The largest NAR that a cache takes. The unfinished uploads of one token may
                        have four times as much [default: 10].
+  --cache-directory=DIR  Keep the files of caches in DIR, from now on, and not in the directory of
+                       the workspace. Move the present ones there before.
+  --cache-shared       Other nodes of the workspace, with the same database, use that directory
+                       too: it is on a file system that they share.
+  --cache-store=URL    Keep them in a bucket of S3, or of a server that speaks its protocol, such as
+                       s3://BUCKET/PREFIX?endpoint=https://s3.example.org&region=REGION.
   --keep-free=GIB      No cache takes anything that would leave less of the disk free. They can
                        still be read [default: 1].
   --max-log=MIB        The largest log of a deployment. The rest is dropped, and the log says so
-                       [default: 256].
+                       [default: 64].
+  --keep-deployments=N  The number of deployments to keep of each agent, by default all; `cache gc`
+                       keeps the paths of the last N, by default of 5.
+  --keep-days=DAYS     How long to keep deployments, by default without end; `cache gc` keeps what
+                       was pushed in the last DAYS days, by default 7, and 1 at least.
+  --dry-run            Remove nothing, and say what would be removed.
   --description=TEXT   What the token is for.
   --expires=DAYS       The token expires after so many days. By default it never does.
   --name=NAME          The only agent that an agent token is for. By default it is the first one
@@ -137,7 +179,10 @@ Options:
   --yes                Do it without asking.
   --format=FORMAT      json (signed), slack (Mattermost too) or ntfy [default: json].
   --events=EVENTS      Of failed,rollback-failed,offline,back; all by default.
-  --label=LABEL        The agents that a webhook is about: those with this label.
+  --label=LABEL        The agents that are listed, or that a webhook is about: those with this
+                       label.
+  --state=STATE        The agents that are listed: rollback-failed, lost, failed, under-way,
+                       offline, never, by-hand, reboot-needed, well or paused.
   --limit=N            The number of entries, the newest ones [default: 100].
   --json               Print JSON.
   -h --help            Show this text.
@@ -194,8 +239,8 @@ def fitting_lines(words: list[str]) -> list[str]:
     group, command = _commands(words)
     mine = [(form, lines) for form, lines in command_forms() if form[0] == group]
     exact = [(form, lines) for form, lines in mine if form == (group, command)]
-    found = {id(lines): lines for _, lines in exact or mine}
-    return [line for lines in found.values() for line in lines]
+    matches = {id(lines): lines for _, lines in exact or mine}
+    return [line for lines in matches.values() for line in lines]
 
 
 def _commands(words: list[str]) -> tuple[str | None, str | None]:

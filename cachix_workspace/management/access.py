@@ -1,4 +1,4 @@
-"""Who may use the API: a token in the `Authorization` header, never a cookie; or a command here."""
+"""The right to use the API: a token in `Authorization`, never a cookie; or a local command."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _authenticate() -> None:
 
 
 def by() -> Actor:
-    """Whoever makes this request."""
+    """The actor of this request."""
     actor: Actor = g.by
     return actor
 

@@ -8,10 +8,10 @@ from flask import Flask, render_template
 from flask_smorest import Api
 
 from cachix_protocol import __version__
-from cachix_workspace.management import fleet, keys, workspace
+from cachix_workspace.management import caches, fleet, keys, workspace
 from cachix_workspace.management.shapes import Problem
 
-BLUEPRINTS = (fleet.blueprint, keys.blueprint, workspace.blueprint)
+BLUEPRINTS = (fleet.blueprint, caches.blueprint, keys.blueprint, workspace.blueprint)
 METHODS = ("get", "post", "put", "patch", "delete")
 BEARER = {"type": "http", "scheme": "bearer", "description": "an admin token, or one of CI"}
 
@@ -50,7 +50,7 @@ def add_to(app: Flask) -> Management:
 
 def groups(document: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The operations of a document, by their tags."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_tag: dict[str, list[dict[str, Any]]] = {}
     for path, item in document["paths"].items():
         for method in METHODS:
             operation = item.get(method)
@@ -65,8 +65,8 @@ def groups(document: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
                     "parameters": [one["name"] for one in parameters if one.get("in") == "query"],
                     "fields": _fields(document, schemas),
                 }
-                found.setdefault(operation["tags"][0], []).append(facts)
-    return found
+                by_tag.setdefault(operation["tags"][0], []).append(facts)
+    return by_tag
 
 
 def _fields(document: dict[str, Any], references: list[str]) -> list[str]:

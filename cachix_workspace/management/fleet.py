@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from flask import Response
 from sqlalchemy import Connection
 
-from cachix_protocol import FAILED, is_store_path, loads
+from cachix_protocol import FAILED, PLAIN, WISHES, Wish, is_store_path
 from cachix_workspace import (
     agents,
-    audit,
     deployments,
     enrolment,
     fleet,
     logs,
     orders,
+    owners,
+    past,
     runs,
     states,
     upkeep,
@@ -39,6 +39,7 @@ from cachix_workspace.management.access import (
 )
 from cachix_workspace.management.shapes import Json
 from cachix_workspace.refusal import Refusal
+from cachix_workspace.tokens import AGENT
 
 blueprint = operations("fleet", "Agents, deployments and runs")
 
@@ -55,8 +56,9 @@ def _briefs(connection: Connection, names: list[str] | None = None) -> list[Brie
 def _detail(connection: Connection, name: str) -> Json:
     """All that is known of an agent. Raises Refusal (404)."""
     [row] = agents.find_all(connection, [name])
-    former = deployments.succeeded_paths(connection, row.id)
-    return shapes.agent_detail(_briefs(connection, [name])[0], row, former)
+    former = past.succeeded_paths(connection, row.id)
+    binding = owners.bindings(connection, [name])[name]
+    return shapes.agent_detail(_briefs(connection, [name])[0], binding, row, former)
 
 
 @blueprint.get("/agents")
@@ -69,8 +71,10 @@ def list_agents(query: Json) -> Json:
     page, limit = query["page"], query["limit"]
     with current_workspace().database.read() as connection:
         briefs = [one for one in _briefs(connection) if wanted.matches(one) and allows(one.name)]
-    found = briefs[(page - 1) * limit : page * limit + 1]
-    return shapes.paged([shapes.agent(one) for one in found], page, limit, "agents")
+        listed_briefs = briefs[(page - 1) * limit : page * limit + 1]
+        bound = owners.bindings(connection, [one.name for one in listed_briefs])
+    answer = [shapes.agent(one, bound[one.name]) for one in listed_briefs]
+    return shapes.paged(answer, page, limit, "agents")
 
 
 @blueprint.post("/agents")
@@ -82,10 +86,10 @@ def add_agent(new: Json) -> Json:
     terms = Terms(new["expiresInDays"], new["cache"], new["description"])
     with current_workspace().database.write() as connection:
         labels = " ".join(new["labels"])
-        made = enrolment.add_one(connection, new["name"], terms, by(), labels)
+        enrolled = enrolment.add_one(connection, new["name"], terms, by(), labels)
         agent = agents.find(connection, new["name"])
     current_workspace().note_agents(agent.id)
-    return {"id": made.token_id, "secret": made.secret}
+    return {"id": enrolled.token_id, "kind": AGENT, "secret": enrolled.secret}
 
 
 @blueprint.get("/agents/<name>")
@@ -119,11 +123,11 @@ def change_agent(change: Json, name: str) -> Json:
             upkeep.describe(connection, name, change["description"], by())
         if "name" in change:
             name = upkeep.rename(connection, name, change["name"], by()).name
-        shown = _detail(connection, name)
+        answer = _detail(connection, name)
     if "name" in change:
         workspace.dismiss(row.id)
     workspace.note_agents(row.id)
-    return shown
+    return answer
 
 
 @blueprint.post("/agents/<name>/move")
@@ -137,9 +141,9 @@ def move_agent(name: str) -> Json:
             text = f"{name} is not bound to a machine: any that has a token for it can connect"
             raise Refusal(409, text)
         row = agents.find(connection, name)
-        shown = _detail(connection, name)
+        answer = _detail(connection, name)
     workspace.dismiss(row.id)
-    return shown
+    return answer
 
 
 @blueprint.delete("/agents/<name>")
@@ -180,8 +184,8 @@ def list_deployments(query: Json) -> Json:
             own_agents(connection),
         )
         names = agents.names_of(connection, {row.agent_id for row in rows})
-    found = [_shown(names[row.agent_id], row) for row in rows]
-    return shapes.paged(found, page, limit, "deployments")
+    answer = [_shown(names[row.agent_id], row) for row in rows]
+    return shapes.paged(answer, page, limit, "deployments")
 
 
 @blueprint.post("/deployments")
@@ -194,12 +198,14 @@ def start_deployments(order: Json) -> Json:
     check_agents(names)
     if not is_store_path(order["storePath"]):
         raise Refusal(400, "`storePath` must be a store path such as /nix/store/HASH-NAME")
+    wanted = {name: order[name] for name in WISHES}
+    wish = Wish.from_json(wanted, "the order", PLAIN)
     with current_workspace().database.write() as connection:
         agents.find_all(connection, names)
-        placed = orders.deploy_path(connection, names, order["storePath"], by())
-        shown = _run(connection, placed.run_id)
-    current_workspace().note_order(placed)
-    return shown
+        placement = orders.deploy_path(connection, names, order["storePath"], by(), wish=wish)
+        answer = _run(connection, placement.run_id)
+    current_workspace().note_order(placement)
+    return answer
 
 
 def _find(connection: Connection, name: str, index: int) -> DeploymentRow:
@@ -224,18 +230,7 @@ def show_log(name: str, index: int) -> Response:
     workspace = current_workspace()
     with workspace.database.read() as connection:
         row = _find(connection, name, index)
-
-    def text() -> Iterator[bytes]:
-        offset = 0
-        while True:
-            with workspace.database.read() as connection:
-                lines = logs.read(connection, row.id, offset)
-            if not lines:
-                return
-            offset += len(lines)
-            yield "".join(f"{loads(line)['line']}\n" for line in lines).encode("utf-8", "replace")
-
-    return Response(text(), mimetype="text/plain")
+    return Response(logs.stream(workspace.database, row.id), mimetype="text/plain")
 
 
 @blueprint.post("/agents/<name>/deployments/<int:index>/retry")
@@ -245,9 +240,9 @@ def retry_deployment(name: str, index: int) -> Json:
     """Order a deployment that has ended once more"""
     with current_workspace().database.write() as connection:
         order = orders.retry(connection, {name: _find(connection, name, index)}, by())
-        shown = _shown(name, order.rows[name])
+        answer = _shown(name, order.rows[name])
     current_workspace().note_order(order)
-    return shown
+    return answer
 
 
 @blueprint.post("/agents/<name>/deployments/<int:index>/cancel")
@@ -255,16 +250,12 @@ def retry_deployment(name: str, index: int) -> Json:
 @operators
 def cancel_deployment(name: str, index: int) -> Json:
     """Cancel a deployment, or ask its agent to"""
-    workspace, who = current_workspace(), by()
+    workspace = current_workspace()
     with workspace.database.write() as connection:
-        row, done = deployments.cancel(connection, _find(connection, name, index).id)
-        if not done:
-            ended = f"deployment {index} of {name} has ended already: it is {row.status}"
-            raise Refusal(409, ended)
-        detail = f"{name}, deployment {row.index}: now {row.status}"
-        audit.record(connection, who.name, "cancel", detail, who.address)
-    workspace.hub.wake_agent(row.agent_id)
-    workspace.note_deployments(row)
+        row, is_cancelled = upkeep.cancel(connection, _find(connection, name, index).id, by())
+    if not is_cancelled:
+        raise Refusal(409, f"deployment {index} of {name} has ended already: it is {row.status}")
+    workspace.note_cancel(row)
     return _shown(name, row)
 
 
@@ -272,10 +263,10 @@ def cancel_deployment(name: str, index: int) -> Json:
 
 
 def _counts(counts: Counter[tuple[str, str]]) -> dict[str, int]:
-    found: Counter[str] = Counter()
+    counter: Counter[str] = Counter()
     for (status, outcome), count in counts.items():
-        found[states.of_deployment(status, outcome).key] += count
-    return dict(found)
+        counter[states.of_deployment(status, outcome).key] += count
+    return dict(counter)
 
 
 def _run(connection: Connection, run_id: int) -> Json:
@@ -302,8 +293,8 @@ def list_runs(query: Json) -> Json:
         mine = own_agents(connection)
         rows = runs.list_some(connection, limit + 1, offset=shapes.offset(query), agent_ids=mine)
         counts = runs.counts(connection, [row.id for row in rows], mine)
-    found = [shapes.run(row, _counts(counts[row.id])) for row in rows]
-    return shapes.paged(found, page, limit, "runs")
+    answer = [shapes.run(row, _counts(counts[row.id])) for row in rows]
+    return shapes.paged(answer, page, limit, "runs")
 
 
 @blueprint.get("/runs/<int:run_id>")
@@ -319,13 +310,13 @@ def _rows(connection: Connection, run_id: int, names: Any = None) -> dict[str, D
     """The deployments of a run that the token is for, perhaps of some agents. Raises Refusal."""
     run_id = runs.get(connection, run_id).id
     members = runs.members(connection, run_id)
-    found = {one.name: one.row for one in members if allows(one.name)}
-    if members and not found:
+    rows = {one.name: one.row for one in members if allows(one.name)}
+    if members and not rows:
         raise Refusal(404, f"there is no run {run_id}")
-    unknown = sorted(set(names or ()) - set(found))
+    unknown = sorted(set(names or ()) - set(rows))
     if unknown:
         raise Refusal(404, f"run {run_id} has no deployment for {', '.join(unknown)[:300]}")
-    return {name: row for name, row in found.items() if names is None or name in names}
+    return {name: row for name, row in rows.items() if names is None or name in names}
 
 
 @blueprint.post("/runs/<int:run_id>/retry")
@@ -339,9 +330,9 @@ def retry_run(chosen: Json, run_id: int) -> Json:
         failed = {name: row for name, row in rows.items() if row.status == FAILED}
         again = orders.retryable(connection, failed)
         order = orders.retry(connection, again, by(), run_id)
-        shown = _run(connection, order.run_id)
+        answer = _run(connection, order.run_id)
     current_workspace().note_order(order)
-    return shown
+    return answer
 
 
 @blueprint.get("/runs/<int:run_id>/roll-back")
@@ -371,6 +362,6 @@ def roll_back_run(chosen: Json, run_id: int) -> Json:
             how = "name those of its agents that it is for"
             raise Refusal(403, f"this token is not for all agents of run {run_id}: {how}")
         order = orders.roll_back(connection, rows, by(), run_id)
-        shown = _run(connection, order.run_id)
+        answer = _run(connection, order.run_id)
     current_workspace().note_order(order)
-    return shown
+    return answer

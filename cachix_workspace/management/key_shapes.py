@@ -1,30 +1,58 @@
-"""What the API takes and answers of everything but agents, deployments and runs."""
+"""The API's schemas of tokens, caches, people, webhooks, the audit and the workspace."""
 
 from __future__ import annotations
-
-import datetime
 
 from marshmallow import Schema, fields, validate
 
 from cachix_workspace.audit import Entry
-from cachix_workspace.cache import CacheRow
 from cachix_workspace.freeze import Frozen
-from cachix_workspace.management.shapes import TEXT, Json, Paging
+from cachix_workspace.management.shapes import NAME, TEXT, Json, Paging
 from cachix_workspace.people import ROLES, Person, SessionRow
-from cachix_workspace.recent import Recent
 from cachix_workspace.tokens import KINDS, Token
 from cachix_workspace.webhooks import EVENTS, FORMATS, Message, Webhook
 
+MOST_TOKENS = 5000  # that are made at a time
+
 
 class NewToken(Schema):
-    """A token. `agents` are patterns of names: whom it is for, or may deploy to."""
+    """A token. `agents` are patterns of names: whom it is for, or may deploy to.
+
+    One of kind agent without them is for the first agent that comes with it, or for any number of
+    agents if it is `shared`.
+    """
 
     kind = fields.String(required=True, validate=validate.OneOf(KINDS))
     description = fields.String(load_default="", validate=TEXT)
     agents = fields.String(load_default=None, allow_none=True, validate=TEXT)
+    shared = fields.Boolean(load_default=False)
     count = fields.Integer(load_default=None, allow_none=True, validate=validate.Range(1))
     expiresInDays = fields.Float(load_default=None, allow_none=True)
     cache = fields.String(load_default="")
+
+
+class NewTokens(Schema):
+    """Tokens, one for each of these agents."""
+
+    agents = fields.List(
+        fields.String(validate=NAME), required=True, validate=validate.Length(1, MOST_TOKENS)
+    )
+    description = fields.String(load_default="", validate=TEXT)
+    expiresInDays = fields.Float(load_default=None, allow_none=True)
+    cache = fields.String(load_default="")
+
+
+class SecretOf(Schema):
+    """The token of an agent with its secret, which is shown this once."""
+
+    id = fields.Integer(required=True)
+    agent = fields.String(required=True)
+    secret = fields.String(required=True)
+
+
+class Batch(Schema):
+    """The tokens that were made, in the order of the agents."""
+
+    tokens = fields.List(fields.Nested(SecretOf), required=True)
 
 
 class TokenShape(Schema):
@@ -37,6 +65,7 @@ class TokenShape(Schema):
     agents = fields.String(allow_none=True)
     createdOn = fields.String()
     expiresOn = fields.String(allow_none=True)
+    revokedOn = fields.String(allow_none=True)
     cache = fields.String(allow_none=True)
     count = fields.Integer(allow_none=True)
     usedOn = fields.String(allow_none=True)
@@ -75,79 +104,13 @@ def token(row: Token, now: str, users: list[str], cache: str | None) -> Json:
         "agents": row.agents,
         "createdOn": row.created_on,
         "expiresOn": row.expires_on,
+        "revokedOn": row.revoked_on,
         "cache": cache,
         "count": row.most,
         "usedOn": row.used_on,
         "usedBy": users,
         "replaces": row.replaces,
         "issuedBy": row.issued_by,
-    }
-
-
-class NewCache(Schema):
-    """A cache."""
-
-    name = fields.String(required=True, validate=validate.Length(max=63))
-    public = fields.Boolean(load_default=True)
-
-
-class Cache(Schema):
-    """A cache."""
-
-    name = fields.String(required=True)
-    url = fields.String(required=True)
-    publicKey = fields.String(required=True)
-    formerKey = fields.String(allow_none=True)
-    public = fields.Boolean(required=True)
-
-
-class CacheWithKey(Cache):
-    """A cache with its secret key, which is shown this once."""
-
-    secretKey = fields.String(required=True)
-
-
-class Pushed(Schema):
-    """A top-level path that was pushed of late. `size` is in bytes."""
-
-    storePath = fields.String(required=True)
-    pushedOn = fields.String(required=True)
-    size = fields.Integer(required=True)
-    kind = fields.String(required=True)
-    system = fields.String(allow_none=True)
-    isSigned = fields.Boolean(required=True)
-
-
-class CacheDetail(Cache):
-    """A cache with what was pushed to it of late, and with paths that no key of it has signed."""
-
-    recent = fields.List(fields.Nested(Pushed), required=True)
-    unsigned = fields.List(fields.String(), required=True)
-
-
-class Caches(Schema):
-    """All caches."""
-
-    caches = fields.List(fields.Nested(Cache), required=True)
-
-
-def cache(row: CacheRow, url: str, secret: str | None = None) -> Json:
-    """A cache as the API shows it."""
-    former = f"{row.old_key_name}:{row.old_public_key}" if row.old_key_name else None
-    facts = {"name": row.name, "url": url, "publicKey": row.key, "public": row.public}
-    return {**facts, "formerKey": former, **({} if secret is None else {"secretKey": secret})}
-
-
-def pushed(one: Recent) -> Json:
-    """A path that was pushed of late."""
-    moment = datetime.datetime.fromtimestamp(one.pushed, datetime.timezone.utc)
-    return {
-        "storePath": one.store_path,
-        "pushedOn": moment.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "size": one.size,
-        "kind": one.kind,
-        "system": one.system,
-        "isSigned": one.is_signed,
     }
 
 
@@ -277,13 +240,13 @@ def webhook(row: Webhook, last: Message | None = None) -> Json:
 
 
 class AuditQuery(Paging):
-    """Which entries: those that have this text anywhere."""
+    """Select entries: those that have this text anywhere."""
 
     text = fields.String(load_default="", validate=validate.Length(max=200))
 
 
 class EntryShape(Schema):
-    """Who did what when."""
+    """An entry of the audit."""
 
     id = fields.Integer(required=True)
     time = fields.String(required=True)
@@ -340,6 +303,6 @@ class Workspace(Schema):
 
 
 class WorkspaceChange(Schema):
-    """What changes of the workspace."""
+    """A change of the workspace."""
 
     name = fields.String(required=True, validate=validate.Length(1, 200))

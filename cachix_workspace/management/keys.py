@@ -1,4 +1,4 @@
-"""The API for tokens, caches, people and webhooks."""
+"""The API for tokens, people and webhooks."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ from cachix_workspace import (
     enrolment,
     owners,
     people,
-    recent,
     tokens,
     upkeep,
     webhooks,
 )
-from cachix_workspace.cache import CacheRow
 from cachix_workspace.context import current_workspace
 from cachix_workspace.enrolment import Terms
 from cachix_workspace.management import key_shapes as shapes
-from cachix_workspace.management.access import admins, allows_cache, by, operations, operators
+from cachix_workspace.management.access import admins, by, operations
 from cachix_workspace.management.shapes import Json, Paging, Secret, offset, paged, small
-from cachix_workspace.people import INVITATION_LASTS, Person
+from cachix_workspace.people import Person
 from cachix_workspace.refusal import Refusal
 from cachix_workspace.tokens import AGENT
 
-blueprint = operations("keys", "Tokens, caches, people and webhooks")
+blueprint = operations("keys", "Tokens, people and webhooks")
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -41,10 +39,10 @@ def list_tokens(query: Json) -> Json:
         rows = tokens.list_all(connection)[::-1][first : first + limit + 1]
         users = owners.users_of(connection, [row.id for row in rows])
         caches = {row.id: row.name for row in cache.list_all(connection)}
-    shown = [
+    answer = [
         shapes.token(row, now, users.get(row.id, []), caches.get(row.cache_id or 0)) for row in rows
     ]
-    return paged(shown, query["page"], limit, "tokens")
+    return paged(answer, query["page"], limit, "tokens")
 
 
 @blueprint.post("/tokens")
@@ -58,8 +56,8 @@ def create_token(new: Json) -> Json:
     terms = Terms(days, new["cache"], new["description"])
     with current_workspace().database.write() as connection:
         if kind == AGENT and patterns and set("*,") & set(patterns):
-            made = enrolment.add_many(connection, patterns, new["count"], terms, who)
-            return {"id": made.token_id, "secret": made.secret}
+            enrolled = enrolment.add_many(connection, patterns, new["count"], terms, who)
+            return {"id": enrolled.token_id, "kind": kind, "secret": enrolled.secret}
         if new["count"] is not None:
             raise Refusal(400, "`count` goes with a token of kind agent for patterns of names")
         cache_id = terms.check(connection)
@@ -69,17 +67,33 @@ def create_token(new: Json) -> Json:
         whose = f", for agents {patterns}" if patterns else ""
         detail = f"{number} ({kind}{whose}) {new['description']}".rstrip()
         audit.record(connection, who.name, "token create", detail, who.address)
-    return {"id": number, "secret": secret}
+    return {"id": number, "kind": kind, "secret": secret}
 
 
 def _patterns(new: Json) -> str | None:
     """The agents that a token is for: without any, one of agents is for the first that is new."""
+    is_agents = new["kind"] == AGENT
+    if new["shared"] and (new["agents"] or not is_agents):
+        raise Refusal(400, "`shared` goes with a token of kind agent, and without `agents`")
     if not new["agents"]:
-        return "" if new["kind"] == AGENT else None
+        return "" if is_agents and not new["shared"] else None
     try:
         return tokens.checked_patterns(new["agents"], "`agents`")
     except UsageError as error:
         raise Refusal(400, str(error)) from None
+
+
+@blueprint.post("/tokens/batch")
+@blueprint.arguments(shapes.NewTokens)
+@blueprint.response(201, shapes.Batch)
+@admins
+def create_tokens(new: Json) -> Json:
+    """Create a token for each of some agents, or none if that fails"""
+    terms = Terms(new["expiresInDays"], new["cache"], new["description"])
+    with current_workspace().database.write() as connection:
+        enrolled = enrolment.for_each(connection, new["agents"], terms, by())
+    answer = [{"id": one.token_id, "agent": one.agents, "secret": one.secret} for one in enrolled]
+    return {"tokens": answer}
 
 
 @blueprint.post("/tokens/<int:number>/rotate")
@@ -88,8 +102,8 @@ def _patterns(new: Json) -> str | None:
 def rotate_token(number: int) -> Json:
     """Make the successor of a token"""
     with current_workspace().database.write() as connection:
-        _, successor, secret = upkeep.rotate_token(connection, small(number), by())
-    return {"id": successor, "secret": secret}
+        former, successor, secret = upkeep.rotate_token(connection, small(number), by())
+    return {"id": successor, "kind": former.kind, "secret": secret}
 
 
 @blueprint.delete("/tokens/<int:number>")
@@ -99,81 +113,11 @@ def rotate_token(number: int) -> Json:
 def revoke_token(query: Json, number: int) -> Json:
     """Revoke a token, and those that agents got for it if `andAgents` is true"""
     and_agents = query["andAgents"]
-    with current_workspace().database.write() as connection:
-        issued = upkeep.revoke_token(connection, small(number), and_agents, by())
-    return {"id": number, "agents": issued}
-
-
-# --- caches ---------------------------------------------------------------------------------------
-
-
-def _shown(row: CacheRow, secret: str | None = None) -> Json:
-    return shapes.cache(row, cache.url(current_workspace().settings, row.name), secret)
-
-
-@blueprint.get("/caches")
-@blueprint.response(200, shapes.Caches)
-@operators
-def list_caches() -> Json:
-    """List caches, the one that agents use by default first"""
-    with current_workspace().database.read() as connection:
-        rows = cache.list_all(connection)
-    return {"caches": [_shown(row) for row in rows if allows_cache(row.id)]}
-
-
-@blueprint.post("/caches")
-@blueprint.arguments(shapes.NewCache)
-@blueprint.response(201, shapes.CacheWithKey)
-@admins
-def create_cache(new: Json) -> Json:
-    """Create a cache; the answer has its secret key"""
-    workspace, who = current_workspace(), by()
+    workspace = current_workspace()
     with workspace.database.write() as connection:
-        row, secret = cache.create(connection, new["name"], new["public"], workspace.settings)
-        detail = f"{row.name} ({'public' if row.public else 'private'})"
-        audit.record(connection, who.name, "cache create", detail, who.address)
-    workspace.feed.publish("all")
-    return _shown(row, secret)
-
-
-@blueprint.get("/caches/<name>")
-@blueprint.response(200, shapes.CacheDetail)
-@operators
-def show_cache(name: str) -> Json:
-    """Show a cache, what was pushed to it of late, and what no key of it has signed"""
-    settings = current_workspace().settings
-    with current_workspace().database.read() as connection:
-        row = cache.find_named(connection, name)
-    if not allows_cache(row.id):
-        raise Refusal(403, "this token is for another cache")
-    pushed = [shapes.pushed(one) for one in recent.recent(settings, row)]
-    return {**_shown(row), "recent": pushed, "unsigned": cache.unsigned(settings, row)}
-
-
-@blueprint.post("/caches/<name>/rotate")
-@blueprint.response(201, shapes.CacheWithKey)
-@admins
-def rotate_cache_key(name: str) -> Json:
-    """Make a new key for a cache; the answer has the secret one"""
-    who = by()
-    with current_workspace().database.write() as connection:
-        row, secret = cache.rotate(connection, name)
-        detail = f"{row.name}, now {row.key}"
-        audit.record(connection, who.name, "cache key rotate", detail, who.address)
-    return _shown(row, secret)
-
-
-@blueprint.post("/caches/<name>/retire")
-@blueprint.response(200, shapes.Cache)
-@admins
-def retire_cache_key(name: str) -> Json:
-    """Drop the former key of a cache"""
-    who = by()
-    with current_workspace().database.write() as connection:
-        row = cache.retire(connection, name)
-        detail = f"{row.name}, left {row.key}"
-        audit.record(connection, who.name, "cache key retire", detail, who.address)
-    return _shown(row)
+        issued = upkeep.revoke_token(connection, small(number), and_agents, by())
+    workspace.note_revoked([number, *issued])
+    return {"id": number, "agents": len(issued)}
 
 
 # --- people ---------------------------------------------------------------------------------------
@@ -199,13 +143,8 @@ def list_people() -> Json:
 @admins
 def add_person(new: Json) -> Json:
     """Add a person; the answer has the link that invites him"""
-    who = by()
     with current_workspace().database.write() as connection:
-        person = people.add(connection, new["name"], new["role"])
-        detail = f"{person.name} ({person.role})"
-        audit.record(connection, who.name, "person add", detail, who.address)
-        secret = people.make_link(connection, person, INVITATION_LASTS)
-    return _with_link(person, secret)
+        return _with_link(*upkeep.add_person(connection, new["name"], new["role"], by()))
 
 
 @blueprint.post("/people/<name>/link")
@@ -213,12 +152,8 @@ def add_person(new: Json) -> Json:
 @admins
 def make_link(name: str) -> Json:
     """Make a link that signs a person in, in place of one that is not used"""
-    who = by()
     with current_workspace().database.write() as connection:
-        person = people.get(connection, name)
-        audit.record(connection, who.name, "login link", name, who.address)
-        secret = people.make_link(connection, person)
-    return _with_link(person, secret)
+        return _with_link(*upkeep.make_link(connection, name, by()))
 
 
 @blueprint.patch("/people/<name>")
@@ -227,11 +162,8 @@ def make_link(name: str) -> Json:
 @admins
 def change_role(change: Json, name: str) -> Json:
     """Give a person another role"""
-    who = by()
     with current_workspace().database.write() as connection:
-        person = people.change_role(connection, name, change["role"])
-        audit.record(connection, who.name, "person role", f"{name}: {person.role}", who.address)
-    return shapes.person(person)
+        return shapes.person(upkeep.change_role(connection, name, change["role"], by()))
 
 
 @blueprint.delete("/people/<name>")
@@ -239,10 +171,8 @@ def change_role(change: Json, name: str) -> Json:
 @admins
 def remove_person(name: str) -> None:
     """Remove a person, who is signed out by that"""
-    who = by()
     with current_workspace().database.write() as connection:
-        people.remove(connection, name)
-        audit.record(connection, who.name, "person remove", name, who.address)
+        upkeep.remove_person(connection, name, by())
 
 
 @blueprint.get("/sessions")
@@ -251,8 +181,8 @@ def remove_person(name: str) -> None:
 def list_sessions() -> Json:
     """List who is signed in, those of late first"""
     with current_workspace().database.read() as connection:
-        found = people.list_sessions(connection)
-    return {"sessions": [shapes.session(one) for one in found]}
+        sessions = people.list_sessions(connection)
+    return {"sessions": [shapes.session(one) for one in sessions]}
 
 
 @blueprint.delete("/sessions/<int:number>")
@@ -260,10 +190,8 @@ def list_sessions() -> Json:
 @admins
 def end_session(number: int) -> None:
     """Sign a browser out"""
-    who = by()
     with current_workspace().database.write() as connection:
-        people.end(connection, small(number))
-        audit.record(connection, who.name, "session end", str(number), who.address)
+        upkeep.end_session(connection, small(number), by())
 
 
 # --- webhooks -------------------------------------------------------------------------------------
@@ -286,13 +214,10 @@ def list_webhooks() -> Json:
 @admins
 def create_webhook(new: Json) -> Json:
     """Create a webhook; the answer has the key that signs its messages"""
-    who = by()
     with current_workspace().database.write() as connection:
-        row = webhooks.create(
-            connection, new["url"], new["format"], new["events"], new["label"] or None
+        row = upkeep.create_webhook(
+            connection, new["url"], new["format"], new["events"], new["label"], by()
         )
-        detail = f"{row.id} ({row.format}) {row.shown_url}"
-        audit.record(connection, who.name, "webhook create", detail, who.address)
     return {**shapes.webhook(row), "key": row.key}
 
 
@@ -312,8 +237,5 @@ def test_webhook(number: int) -> Json:
 @admins
 def remove_webhook(number: int) -> None:
     """Remove a webhook"""
-    who = by()
     with current_workspace().database.write() as connection:
-        row = webhooks.remove(connection, small(number))
-        detail = f"{row.id} {row.shown_url}"
-        audit.record(connection, who.name, "webhook remove", detail, who.address)
+        upkeep.remove_webhook(connection, small(number), by())

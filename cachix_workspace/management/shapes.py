@@ -1,4 +1,4 @@
-"""What the API takes and answers of agents, deployments and runs.
+"""The API's schemas of agents, deployments and runs.
 
 Schemas are for the document, and functions fill them.
 """
@@ -9,11 +9,13 @@ from typing import Any
 
 from marshmallow import Schema, fields, validate
 
+from cachix_protocol import PLAIN, WISHES
 from cachix_workspace import states
 from cachix_workspace.agents import MAX_DESCRIPTION, AgentRow
 from cachix_workspace.deployments import DeploymentRow
 from cachix_workspace.fleet import Brief
-from cachix_workspace.reports import OUTCOMES
+from cachix_workspace.owners import Binding
+from cachix_workspace.reports import SHOWN_OUTCOMES
 from cachix_workspace.runs import RunRow
 
 MOST = 1000  # things on a page
@@ -30,7 +32,7 @@ class Problem(Schema):
 
 
 class Paging(Schema):
-    """Which page, from 1, of how many things."""
+    """Select a page, from 1, and its length."""
 
     page = fields.Integer(load_default=1, validate=validate.Range(1, 1_000_000))
     limit = fields.Integer(load_default=100, validate=validate.Range(1, MOST))
@@ -46,15 +48,16 @@ def small(number: int) -> int:
     return min(number, LARGEST)
 
 
-def paged(found: list[Any], page: int, limit: int, key: str) -> Json:
+def paged(things: list[Any], page: int, limit: int, key: str) -> Json:
     """A page of things, of which one more than `limit` was looked for."""
-    return {key: found[:limit], "next": page + 1 if len(found) > limit else None}
+    return {key: things[:limit], "next": page + 1 if len(things) > limit else None}
 
 
 class Secret(Schema):
-    """A secret, which is shown this once."""
+    """A token with its secret, which is shown this once."""
 
     id = fields.Integer(required=True)
+    kind = fields.String(required=True)
     secret = fields.String(required=True)
 
 
@@ -62,7 +65,7 @@ class Secret(Schema):
 
 
 class AgentQuery(Paging):
-    """Which agents: all words in name, system or labels; a label; the key of a state."""
+    """Select agents by words in name, system or labels; by a label; by the key of a state."""
 
     text = fields.String(load_default="", validate=validate.Length(max=200))
     label = fields.String(load_default="", validate=validate.Length(max=40))
@@ -75,13 +78,16 @@ class AgentQuery(Paging):
 class Agent(Schema):
     """An agent."""
 
+    id = fields.String(required=True)
     name = fields.String(required=True)
+    createdOn = fields.String(required=True)
     state = fields.String(required=True)
-    online = fields.Boolean(required=True)
+    connected = fields.Boolean(required=True)
     seenOn = fields.String(allow_none=True)
     system = fields.String(required=True)
     kind = fields.String(allow_none=True)
-    version = fields.String(allow_none=True)
+    version = fields.String(required=True)
+    client = fields.String(allow_none=True)
     labels = fields.List(fields.String())
     pausedSince = fields.String(allow_none=True)
     running = fields.String(allow_none=True)
@@ -89,23 +95,24 @@ class Agent(Schema):
     deployment = fields.Integer(allow_none=True)
     lastDeployment = fields.Integer(allow_none=True)
     lastState = fields.String(allow_none=True)
+    lastStorePath = fields.String(allow_none=True)
     lastEndedOn = fields.String(allow_none=True)
+    bound = fields.Boolean(required=True)
+    hasOwnToken = fields.Boolean(required=True)
+    token = fields.Integer(allow_none=True)
 
 
 class AgentDetail(Agent):
     """An agent with all that is known of it."""
 
-    id = fields.String(required=True)
     description = fields.String(allow_none=True)
-    createdOn = fields.String(required=True)
     pausedBy = fields.String(allow_none=True)
     runningSince = fields.String(allow_none=True)
     profile = fields.String(allow_none=True)
     rebootNeededSince = fields.String(allow_none=True)
+    byHand = fields.String(allow_none=True)
     deployed = fields.String(allow_none=True)
     deployedOn = fields.String(allow_none=True)
-    token = fields.Integer(allow_none=True)
-    isBound = fields.Boolean(required=True)
     formerPaths = fields.List(fields.String(), required=True)
 
 
@@ -127,7 +134,7 @@ class NewAgent(Schema):
 
 
 class AgentChange(Schema):
-    """What changes of an agent."""
+    """A change of an agent."""
 
     name = fields.String(validate=NAME)
     description = fields.String(validate=TEXT)
@@ -135,16 +142,19 @@ class AgentChange(Schema):
     paused = fields.Boolean()
 
 
-def agent(brief: Brief) -> Json:
+def agent(brief: Brief, binding: Binding) -> Json:
     """An agent as the API shows it."""
     return {
+        "id": brief.id,
         "name": brief.name,
+        "createdOn": brief.created_on,
         "state": brief.state.key,
-        "online": brief.connected,
+        "connected": brief.connected,
         "seenOn": brief.seen_on or None,
         "system": brief.system,
         "kind": brief.kind,
         "version": brief.version,
+        "client": brief.client,
         "labels": list(brief.labels),
         "pausedSince": brief.paused_on,
         "running": brief.running,
@@ -152,25 +162,26 @@ def agent(brief: Brief) -> Json:
         "deployment": None if brief.open is None else brief.open.index,
         "lastDeployment": None if brief.ended is None else brief.ended.index,
         "lastState": None if brief.ended is None else brief.ended.state.key,
+        "lastStorePath": None if brief.ended is None else brief.ended.store_path,
         "lastEndedOn": None if brief.ended is None else brief.ended.time,
+        "bound": binding.is_bound,
+        "hasOwnToken": binding.has_own_token,
+        "token": binding.token_id,
     }
 
 
-def agent_detail(brief: Brief, row: AgentRow, former: list[str]) -> Json:
+def agent_detail(brief: Brief, binding: Binding, row: AgentRow, former: list[str]) -> Json:
     """An agent with all that is known of it, and the paths that it has succeeded with."""
     return {
-        **agent(brief),
-        "id": row.id,
+        **agent(brief, binding),
         "description": row.description,
-        "createdOn": row.created_on,
         "pausedBy": row.paused_by,
         "runningSince": row.running_since,
         "profile": row.profile,
         "rebootNeededSince": row.reboot_since,
+        "byHand": row.by_hand,
         "deployed": row.deployed,
         "deployedOn": row.deployed_on,
-        "token": row.token_id,
-        "isBound": row.owner_id is not None,
         "formerPaths": former,
     }
 
@@ -179,14 +190,14 @@ def agent_detail(brief: Brief, row: AgentRow, former: list[str]) -> Json:
 
 
 class DeploymentQuery(Paging):
-    """Which deployments."""
+    """Select deployments."""
 
     agent = fields.String(load_default=None, validate=validate.Length(max=128))
     status = fields.String(
         load_default=None,
         validate=validate.OneOf(["Pending", "InProgress", "Succeeded", "Failed", "Cancelled"]),
     )
-    outcome = fields.String(load_default=None, validate=validate.OneOf(sorted(OUTCOMES)))
+    outcome = fields.String(load_default=None, validate=validate.OneOf(sorted(SHOWN_OUTCOMES)))
 
 
 class Deployment(Schema):
@@ -210,6 +221,8 @@ class Deployment(Schema):
     startedBy = fields.String(allow_none=True)
     retryOf = fields.Integer(allow_none=True)
     run = fields.Integer(allow_none=True)
+    operation = fields.String(required=True)
+    reboot = fields.String(required=True)
 
 
 class Deployments(Schema):
@@ -222,9 +235,9 @@ class Deployments(Schema):
 def deployment(name: str, row: DeploymentRow, is_lost: bool = False) -> Json:
     """A deployment as the API shows it."""
     known = row.to_json()
-    shown = {key: known[key] for key in Deployment._declared_fields if key in known}
+    facts = {key: known[key] for key in Deployment._declared_fields if key in known}
     return {
-        **shown,
+        **facts,
         "agent": name,
         "state": states.of_deployment(row.status, row.outcome, is_lost).key,
     }
@@ -262,7 +275,7 @@ class Names(Schema):
 
 
 class Back(Schema):
-    """What an agent would go back to: null, and why not, if it can't."""
+    """The path that an agent would go back to; null with a reason if it can't."""
 
     agent = fields.String(required=True)
     now = fields.String(allow_none=True)
@@ -271,28 +284,32 @@ class Back(Schema):
 
 
 class Plan(Schema):
-    """What a roll-back would do."""
+    """The plan of a roll-back."""
 
     agents = fields.List(fields.Nested(Back), required=True)
 
 
 class Order(Schema):
-    """What is to be deployed: one path, to some agents."""
+    """An order: one path, to some agents."""
 
     agents = fields.List(fields.String(validate=NAME), required=True, validate=validate.Length(1))
     storePath = fields.String(required=True, validate=validate.Length(max=400))
+    operation = fields.String(
+        load_default=PLAIN.operation, validate=validate.OneOf(WISHES["operation"])
+    )
+    reboot = fields.String(load_default=PLAIN.reboot, validate=validate.OneOf(WISHES["reboot"]))
 
 
 def run(row: RunRow, counts: dict[str, int], members: list[Json] | None = None) -> Json:
     """A run as the API shows it."""
-    said = {key: value for key, value in vars(row.said).items() if value}
-    shown = {
+    source = {key: value for key, value in vars(row.origin).items() if value}
+    facts = {
         "id": row.id,
         "createdOn": row.created_on,
         "startedBy": row.actor,
         "action": row.action,
         "ofRun": row.of_run,
-        "source": said,
+        "source": source,
         "counts": counts,
     }
-    return shown if members is None else {**shown, "deployments": members}
+    return facts if members is None else {**facts, "deployments": members}

@@ -61,8 +61,8 @@ def list_audit(query: Json) -> Json:
     """Show who did what when, the newest first"""
     page, limit = query["page"], query["limit"]
     with current_workspace().database.read() as connection:
-        found = audit.list_page(connection, query["text"], limit + 1, offset(query))
-    return paged([key_shapes.entry(one) for one in found], page, limit, "entries")
+        entries = audit.list_page(connection, query["text"], limit + 1, offset(query))
+    return paged([key_shapes.entry(one) for one in entries], page, limit, "entries")
 
 
 @blueprint.get("/freeze")
@@ -80,11 +80,9 @@ def show_freeze() -> Json:
 @admins
 def freeze_workspace(new: Json) -> Json:
     """Take no more orders"""
-    who = by()
     with current_workspace().database.write() as connection:
-        frozen = freeze.freeze(connection, new["reason"], who.name)
-        audit.record(connection, who.name, "freeze", frozen.reason, who.address)
-    current_workspace().feed.publish("all")
+        frozen = upkeep.stop_orders(connection, new["reason"], by())
+    current_workspace().publish("all")
     return key_shapes.freeze(frozen)
 
 
@@ -93,9 +91,7 @@ def freeze_workspace(new: Json) -> Json:
 @admins
 def thaw_workspace() -> Json:
     """Take orders again"""
-    who = by()
     with current_workspace().database.write() as connection:
-        if freeze.thaw(connection):
-            audit.record(connection, who.name, "thaw", "", who.address)
-    current_workspace().feed.publish("all")
+        upkeep.take_orders(connection, by())
+    current_workspace().publish("all")
     return key_shapes.freeze(None)

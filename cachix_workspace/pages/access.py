@@ -1,13 +1,16 @@
-"""Who looks at a page, and whether he may: sessions by cookie, or a proxy's header."""
+"""Access to pages: sessions by cookie, or a proxy's header, and roles."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import urllib.parse
 from typing import Any, Callable, TypeVar
 
 from flask import Blueprint, Response, g, request
+from sqlalchemy.exc import SQLAlchemyError
 
+from cachix_protocol import Error
 from cachix_workspace import people
 from cachix_workspace.context import current_workspace
 from cachix_workspace.orders import Actor
@@ -45,15 +48,15 @@ def page(
 
 
 def viewer() -> Viewer | None:
-    """Whoever makes this request; None if he is not signed in."""
+    """The viewer of this request; None if he is not signed in."""
     if "viewer" not in g:
         g.viewer = _by_header() or _by_cookie()
-    found: Viewer | None = g.viewer
-    return found
+    person: Viewer | None = g.viewer
+    return person
 
 
 def current() -> Viewer:
-    """Whoever makes this request, where `page` has seen to it that he is signed in."""
+    """The viewer of this request, where `page` has seen to it that he is signed in."""
     one = viewer()
     if one is None:
         raise Refusal(401, "you are not signed in")
@@ -61,7 +64,7 @@ def current() -> Viewer:
 
 
 def actor() -> Actor:
-    """Whoever makes this request, for the audit."""
+    """The actor of this request, for the audit."""
     return Actor(current().name, request.remote_addr or "")
 
 
@@ -71,12 +74,13 @@ def _by_cookie() -> Viewer | None:
         return None
     database = current_workspace().database
     with database.read() as connection:
-        found = people.viewer(connection, cookie)
-        is_due = found is not None and people.is_seen_long_ago(connection, found.session_id)
-    if found is not None and is_due:
-        with database.write() as connection:
-            people.note_seen(connection, found.session_id)
-    return found
+        person = people.viewer(connection, cookie)
+        is_due = person is not None and people.is_seen_long_ago(connection, person.session_id)
+    if person is not None and is_due:
+        failures = contextlib.suppress(Error, SQLAlchemyError)  # on a full disk pages can be read
+        with failures, database.write() as connection:
+            people.note_seen(connection, person.session_id)
+    return person
 
 
 def _by_header() -> Viewer | None:

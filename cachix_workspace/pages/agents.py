@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Blueprint, Response, request
 
 from cachix_protocol import PENDING
-from cachix_workspace import agents, deployments, fleet, orders, tokens, upkeep
+from cachix_workspace import agents, deployments, fleet, orders, past, tokens, upkeep
 from cachix_workspace.admission import query_number
 from cachix_workspace.context import current_workspace
 from cachix_workspace.pages import show
@@ -35,9 +35,9 @@ def get_agent(name: str) -> Response:
         brief = fleet.brief_of_all(connection, workspace.signs, lost_after, [name])[0]
         start = (number - 1) * LISTED
         rows = deployments.list_some(connection, LISTED + 1, name, offset=start)
-        found = [see(workspace, connection, row) for row in rows[:LISTED]]
+        sights = [see(workspace, connection, row) for row in rows[:LISTED]]
         signed = bool(orders.signed_only(connection, [name]))
-        former = deployments.succeeded_paths(connection, agent.id)
+        former = past.succeeded_paths(connection, agent.id)
         token = tokens.get(connection, agent.token_id) if agent.token_id else None
     is_new = not agent.has_connected and current().may(ADMINISTRATOR)
     return show.page(
@@ -45,15 +45,15 @@ def get_agent(name: str) -> Response:
         topics=f"agent:{agent.id}",
         agent=agent,
         brief=brief,
-        found=found,
+        sights=sights,
         signed=signed,
         former=[path for path in former if path != agent.runs],
         token=token,
         number=number,
         pages=number + (1 if len(rows) > LISTED else 0),
         ways=ways_for(name) if is_new else [],
-        url=workspace.settings.public_url,
-        waiting=sum(one.row.status == PENDING for one in found),
+        url=workspace.settings.link_by(request.host),
+        waiting=sum(one.row.status == PENDING for one in sights),
     )
 
 
@@ -85,7 +85,7 @@ def post_deploy(name: str) -> Response:
     workspace, path = current_workspace(), request.form.get("path", "")
     with workspace.database.write() as connection:
         agent = agents.find_all(connection, [name])[0]
-        if path not in deployments.succeeded_paths(connection, agent.id):
+        if path not in past.succeeded_paths(connection, agent.id):
             raise Refusal(409, f"{name} has not succeeded with {path[:200]}: see the page Deploy")
         order = orders.deploy_path(connection, [name], path, actor(), ROLL_BACK)
     workspace.note_order(order)
@@ -97,7 +97,7 @@ def post_deploy(name: str) -> Response:
 
 @page(agent_pages, "/agents/<name>/<any(rename,move,remove):what>", ADMINISTRATOR)
 def get_change(name: str, what: str) -> Response:
-    """What a rename, a move or a removal means, and the button."""
+    """The page that asks before a rename, a move or a removal."""
     with current_workspace().database.read() as connection:
         agent = agents.find_all(connection, [name])[0]
     return show.page("change_agent.html", agent=agent, what=what, keeps=KEEPS)
@@ -154,7 +154,7 @@ def post_selected() -> Response:
         return to("/")
     with workspace.database.read() as connection:
         rows = agents.find_all(connection, names)
-        newest = deployments.newest(connection, names)
+        newest = past.newest(connection, names)
         plan = orders.plan_back(connection, newest)
         signed = orders.signed_only(connection, names)
     titles = {"retry": "Retry", "roll-back": "Roll back", "label": "Labels of"}
@@ -182,7 +182,7 @@ def post_sure(what: str) -> Response:
             rows = upkeep.set_labels(connection, names, request.form.get("labels", ""), by)
         else:
             agents.find_all(connection, names)
-            newest = deployments.newest(connection, names)
+            newest = past.newest(connection, names)
             act = orders.retry if what == "retry" else orders.roll_back
             order = act(connection, newest, by)
     if what == "label":

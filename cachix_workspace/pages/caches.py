@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flask import Blueprint, Response, request
 
-from cachix_workspace import audit, blocks, cache, recent
+from cachix_workspace import blocks, cache, recent, upkeep
 from cachix_workspace.blocks import CiFacts
 from cachix_workspace.context import current_workspace
 from cachix_workspace.pages import show
@@ -28,14 +28,12 @@ def get_caches() -> Response:
 @page(cache_pages, "/caches", ADMINISTRATOR, methods=("POST",))
 def post_cache() -> Response:
     """Make a cache, and show its secret key."""
-    workspace, by = current_workspace(), actor()
+    workspace = current_workspace()
     is_public = request.form.get("access") != "private"
     with workspace.database.write() as connection:
         name = request.form.get("name", "").strip()
-        row, secret = cache.create(connection, name, is_public, workspace.settings)
-        detail = f"{row.name} ({'public' if is_public else 'private'})"
-        audit.record(connection, by.name, "cache create", detail, by.address)
-    workspace.feed.publish("all")
+        row, secret = upkeep.create_cache(connection, name, is_public, workspace.settings, actor())
+    workspace.publish("all")
     return show.page("cache_key.html", row=row, secret=secret, is_new=True)
 
 
@@ -49,8 +47,7 @@ def get_cache(name: str) -> Response:
         "cache.html",
         row=row,
         cache_url=cache.url(settings, row.name),
-        push=blocks.push_line(cache.url(settings, row.name), "./result"),
-        host=url().partition("://")[2].partition("/")[0].partition(":")[0],
+        push=blocks.push_line(url(), "./result", row.name),
         offers=recent.recent(settings, row),
     )
 
@@ -58,33 +55,25 @@ def get_cache(name: str) -> Response:
 @page(cache_pages, "/caches/<name>/rotate", ADMINISTRATOR, methods=("POST",))
 def post_rotate(name: str) -> Response:
     """Make a new key for a cache, and show the secret one."""
-    by = actor()
     with current_workspace().database.write() as connection:
-        row, secret = cache.rotate(connection, name)
-        detail = f"{row.name}, now {row.key}"
-        audit.record(connection, by.name, "cache key rotate", detail, by.address)
+        row, secret = upkeep.rotate_cache(connection, name, actor())
     return show.page("cache_key.html", row=row, secret=secret, is_new=False)
 
 
 @page(cache_pages, "/caches/<name>/retire", ADMINISTRATOR, methods=("POST",))
 def post_retire(name: str) -> Response:
     """Drop the old key of a cache."""
-    by = actor()
     with current_workspace().database.write() as connection:
-        row = cache.retire(connection, name)
-        detail = f"{row.name}, left {row.key}"
-        audit.record(connection, by.name, "cache key retire", detail, by.address)
+        upkeep.retire_cache(connection, name, actor())
     return to(f"/caches/{name}")
 
 
 @page(cache_pages, "/ci")
 def get_ci() -> Response:
-    """What CI needs to build, push and deploy."""
-    settings = current_workspace().settings
+    """The page of all that CI needs."""
     with current_workspace().database.read() as connection:
         rows = cache.list_all(connection)
-    where = cache.url(settings, rows[0].name) if rows else ""
-    facts = CiFacts(url(), program_hash(), where)
+    facts = CiFacts(url(), program_hash())
     return show.page(
         "ci.html",
         rows=rows,

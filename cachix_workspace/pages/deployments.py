@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +11,17 @@ from sqlalchemy import Connection
 from cachix_protocol import FAILED, PENDING, loads
 from cachix_workspace import (
     agents,
-    audit,
     cache,
     deployments,
     difference,
+    fetched,
     logs,
     logtext,
     orders,
     recent,
     sentences,
     states,
+    upkeep,
 )
 from cachix_workspace.admission import query_number
 from cachix_workspace.agents import AgentRow
@@ -37,6 +37,7 @@ from cachix_workspace.states import State
 
 deployment_pages = Blueprint("deployment_pages", __name__)
 
+DOWNLOADING = "downloading"  # the step of which the log tells the progress
 RULE = "/agents/<name>/deployments/<int:index>"
 MOST_LINES = 10**9 - 1
 LISTED = 50  # deployments on a page
@@ -68,14 +69,17 @@ def see(workspace: Workspace, connection: Connection, row: DeploymentRow) -> See
     """Look at a deployment."""
     agent = agents.get(connection, row.agent_id)
     lost_since = workspace.signs.lost_since(row, workspace.settings.lost_after)
-    is_behind = False
+    is_behind, progress = False, None
     if row.status == PENDING:
-        is_behind = deployments.find_open(connection, agent.id).running is not None
+        is_behind = deployments.find_open(connection, [agent.id])[agent.id].running is not None
+    if row.step == DOWNLOADING:
+        rows = cache.list_all(connection)
+        progress = fetched.of_deployment(connection, workspace.settings, rows, row.id)
     return Seen(
         row,
         agent,
         states.of_deployment(row.status, row.outcome, lost_since is not None),
-        sentences.tell(row, agent, lost_since, is_behind),
+        sentences.tell(row, agent, lost_since, is_behind, progress),
         agent.last_index == row.index,
         deployments.can_cancel(row),
     )
@@ -111,14 +115,14 @@ def get_deployment(name: str, index: int) -> Response:
         signed=signed,
         changes=changes,
         info=info,
-        url=workspace.settings.public_url,
+        url=workspace.settings.link_by(request.host),
     )
 
 
 def _about_paths(
     workspace: Workspace, connection: Connection, row: DeploymentRow
 ) -> tuple[difference.Difference | None, Any]:
-    """What changes in packages, and what a cache says of the new path."""
+    """The difference in packages, and a cache's entry of the new path."""
     rows = cache.list_all(connection)
     changes = difference.between(workspace.settings, rows, row.before, row.store_path)
     return changes, recent.find(workspace.settings, rows, row.store_path)
@@ -126,14 +130,14 @@ def _about_paths(
 
 @dataclass(frozen=True)
 class LogPage:
-    """A page of a log: lines counted from 0; `found` is what a search found."""
+    """A page of a log: lines counted from 0; `matches` are of a search."""
 
     lines: list[logtext.Line]
     start: int
     total: int
     first_error: int | None
     wanted: str
-    found: list[logtext.Found]
+    matches: list[logtext.Match]
     at: int  # the number of the line that was asked for, 0 for none
 
     @property
@@ -162,8 +166,8 @@ def _log_page(connection: Connection, row: DeploymentRow) -> LogPage:
     elif error is not None:
         start = max(0, min(error - 20, start))
     lines = logtext.page(connection, row.id, start)
-    found = logtext.search(connection, row.id, wanted) if wanted else []
-    return LogPage(lines, start, total, error, wanted, found, at)
+    matches = logtext.search(connection, row.id, wanted) if wanted else []
+    return LogPage(lines, start, total, error, wanted, matches, at)
 
 
 @page(deployment_pages, f"{RULE}/lines")
@@ -182,20 +186,9 @@ def get_text(name: str, index: int) -> Response:
     workspace = current_workspace()
     with workspace.database.read() as connection:
         row = find(connection, name, index)
-    answer = Response(_text(workspace, row.id), mimetype="text/plain")
+    answer = Response(logs.stream(workspace.database, row.id), mimetype="text/plain")
     answer.headers["Content-Disposition"] = f'attachment; filename="{name}-{index}.log"'
     return answer
-
-
-def _text(workspace: Workspace, deployment_id: str) -> Iterator[bytes]:
-    offset = 0
-    while True:
-        with workspace.database.read() as connection:
-            lines = logs.read(connection, deployment_id, offset)
-        if not lines:
-            return
-        offset += len(lines)
-        yield "".join(f"{loads(line)['line']}\n" for line in lines).encode("utf-8", "replace")
 
 
 # --- retry and cancel -----------------------------------------------------------------------------
@@ -203,7 +196,7 @@ def _text(workspace: Workspace, deployment_id: str) -> Iterator[bytes]:
 
 @page(deployment_pages, f"{RULE}/retry", role=OPERATOR)
 def get_retry(name: str, index: int) -> Response:
-    """What a retry would do, where a newer deployment exists."""
+    """The page that asks before a retry, where a newer deployment exists."""
     with current_workspace().database.read() as connection:
         row = find(connection, name, index)
         agent = agents.get(connection, row.agent_id)
@@ -227,15 +220,12 @@ def post_retry(name: str, index: int) -> Response:
 @page(deployment_pages, f"{RULE}/cancel", role=OPERATOR, methods=("POST",))
 def post_cancel(name: str, index: int) -> Response:
     """Cancel this deployment, or ask its agent to."""
-    workspace, by = current_workspace(), actor()
+    workspace = current_workspace()
     with workspace.database.write() as connection:
-        row, cancelled = deployments.cancel(connection, find(connection, name, index).id)
-        detail = f"{name}, deployment {row.index}: now {row.status}"
-        audit.record(connection, by.name, "cancel", detail, by.address)
-    if not cancelled:
+        row, is_cancelled = upkeep.cancel(connection, find(connection, name, index).id, actor())
+    if not is_cancelled:
         raise Refusal(409, f"deployment {index} of {name} has ended already: it is {row.status}")
-    workspace.hub.wake_agent(row.agent_id)
-    workspace.note_deployments(row)
+    workspace.note_cancel(row)
     return to(url_of(name, index))
 
 
@@ -256,12 +246,12 @@ def get_deployments() -> Response:
             status if status in STATUSES else None,
             offset=(number - 1) * LISTED,
         )
-        found = [see(workspace, connection, row) for row in rows[:LISTED]]
+        sights = [see(workspace, connection, row) for row in rows[:LISTED]]
     pages = number + (1 if len(rows) > LISTED else 0)
     return show.page(
         "deployments.html",
         topics="runs",
-        found=found,
+        rows=sights,
         agent=agent,
         wanted=status,
         statuses=STATUSES,

@@ -77,21 +77,21 @@ def post_one() -> Response:
     try:
         with workspace.database.write() as connection:
             labels = request.form.get("labels", "")
-            made = enrolment.add_one(connection, name, _terms(), actor(), labels)
+            enrolled = enrolment.add_one(connection, name, _terms(), actor(), labels)
             agent = agents.find(connection, name)
     except Refusal as refusal:
         return _forms(str(refusal), refusal.code)
     workspace.note_agents(agent.id)
-    return _enrolled(made, agent)
+    return _enrolled(enrolled, agent)
 
 
 @page(enrol_pages, "/agents/<name>/token", role=ADMINISTRATOR, methods=("POST",))
 def post_token(name: str) -> Response:
     """Make a further token for an agent."""
     with current_workspace().database.write() as connection:
-        made = enrolment.new_token(connection, name, actor())
+        enrolled = enrolment.new_token(connection, name, actor())
         agent = agents.find(connection, name)
-    return _enrolled(made, agent)
+    return _enrolled(enrolled, agent)
 
 
 @page(enrol_pages, "/add/many", role=ADMINISTRATOR, methods=("POST",))
@@ -102,23 +102,23 @@ def post_many() -> Response:
             count = _number("count")
             whole = None if count is None else int(count)
             names = request.form.get("names", "")
-            made = enrolment.add_many(connection, names, whole, _terms(), actor())
+            enrolled = enrolment.add_many(connection, names, whole, _terms(), actor())
     except Refusal as refusal:
         return _forms(str(refusal), refusal.code)
-    return _enrolled(made, None)
+    return _enrolled(enrolled, None)
 
 
-def _enrolled(made: Enrolled, agent: agents.AgentRow | None) -> Response:
-    name = made.agents if agent is not None else "$(hostname)"
-    what = f"name={name}" if agent is not None else f"token={made.token_id}"
+def _enrolled(enrolled: Enrolled, agent: agents.AgentRow | None) -> Response:
+    name = enrolled.agents if agent is not None else "$(hostname)"
+    what = f"name={name}" if agent is not None else f"token={enrolled.token_id}"
     return show.page(
         "enrolled.html",
         topics="agents",
         live=f"/add/arrived?{what}",
-        made=made,
+        enrolled=enrolled,
         agent=agent,
         arrived=[],
-        ways=ways_for(name, made.secret),
+        ways=ways_for(name, enrolled.secret),
     )
 
 

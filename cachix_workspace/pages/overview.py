@@ -5,7 +5,7 @@ from __future__ import annotations
 from flask import Blueprint, Response, request, send_from_directory
 
 from cachix_protocol import __version__
-from cachix_workspace import fleet, people
+from cachix_workspace import backup, fleet, people
 from cachix_workspace.admission import query_number
 from cachix_workspace.answers import json_answer
 from cachix_workspace.context import current_workspace
@@ -31,14 +31,17 @@ def get_overview() -> Response:
         return to_sign_in()
     number = max(1, query_number("page", 1, MOST_PAGES))
     wanted = Filter(*(request.args.get(key, "").strip()[:200] for key in ("q", "label", "state")))
-    found = fleet.overview(workspace.briefs(), wanted, number)
+    overview = fleet.overview(workspace.briefs(), wanted, number)
+    with workspace.database.read() as connection:
+        restored = backup.restored(connection)
     return show.page(
         "overview.html",
         topics="agents",
-        found=found,
+        restored=restored,
+        overview=overview,
         wanted=wanted,
         number=number,
-        pages=-(-found.matching // fleet.PAGE),
+        pages=-(-overview.matching // fleet.PAGE),
         states=AGENT_STATES,
         ours=__version__,
     )

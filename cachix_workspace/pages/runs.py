@@ -45,7 +45,7 @@ class Listed:
 
     @property
     def state(self) -> State | None:
-        """What needs a look first."""
+        """The deployments in order of need: failed ones first."""
         return self.shares[0].state if self.shares else None
 
 
@@ -60,13 +60,13 @@ class One:
 
 def shares_of(counts: Counter[State]) -> list[Share]:
     """The bar of a run, what needs a look first."""
-    total, start, found = sum(counts.values()), 0.0, []
+    total, start, shares = sum(counts.values()), 0.0, []
     for state in DEPLOYMENT_STATES:
         if counts[state]:
             width = 100 * counts[state] / total
-            found.append(Share(state, counts[state], round(start, 2), round(width, 2)))
+            shares.append(Share(state, counts[state], round(start, 2), round(width, 2)))
             start += width
-    return found
+    return shares
 
 
 @page(run_pages, "/runs")
@@ -76,9 +76,9 @@ def get_runs() -> Response:
     with current_workspace().database.read() as connection:
         rows = runs.list_some(connection, LISTED + 1, before or None)
         counts = runs.counts(connection, [row.id for row in rows])
-    found = [_listed(row, counts[row.id]) for row in rows[:LISTED]]
+    entries = [_listed(row, counts[row.id]) for row in rows[:LISTED]]
     older = rows[LISTED - 1].id if len(rows) > LISTED else 0
-    return show.page("runs.html", topics="runs", found=found, older=older, actions=ACTIONS)
+    return show.page("runs.html", topics="runs", runs=entries, older=older, actions=ACTIONS)
 
 
 def _listed(row: RunRow, counts: Counter[tuple[str, str]]) -> Listed:
@@ -143,8 +143,8 @@ def _rows(
 ) -> dict[str, DeploymentRow]:
     """The deployments of a run, by the agents' names."""
     runs.get(connection, run_id)
-    found = {each.name: each.row for each in runs.members(connection, run_id)}
-    return {name: row for name, row in found.items() if status in (None, row.status)}
+    rows = {each.name: each.row for each in runs.members(connection, run_id)}
+    return {name: row for name, row in rows.items() if status in (None, row.status)}
 
 
 @page(run_pages, "/runs/<int:run_id>/retry", role=OPERATOR, methods=("POST",))
@@ -160,7 +160,7 @@ def post_retry(run_id: int) -> Response:
 
 @page(run_pages, "/runs/<int:run_id>/roll-back", role=OPERATOR)
 def get_roll_back(run_id: int) -> Response:
-    """What each agent of this run would go back to."""
+    """The page that shows the plan of a roll-back, and asks."""
     with current_workspace().database.read() as connection:
         run = runs.get(connection, run_id)
         plan = orders.plan_back(connection, _rows(connection, run_id))

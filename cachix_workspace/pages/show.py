@@ -1,4 +1,4 @@
-"""What all templates have: the page's frame, and filters for times, paths, sizes and text."""
+"""The names that all templates have: the frame, and filters for times, paths, sizes and text."""
 
 from __future__ import annotations
 

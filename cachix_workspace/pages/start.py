@@ -14,6 +14,7 @@ from cachix_workspace.difference import Difference
 from cachix_workspace.fleet import Brief, Filter
 from cachix_workspace.pages import show
 from cachix_workspace.pages.access import actor, page, to
+from cachix_workspace.pages.enrol import url
 from cachix_workspace.people import OPERATOR
 from cachix_workspace.recent import Recent
 from cachix_workspace.refusal import Refusal
@@ -35,7 +36,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class Step:
-    """What would change on an agent."""
+    """The change on an agent that a deployment would make."""
 
     agent: Brief
     then: str
@@ -67,20 +68,20 @@ def get_start() -> Response:
     labels = sorted({label for brief in briefs for label in brief.labels})
     text = request.args.get("q", "").strip()[:200]
     names = {brief.name for brief in chosen}
-    shown = [b for b in briefs if b.name in names or Filter(text).matches(b)]
-    shown.sort(key=lambda brief: brief.name not in names)  # what is chosen is never left out
+    choices = [b for b in briefs if b.name in names or Filter(text).matches(b)]
+    choices.sort(key=lambda brief: brief.name not in names)  # what is chosen is never left out
     return show.page(
         "start.html",
         total=len(briefs),
-        briefs=shown[:MOST_SHOWN],
-        left_out=max(0, len(shown) - MOST_SHOWN),
+        briefs=choices[:MOST_SHOWN],
+        left_out=max(0, len(choices) - MOST_SHOWN),
         text=text,
         chosen=names,
         offers=offers[:60],
         labels=labels,
         label=request.args.get("label", ""),
         path=request.args.get("path", "").strip(),
-        push=_push_line(workspace, rows, "./result"),
+        push=blocks.push_line(url(), "./result") if rows else "",
     )
 
 
@@ -97,16 +98,9 @@ def _misfit(one: Recent, chosen: list[Brief]) -> str:
     return ""
 
 
-def _push_line(workspace: Workspace, rows: list[CacheRow], path: str) -> str:
-    if not rows:
-        return ""
-    url = cache.url(workspace.settings, rows[0].name)
-    return blocks.push_line(url, path)
-
-
 @page(start_pages, "/start/confirm", role=OPERATOR)
 def get_confirm() -> Response:
-    """What would change on each agent."""
+    """The page that shows the changes, and asks."""
     workspace, path = current_workspace(), _path()
     _, chosen = _chosen(workspace)
     if not chosen:
@@ -126,8 +120,8 @@ def get_confirm() -> Response:
         steps=steps,
         signed=signed,
         info=info,
-        push=_push_line(workspace, rows, path),
-        url=workspace.settings.public_url,
+        push=blocks.push_line(url(), path) if rows else "",
+        url=workspace.settings.link_by(request.host),
     )
 
 

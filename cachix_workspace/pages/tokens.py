@@ -81,7 +81,7 @@ def post_rotate(number: int) -> Response:
 
 @page(token_pages, "/tokens/<int:number>/revoke", ADMINISTRATOR)
 def get_revoke(number: int) -> Response:
-    """What ends with a token."""
+    """The page that asks before a token is revoked."""
     with current_workspace().database.read() as connection:
         token = tokens.get(connection, number)
         users = owners.users(connection, number)
@@ -94,6 +94,8 @@ def get_revoke(number: int) -> Response:
 def post_revoke(number: int) -> Response:
     """End a token."""
     and_agents = bool(request.form.get("and_agents"))
-    with current_workspace().database.write() as connection:
-        upkeep.revoke_token(connection, number, and_agents, actor())
+    workspace = current_workspace()
+    with workspace.database.write() as connection:
+        issued = upkeep.revoke_token(connection, number, and_agents, actor())
+    workspace.note_revoked([number, *issued])
     return to("/tokens")

@@ -17,7 +17,7 @@ welcome_pages = Blueprint("welcome_pages", __name__)
 
 @page(welcome_pages, "/welcome", ADMINISTRATOR)
 def get_welcome() -> Response:
-    """What is done, and what comes next."""
+    """The steps of a new workspace, done and to do."""
     workspace = current_workspace()
     with workspace.database.read() as connection:
         own_name = get_meta(connection, "name")

@@ -84,14 +84,14 @@
   const topics = new Set(body.dataset.topics.split(" ").filter(Boolean));
   const channel = "BroadcastChannel" in window ? new BroadcastChannel("feed") : null;
   let since = body.dataset.since, leave = null, source = null;
-  const lost = () => {
+  const lost = (reason = "") => {
     const notice = byId("stream");
-    if (!notice.hidden) return;
-    notice.textContent = `Showing ${new Date().toTimeString().slice(0, 5)}, reconnecting …`;
+    if (!notice.hidden && !reason) return;
+    notice.textContent = `${reason}Showing ${new Date().toTimeString().slice(0, 5)}, reconnecting …`;
     notice.hidden = false;
   };
   const heard = (message) => {
-    if (message.lost) { lost(); return; }
+    if (message.lost !== undefined) { lost(message.lost); return; }
     if (message.asks) { // a new tab, which has missed what was told while it loaded
       if (source && Number(since) > Number(message.asks)) channel.postMessage({ id: since, topics: ["all"] });
       return;
@@ -108,9 +108,10 @@
     source = new EventSource(`/events?since=${since}`);
     source.onopen = () => tell({ open: true });
     source.onerror = () => {
-      tell({ lost: true });
+      tell({ lost: "" });
       if (source && source.readyState === 2) setTimeout(() => { if (leave) follow(); }, 3000);
     };
+    source.addEventListener("restart", () => tell({ lost: "The workspace restarts. " }));
     source.onmessage = (event) => tell({ id: event.lastEventId, topics: JSON.parse(event.data) });
   };
   const hold = () => new Promise((resolve) => { leave = resolve; follow(); });
@@ -156,6 +157,7 @@
         log.dataset.next = Number(log.dataset.next) + fresh.length;
         for (const id of ["log-end", "log-total"]) if (byId(id)) byId(id).textContent = log.dataset.next;
         if (isAtEnd) log.scrollTop = log.scrollHeight;
+        if (fresh.length && "grows" in byId("how").dataset) draw(); // the log tells how much has come
         more = more || fresh.length >= 500;
       } catch { lost(); }
       reading = false;
