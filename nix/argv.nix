@@ -20,6 +20,9 @@ in
     ++ lib.optional (cfg.host != null) "--host=${cfg.host}"
     ++ map (key: "--trusted-key=${key}") cfg.trustedKeys
     ++ map (key: "--deployment-key=${key}") cfg.deploymentKeys
+    ++ lib.optional (cfg.rebootWindow != null) "--reboot-window=${cfg.rebootWindow}"
+    ++ lib.optional (cfg.postDeploy != null) "--post-deploy=${cfg.postDeploy}"
+    ++ lib.optional (cfg.metricsFile != null) "--metrics-file=${toString cfg.metricsFile}"
     ++ cfg.extraArgs
     ++ [
       "agent"

@@ -11,13 +11,6 @@ let
   argv = import ./argv.nix { inherit lib; };
   shared = import ./options.nix {
     inherit config lib pkgs;
-    defaultCredentialsFile = "/etc/cachix-agent.token";
-    nameOption = lib.mkOption {
-      type = lib.types.strMatching argv.name;
-      default = config.networking.hostName;
-      defaultText = lib.literalExpression "config.networking.hostName";
-      description = "The name of the agent. It must be set if networking.hostName is not.";
-    };
     more.logFile = lib.mkOption {
       type = lib.types.path;
       default = "/var/log/cachix-deploy.log";
@@ -31,6 +24,8 @@ in
 
   config = lib.mkIf cfg.enable {
     inherit (shared) assertions;
+
+    environment.systemPackages = [ cfg.package ]; # status, rollback and check at the machine
 
     launchd.daemons.cachix-deploy = {
       command = lib.escapeShellArgs (argv.agent cfg ++ argv.tokenFile cfg);

@@ -48,6 +48,7 @@ in
   config = lib.mkIf cfg.enable (
     lib.mkMerge [
       {
+        home.packages = [ cfg.package ]; # status, rollback and check at the machine
         assertions = shared.assertions ++ [
           {
             assertion = builtins.match argv.name cfg.name != null;

@@ -9,22 +9,15 @@
 let
   cfg = config.services.cachix-deploy;
   argv = import ./argv.nix { inherit lib; };
-  shared = import ./options.nix {
-    inherit config lib pkgs;
-    defaultCredentialsFile = "/etc/cachix-agent.token";
-    nameOption = lib.mkOption {
-      type = lib.types.strMatching argv.name;
-      default = config.networking.hostName;
-      defaultText = lib.literalExpression "config.networking.hostName";
-      description = "The name of the agent.";
-    };
-  };
+  shared = import ./options.nix { inherit config lib pkgs; };
 in
 {
   options.services.cachix-deploy = shared.options;
 
   config = lib.mkIf cfg.enable {
     inherit (shared) assertions;
+
+    environment.systemPackages = [ cfg.package ]; # status, rollback and check at the machine
 
     systemd.services.cachix-deploy = {
       description = "Deployment agent";

@@ -3,8 +3,14 @@
   config,
   lib,
   pkgs,
-  defaultCredentialsFile,
-  nameOption,
+  defaultCredentialsFile ? "/etc/cachix-agent.token",
+  # by default the host's name
+  nameOption ? lib.mkOption {
+    type = lib.types.strMatching (import ./argv.nix { inherit lib; }).name;
+    default = config.networking.hostName;
+    defaultText = lib.literalExpression "config.networking.hostName";
+    description = "The name of the agent. It must be set where networking.hostName is not.";
+  },
   # what a module of one system alone adds
   more ? { },
 }:
@@ -51,7 +57,7 @@ in
       default = defaultCredentialsFile;
       description = ''
         A file that holds the agent's token, or lines such as `CACHIX_AGENT_TOKEN=...`. It must not
-        be in the Nix store, which everybody can read: write the path as a string.
+        be in the Nix store, which all users can read: write the path as a string.
       '';
     };
     verbose = mkOption {
@@ -69,7 +75,7 @@ in
         "tolerate"
       ];
       default = "rollback";
-      description = "What to do if the new NixOS system runs, but some of its units failed.";
+      description = "The policy for a new NixOS system of which some units failed.";
     };
     onRebootNeeded = mkOption {
       type = types.enum [
@@ -77,13 +83,34 @@ in
         "boot"
       ];
       default = "fail";
-      description = "What to do with a NixOS system that can't be switched to, only booted.";
+      description = "The policy for a NixOS system that can't be switched to, only booted.";
     };
     trustedKeys = keys ''
       Take the workspace's systems only if they are signed by one of these keys, whatever key the
       workspace names.
     '';
     deploymentKeys = keys "Run only deployments that one of these keys has signed.";
+    rebootWindow = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      example = "Mon..Fri 02:00-04:00";
+      description = ''
+        Times, by the machine's clock, in which a deployment that asks for it may reboot the
+        machine. Several days are separated by commas.
+      '';
+    };
+    postDeploy = mkOption {
+      type = types.nullOr types.path;
+      default = null;
+      example = "/etc/deployed.sh";
+      description = "A program that runs once after each deployment has ended, however it has.";
+    };
+    metricsFile = mkOption {
+      type = types.nullOr types.path;
+      default = null;
+      example = "/var/lib/node-exporter/cachix-deploy.prom";
+      description = "A file for metrics, which node_exporter's textfile collector reads.";
+    };
     insecure = mkOption {
       type = types.bool;
       default = false;

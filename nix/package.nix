@@ -2,6 +2,7 @@
 # Cachix's modules call) or `cachix-workspace`.
 {
   lib,
+  installShellFiles,
   python3Packages,
   program ? "cachix-deploy",
 }:
@@ -25,14 +26,16 @@ let
     workspace = with python3Packages; [
       alembic
       ansi2html
+      boto3
       cryptography
       flask
       flask-smorest
       flask-wtf
       gunicorn
       prometheus-client
-      simple-websocket
+      psycopg
       sqlalchemy
+      wsproto
     ];
   };
   isWorkspace = program == "cachix-workspace";
@@ -53,6 +56,8 @@ python3Packages.buildPythonApplication {
         ../setup.py
         (packageFiles ../activate)
         (packageFiles ../cachix_workspace)
+        ../contrib/completions
+        ../contrib/man
       ]
       ++ map (name: source + "/${name}") modules
     );
@@ -61,6 +66,8 @@ python3Packages.buildPythonApplication {
   build-system = [ python3Packages.setuptools ];
   dependencies = needs.agent ++ lib.optionals isWorkspace needs.workspace;
 
+  nativeBuildInputs = [ installShellFiles ];
+
   # Our floors are for pip, which takes the newest releases. nixpkgs mends holes in the ones it has.
   pythonRelaxDeps = true;
   pypaBuildFlags = [ "--skip-dependency-check" ];
@@ -68,6 +75,10 @@ python3Packages.buildPythonApplication {
   # All three are in one source. A second bin/cachix would collide with that of pkgs.cachix.
   postInstall = ''
     find "$out/bin" -type f ! -name ${program} -delete
+  ''
+  + lib.optionalString (program != "cachix") ''
+    installManPage contrib/man/${program}.1
+    installShellCompletion contrib/completions/{${program}.bash,${program}.fish,_${program}}
   '';
 
   pythonImportsCheck = [ (if isWorkspace then "cachix_workspace.app" else "cachix_deploy") ];

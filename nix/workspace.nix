@@ -14,6 +14,15 @@ let
   host = if lib.hasInfix ":" cfg.listenAddress then "[${cfg.listenAddress}]" else cfg.listenAddress;
   isPrivileged = cfg.port < 1024;
 
+  inherit (cfg) database;
+  isPostgres = database.type == "postgresql";
+  # its role has the user's name: PostgreSQL asks the system who it is that comes by the socket
+  localUrl = "postgresql+psycopg://${user.User}@/${user.User}?host=/run/postgresql";
+  credentials = lib.optionalAttrs (isPostgres && database.urlFile != null) {
+    LoadCredential = "database-url:${database.urlFile}";
+  };
+  postgres = config.services.postgresql.package; # its programs make backups
+
   # Whoever uses the data must be the user that systemd makes for the service: it also takes the
   # files of root away from root, but only when the service starts again.
   user = {
@@ -37,7 +46,8 @@ let
       lib.concatStringsSep " " (
         lib.mapAttrsToList (
           name: value: "--property=${name}=${if value == true then "yes" else value}"
-        ) user
+        ) (user // credentials)
+        ++ lib.optional isPostgres "--setenv=PATH=${postgres}/bin"
       )
     } -- ${program} "$@"
   '';
@@ -73,8 +83,45 @@ in
     };
     maxConnections = mkOption {
       type = types.ints.between 4 100000;
-      default = 4096;
+      default = 16000;
       description = "Connections at a time. Three quarters of them may be websockets.";
+    };
+    keepDeployments = mkOption {
+      type = types.nullOr types.ints.positive;
+      default = null;
+      example = 100;
+      description = "How many deployments to keep of each agent, with their logs; null for all.";
+    };
+    keepDays = mkOption {
+      type = types.nullOr types.ints.positive;
+      default = null;
+      example = 365;
+      description = "How many days to keep deployments; null for any number.";
+    };
+    database = {
+      type = mkOption {
+        type = types.enum [
+          "sqlite"
+          "postgresql"
+        ];
+        default = "sqlite";
+        description = "SQLite is a file in the state directory. Several nodes need PostgreSQL.";
+      };
+      createLocally = mkOption {
+        type = types.bool;
+        default = isPostgres && database.urlFile == null;
+        defaultText = lib.literalExpression "whether type is postgresql, without a urlFile";
+        description = "Whether to make a database in this machine's PostgreSQL, by peer login.";
+      };
+      urlFile = mkOption {
+        type = types.nullOr types.str;
+        default = null;
+        example = "/run/secrets/workspace-database";
+        description = ''
+          A file with the URL of a database in PostgreSQL, such as
+          postgresql+psycopg://USER:PASSWORD@HOST/NAME. Only the service gets to read it.
+        '';
+      };
     };
     nginx = {
       enable = lib.mkEnableOption "nginx in front, with a certificate by ACME unless you say else";
@@ -94,6 +141,34 @@ in
 
   config = lib.mkIf cfg.enable {
     environment.systemPackages = [ command ];
+
+    assertions = [
+      {
+        assertion = isPostgres || !(database.createLocally || database.urlFile != null);
+        message = ''
+          services.cachix-workspace.database: createLocally and urlFile are for
+          type = "postgresql".
+        '';
+      }
+      {
+        assertion = !isPostgres || database.createLocally == (database.urlFile == null);
+        message = ''
+          services.cachix-workspace.database: set either createLocally = true, or urlFile to a file
+          with the URL of the database.
+        '';
+      }
+    ];
+
+    services.postgresql = lib.mkIf database.createLocally {
+      enable = true;
+      ensureDatabases = [ user.User ];
+      ensureUsers = [
+        {
+          name = user.User;
+          ensureDBOwnership = true;
+        }
+      ];
+    };
 
     networking.firewall.allowedTCPPorts = lib.mkIf cfg.openFirewall (
       if cfg.nginx.enable then
@@ -129,11 +204,20 @@ in
     systemd.services.cachix-workspace = {
       description = "Workspace of Cachix Deploy";
       wants = [ "network-online.target" ];
-      after = [ "network-online.target" ];
+      # the target, of newer releases, also waits for the database to be made
+      after = [
+        "network-online.target"
+      ]
+      ++ lib.optionals database.createLocally [
+        "postgresql.service"
+        "postgresql.target"
+      ];
+      requires = lib.optional database.createLocally "postgresql.service";
+      path = lib.optional isPostgres postgres;
       wantedBy = [ "multi-user.target" ];
 
       # The data is in $STATE_DIRECTORY, which systemd sets.
-      serviceConfig = user // {
+      serviceConfig = user // credentials // {
         Type = "exec";
         ExecStart = argv.systemd (
           [
@@ -144,6 +228,11 @@ in
           ]
           ++ lib.optional (cfg.publicUrl != null) "--public-url=${cfg.publicUrl}"
           ++ lib.optional cfg.nginx.enable "--behind-proxy=1"
+          ++ lib.optional (
+            cfg.keepDeployments != null
+          ) "--keep-deployments=${toString cfg.keepDeployments}"
+          ++ lib.optional (cfg.keepDays != null) "--keep-days=${toString cfg.keepDays}"
+          ++ lib.optional database.createLocally "--database=${localUrl}"
           ++ cfg.extraArgs
         );
         Restart = "on-failure";

@@ -12,7 +12,8 @@
       deploy = cachix-deploy.lib pkgs;
     in
     {
-      # In CI: nix build .#deploy, push it to the cache, cachix-deploy activate ./result
+      # CI: nix build .#deploy && nix run .#cachix-deploy -- activate --push result
+      packages.x86_64-linux.cachix-deploy = cachix-deploy.packages.x86_64-linux.default;
       packages.x86_64-linux.deploy = deploy.spec {
         agents.web = deploy.nixos {
           networking.hostName = "web";
