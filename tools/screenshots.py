@@ -33,21 +33,21 @@ def draw_docs() -> None:
     with contextlib.ExitStack() as stack:
         place = stack.enter_context(tempfile.TemporaryDirectory())
         browser = stack.enter_context(browsing(Path(place, "browser")))
-        shown = gallery(Path(place, "data"), 12, url=URL, is_hostile=False)
-        draw_some(browser, stack.enter_context(shown))
+        facts = gallery(Path(place, "data"), 12, url=URL, is_hostile=False)
+        draw_some(browser, stack.enter_context(facts))
 
 
-def draw_some(browser: Browser, shown: Gallery) -> None:
+def draw_some(browser: Browser, site: Gallery) -> None:
     """Draw three pages of a workspace."""
-    browser.sign_in(shown.url, shown.cookie())
+    browser.sign_in(site.url, site.cookie())
     browser.resize(*PICTURE)
     browser.prefer("light")
-    browser.open(shown.url + "/")
+    browser.open(site.url + "/")
     browser.picture(DOCS / "overview.png", whole=False)
-    browser.open(shown.url + "/agents/build-1/deployments/3")
+    browser.open(site.url + "/agents/build-1/deployments/3")
     browser.picture(DOCS / "deployment.png", whole=False)
     with mock.patch("cachix_workspace.tokens.secrets.token_urlsafe", lambda _: "x" * 43):
-        browser.open(shown.url + "/add")
+        browser.open(site.url + "/add")
         browser.fill("Name of the machine", "web-4")
         browser.click("Generate")
     browser.picture(DOCS / "add-agent.png", whole=False)
@@ -63,16 +63,16 @@ def draw_all(directory: Path, only: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as place, browsing(Path(place, "browser")) as browser:
         for fill, count in (("empty", 0), ("full", 12), ("huge", 300)):
-            with gallery(Path(place, fill), count, url=URL) as shown:
-                browser.sign_in(shown.url, shown.cookie())
-                for path in pages(shown.app) if fill != "huge" else ("/", "/start", "/runs/3"):
+            with gallery(Path(place, fill), count, url=URL) as facts:
+                browser.sign_in(facts.url, facts.cookie())
+                for path in pages(facts.app) if fill != "huge" else ("/", "/start", "/runs/3"):
                     if only in path:
-                        draw_page(browser, shown, path, directory / f"{fill}-{file_name(path)}")
+                        draw_page(browser, facts, path, directory / f"{fill}-{file_name(path)}")
 
 
-def draw_page(browser: Browser, shown: Gallery, path: str, target: Path) -> None:
+def draw_page(browser: Browser, site: Gallery, path: str, target: Path) -> None:
     """Draw one page in both sizes and schemes. Print what is wrong with it."""
-    browser.open(shown.url + path)
+    browser.open(site.url + path)
     for size, (width, height) in SIZES.items():
         browser.resize(width, height)
         for scheme in ("light", "dark"):
