@@ -1,4 +1,8 @@
-"""The agent at rest: its memory, its wake-ups, and the size of dist/cachix-deploy.pyz."""
+"""The agent at rest: its memory, its wake-ups, and the size of dist/cachix-deploy.pyz.
+
+Memory is PSS, in which processes share what they have in common: an agent alone on its Python has
+some MiB more of that than one beside others. With the Python of `make bench` it is not alone.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,38 @@ import time
 from pathlib import Path
 
 from _figures import Light, directory, figure, say
+from _programs import PYZ, ways
 from caches import Cache
 from closures import plain
-from hosts import PROJECT, Host, Program
+from hosts import Host
 from peer import Gone
 
-MIB = 1 << 20
 SECONDS = 60.0
-PYZ = PROJECT / "dist" / "cachix-deploy.pyz"
 SERVER_PINGS = 25.0  # seconds between two pings of our workspace
+MEMORY, AFTER_DEPLOYMENT = 12.0, 16.0  # MiB
+WAKE_UPS = 4.0  # a minute
+REST = 3.0  # seconds until an agent is at rest
 
 
-def wake_ups(pid: int) -> int:
-    """Return how often a processor has run the threads of a process so far."""
+def wake_ups(host: Host) -> int:
+    """Return how often a processor has run any thread of the agents of a host so far."""
     total = 0
-    for status in Path(f"/proc/{pid}/task").glob("*/status"):
-        with contextlib.suppress(OSError):
-            counts = re.findall(r"voluntary_ctxt_switches:\s+(\d+)", status.read_text())
-            total += sum(map(int, counts))
+    for pid in host.processes():
+        for status in Path(f"/proc/{pid}/task").glob("*/status"):
+            with contextlib.suppress(OSError):
+                counts = re.findall(r"voluntary_ctxt_switches:\s+(\d+)", status.read_text())
+                total += sum(map(int, counts))
     return total
+
+
+def memory(host: Host) -> float:
+    """Return the PSS of all processes of a host in MiB, once they are at rest."""
+    time.sleep(REST)
+    total = 0
+    for pid in host.processes():
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        total += int(re.findall(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[0])
+    return total / 1024
 
 
 def keep_pinging(light: Light, stop: threading.Event) -> None:
@@ -37,30 +54,33 @@ def keep_pinging(light: Light, stop: threading.Event) -> None:
             light.agent(1).send("ping")
 
 
-def resident(agent: Program) -> float:
-    """Return its resident memory in MiB, once it is at rest."""
-    time.sleep(1.5)
-    return agent.memory() / MIB
+def measure(host: Host, light: Light, way: str, words: list[str], path: str) -> None:
+    """Print the figures of an agent."""
+    argv = [*words, f"--host={light.url}", "agent", "bench"]
+    agent = host.start("bench", argv, {"CACHIX_AGENT_TOKEN": "bench"})
+    agent.wait_for("is connected to")
+    figure(f"at rest, {way}: PSS", memory(host), "MiB", MEMORY)
+    before = wake_ups(host)
+    time.sleep(SECONDS)
+    count = 60 * (wake_ups(host) - before) / SECONDS
+    figure(f"at rest, {way}: wake-ups of all threads", count, "a minute", WAKE_UPS)
+    light.time(path)
+    figure(f"after a deployment, {way}: PSS", memory(host), "MiB", AFTER_DEPLOYMENT)
+    agent.stop()
+    (host.directory / "bench.out").unlink()
 
 
 def main() -> None:
     stop = threading.Event()
-    with directory() as place, Host(place / "host") as host, Light() as light:
+    with directory() as place, Light() as light:
         cache = Cache(place / "cache")
         light.cache = cache.wire()
         path = plain(cache, 1)
-        agent = host.agent("rest", light.url, "bench", "bench")
-        agent.wait_for("is connected to")
         threading.Thread(target=keep_pinging, args=(light, stop), name="pings", daemon=True).start()
-        figure("agent at rest, resident before its first report", resident(agent), "MiB", 22)
-        light.time(path)
-        figure("agent at rest, resident after a deployment", resident(agent), "MiB", 32)
-        before = wake_ups(agent.pid)
-        time.sleep(SECONDS)
-        count = wake_ups(agent.pid) - before
-        figure("agent at rest, wake-ups of all its threads", count, "a minute", 10)
+        for way, words in ways(place / "venv").items():
+            with Host(place / "host") as host:
+                measure(host, light, way, words, path)
         stop.set()
-        agent.stop()
         cache.close()
     if PYZ.exists():
         size = PYZ.stat().st_size / 1024

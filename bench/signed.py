@@ -1,4 +1,4 @@
-"""What deployment keys cost: a deployment to an agent that wants signatures, and to one without."""
+"""The cost of deployment keys: an agent that wants signatures, and one that does not."""
 
 from __future__ import annotations
 
