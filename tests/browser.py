@@ -111,7 +111,7 @@ class Browser:
 
     @property
     def text(self) -> str:
-        """What one can read on the page, in one line."""
+        """The text of the page, in one line."""
         return " ".join(self.driver.find_element(By.TAG_NAME, "body").text.split())
 
     def wait_for(
@@ -121,8 +121,8 @@ class Browser:
         deadline, value = time.monotonic() + timeout, None
         while not value:
             if time.monotonic() > deadline:
-                shown = f"{self.title}\n{self.text[:3000]}"
-                raise AssertionError(f"waited {timeout:.0f} s in vain for {what}; on {shown}")
+                page = f"{self.title}\n{self.text[:3000]}"
+                raise AssertionError(f"waited {timeout:.0f} s in vain for {what}; on {page}")
             with contextlib.suppress(NoSuchElementException, StaleElementReferenceException):
                 value = condition()
             time.sleep(0.05)
@@ -158,8 +158,8 @@ class Browser:
                         return element
             return None
 
-        found: WebElement = self.wait_for(visible, f"{tags} named {text!r}")
-        return found
+        match: WebElement = self.wait_for(visible, f"{tags} named {text!r}")
+        return match
 
     def click(self, text: str, tags: str = "a button summary") -> None:
         """Click on the link, button or summary of this name."""
@@ -193,23 +193,23 @@ class Browser:
             ActionChains(self.driver).send_keys(key).perform()
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What a function of JavaScript returns."""
+        """The value of a function of JavaScript."""
         return self.driver.execute_script(script, *arguments)
 
     # --- what is wrong with it ---
 
     def complaints(self) -> list[str]:
-        """What the browser complained of since the last look: errors of scripts, CSP, network."""
+        """The browser's complaints since the last look: errors of scripts, CSP, network."""
         entries = self.driver.get_log("browser")  # type: ignore[no-untyped-call]
         return [entry["message"] for entry in entries if entry["level"] in ("SEVERE", "WARNING")]
 
     def overflow(self) -> list[str]:
         """The elements that stick out of the page sideways, if the page can be moved sideways."""
-        found: list[str] = self.run(OVERFLOW)
-        return found
+        elements: list[str] = self.run(OVERFLOW)
+        return elements
 
     def axe(self) -> list[str]:
-        """What axe-core finds, a line for each element."""
+        """The violations that axe-core finds, a line for each element."""
         if not self.run("return 'axe' in window"):
             source = importlib.resources.files("axe_core_python").joinpath("axe.min.js")
             self.run(source.read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from quiet import QuietServer
 
 ALPHABET = "0123456789abcdfghijklmnpqrsvwxyz"
 REFERENCE = re.compile(rb"/nix/store/([0-9a-z]{32}-[0-9a-zA-Z+._?=-]+)")
@@ -287,7 +288,7 @@ class Cache(Files):
         class Handler(_Handler):
             owner = cache
 
-        self.server = _Server(("127.0.0.1", 0), Handler)
+        self.server = QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         serve = self.server.serve_forever
         threading.Thread(target=serve, args=(0.05,), name="cache", daemon=True).start()
@@ -316,15 +317,6 @@ class Cache(Files):
         self.ended.set()
         self.server.shutdown()
         self.server.server_close()
-
-
-class _Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 256
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore errors: many tests kill their clients."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -46,6 +46,7 @@ case $action in
 test) run ;;
 boot) boot ;;
 switch) boot; run ;;
+dry-activate) echo "would activate the configuration..."; DRY ;;
 *) echo "unknown action $action" >&2; exit 1 ;;
 esac
 """
@@ -65,6 +66,7 @@ AFTER
 # `current-home`.
 HOME_MANAGER = """
 set -eu
+if [ -n "${DRY_RUN:-}" ]; then note dry-run; echo "would activate"; exit 0; fi
 note activate
 state=${XDG_STATE_HOME:-$HOME/.local/state}
 profiles=/nix/var/nix/profiles/per-user/$USER
@@ -97,7 +99,7 @@ def _dependencies(cache: Files, version: Any, count: int) -> dict[str, Tree]:
 
 
 def nixos_script(
-    before: str = "", after: str = "", before_boot: str = "", after_boot: str = ""
+    before: str = "", after: str = "", before_boot: str = "", after_boot: str = "", dry: str = ""
 ) -> str:
     """Return a `switch-to-configuration` with `@self@` in place of its system's store path."""
     words = {
@@ -105,6 +107,7 @@ def nixos_script(
         "AFTER_TEST": after,
         "BEFORE_BOOT": before_boot,
         "AFTER_BOOT": after_boot,
+        "DRY": dry,
         "CURRENT": CURRENT_SYSTEM,
         "DEFAULT": BOOT_DEFAULT,
     }
@@ -120,9 +123,10 @@ def nixos(
     after_boot: str = "",
     parts: int = 3,
     extra: Union[dict[str, Tree], None] = None,
+    dry: str = "",
 ) -> str:
-    """Add a NixOS system. `before` and `after` belong to the action `test`."""
-    script = nixos_script(before, after, before_boot, after_boot)
+    """Add a NixOS system. `before` and `after` belong to the action `test`, `dry` to a dry run."""
+    script = nixos_script(before, after, before_boot, after_boot, dry)
     tree: dict[str, Tree] = {
         "nixos-version": f"24.11.{version}\n",
         "bin": {"switch-to-configuration": Executable(script)},

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable
 
+import clusters
 import pytest
 from caches import Cache
 from containers import Missing, root_tree
@@ -20,7 +21,10 @@ from machines import Machine
 from peer import Peer
 
 if TYPE_CHECKING:
+    from management_support import Client
     from newcomer import Newcomer
+    from pages_support import Browser
+    from workspace_support import Server
 
 pytest.register_assert_rewrite("invariants", "chains")  # so that their failures show the values
 PROMISES = range(1, 16)
@@ -40,6 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--long", action="store_true", help="what `make test` leaves out: `make test-slow`"
     )
     parser.addoption(
+        "--postgresql", action="store_true", help="workspaces have PostgreSQL, not SQLite"
+    )
+    parser.addoption(
         "--seconds", type=float, default=60.0, help="for how long to draw random schedules"
     )
     parser.addoption("--seed", type=int, help="seed of the first schedule (default: a random one)")
@@ -50,6 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that `make quick` leaves out, before pytest selects by marker."""
     for item in items:
         needs = SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ()))
+        if item.config.getoption("--postgresql") and item.get_closest_marker("sqlite"):
+            item.add_marker(pytest.mark.skip(reason="it is about the file of SQLite"))
         if needs or SLOW_FILES.fullmatch(item.path.stem):
             item.add_marker("slow")
 
@@ -69,11 +78,11 @@ def pytest_terminal_summary(
     failed = stats.get("failed", []) + stats.get("error", [])
     terminalreporter.section("faults")
     for number in PROMISES:
-        held, broken = (
+        objects, broken = (
             sum(number in properties(report, "promise") for report in reports)
             for reports in (passed, failed)
         )
-        terminalreporter.line(f"promise {number:2}: {held:4} cases held, {broken} failed")
+        terminalreporter.line(f"promise {number:2}: {objects:4} cases held, {broken} failed")
     skipped = len(stats.get("skipped", []))
     terminalreporter.line(
         f"{len(passed) + len(failed)} cases, {len(failed) or 'none'} failed, {skipped} skipped"
@@ -83,6 +92,17 @@ def pytest_terminal_summary(
 def properties(report: object, name: str) -> list[Any]:
     """Return a test's properties of a name; none for warnings and for errors at collection."""
     return [value for key, value in getattr(report, "user_properties", ()) if key == name]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def database(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --postgresql, a cluster in which each workspace has its database."""
+    if not request.config.getoption("--postgresql"):
+        yield
+        return
+    clusters.require()
+    with clusters.in_use():
+        yield
 
 
 @pytest.fixture
@@ -159,6 +179,31 @@ def make_workspace(tmp_path: Path) -> Iterator[Callable[..., Workspace]]:
     yield make
     for workspace in workspaces:
         workspace.kill()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A real workspace's server that the tests of a module share: use agent names from `name`."""
+    from workspace_support import running
+
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser(server: Server) -> Browser:
+    """An administrator of `server`, whose browser runs no script."""
+    from pages_support import Browser
+
+    return Browser(server)
+
+
+@pytest.fixture(scope="module")
+def admin(server: Server) -> Client:
+    """A client of `server`'s management API with an admin token."""
+    from management_support import Client
+
+    return Client(server, server.token("admin"))
 
 
 @pytest.fixture

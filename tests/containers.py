@@ -294,11 +294,20 @@ class ServiceMachine(Machine):
     host: Container
 
     def __init__(
-        self, host: Container, program: Path, workspace: Workspace, name: str, *args: str
+        self,
+        host: Container,
+        program: Path,
+        workspace: Workspace,
+        name: str,
+        *args: str,
+        unit: str = "",
     ) -> None:
-        """Prepare the container. `program` is the file that `make pyz` builds."""
+        """Prepare the container. `program` is the file that `make pyz` builds.
+
+        `unit` is the text of another unit than README's, with all that it needs.
+        """
         self.host, self.workspace, self.name = host, workspace, name
-        self.unit = readme_unit().replace(
+        self.unit = unit or readme_unit().replace(
             README_COMMAND, " ".join([f"agent {name} --host={workspace.url}", *args])
         )
         assert workspace.url in self.unit

@@ -66,8 +66,7 @@ class Demo:
         self.screen, self.workspace, self.ci, self.machine = screen, workspace, ci, machine
         self.url = ""
         self.activate_token = ""
-        self.secret_key = ci.directory / "cache-secret-key"
-        self.netrc = ci.directory / "netrc"
+        self.secret_key = ""
 
     def command(self, host: Host, *argv: str, show: bool = True, **kw: Any) -> str:
         """Run a command on a host, print it, and return its stdout. Raises Unexpected."""
@@ -121,10 +120,9 @@ class Demo:
         return secret
 
     def prepare(self) -> str:
-        """Make the cache and the tokens, and give CI its files. Returns the agent's token."""
-        write_secret(self.secret_key, self.secret("cache", "create", "demo"))
+        """Make the cache and the tokens, for CI too. Returns the agent's token."""
+        self.secret_key = self.secret("cache", "create", "demo")
         self.activate_token = self.secret("token", "create", "activate", "--description=CI")
-        write_secret(self.netrc, f"machine 127.0.0.1 login x password {self.activate_token}\n")
         return self.secret("token", "create", "agent", "--description=web1")
 
     def build(self, version: str, attribute: str = "system") -> str:
@@ -139,12 +137,6 @@ class Demo:
         expect(result.returncode == 0, "nix-build failed")
         return result.stdout.strip()
 
-    def push(self, *paths: str) -> None:
-        """Sign closures and push them to the workspace's cache with `nix copy`."""
-        target = f"{self.url}/cache/demo?secret-key={self.secret_key}"
-        netrc = ["--option", "netrc-file", str(self.netrc)]
-        self.command(self.ci, "nix", "copy", "--to", target, *paths, *netrc)
-
     def agent(self, token: str) -> Program:
         """Start the agent on the machine."""
         self.screen.say(f"[machine] $ cachix-deploy --host {self.url} agent {AGENT} &")
@@ -154,14 +146,18 @@ class Demo:
         return program
 
     def deploy(self, path: str, script: Optional[str] = None) -> int:
-        """Deploy with a deploy.json as CI does. Returns the status of `cachix-deploy activate`."""
+        """Push and deploy as CI does. Returns the status of `cachix-deploy activate`."""
         spec: dict[str, Any] = {"agents": {AGENT: path}}
         if script is not None:
             spec["rollbackScript"] = {f"{os.uname().machine}-linux": script}
         (self.ci.directory / "deploy.json").write_text(json.dumps(spec, indent=2) + "\n")
         self.screen.say(json.dumps(spec, indent=2))
-        argv = ["cachix-deploy", "--host", self.url, "activate", "deploy.json"]
-        env = {"CACHIX_ACTIVATE_TOKEN": self.activate_token}
+        argv = ["cachix-deploy", "activate", "--push", "--upstream=none", "deploy.json"]
+        env = {
+            "CACHIX_HOST": self.url,
+            "CACHIX_ACTIVATE_TOKEN": self.activate_token,
+            "CACHIX_SIGNING_KEY": self.secret_key,
+        }
         return self.attempt(self.ci, *argv, env=env).returncode
 
     def show(self) -> tuple[Optional[str], Optional[str], Optional[str]]:
@@ -186,17 +182,14 @@ class Demo:
         step("CI builds version 1 of the machine's system: three store paths, one of them NixOS.")
         first = self.build("1")
         self.command(self.ci, "nix-store", "--query", "--requisites", first)
-        step("CI signs the closure and pushes it to the workspace's cache.")
-        self.push(first)
         step("The agent connects. Nothing was deployed to its machine yet, and its store is empty.")
         agent = self.agent(token)
         self.show()
-        step("CI deploys version 1 and follows the log.")
+        step("CI signs and pushes the closure of version 1, deploys it, and follows the log.")
         expect(self.deploy(first) == 0, "the first deployment should have succeeded")
         self.expect_version("1", first)
         step("CI deploys version 2 with a rollback script that finds it unhealthy: roll back.")
         second, script = self.build("2"), self.build("2", "healthCheck")
-        self.push(second, script)
         expect(self.deploy(second, script) == 1, "`activate` should have ended with status 1")
         self.expect_version("1", first)
         calls, record = [("test", first), ("boot", first)], self.machine.record()
@@ -206,13 +199,6 @@ class Demo:
         expect(agent.stop() == 0, f"the agent should have ended with status 0:\n{agent.text()}")
         lines = [f"  {action:16}{short(path)}" for action, path in record]
         return ["These are all activations on the machine, in order:", *lines]
-
-
-def write_secret(path: Path, text: str) -> None:
-    """Write a file that only its owner can read."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(fd, "w", encoding="utf-8") as file:
-        file.write(text)
 
 
 def clear(directory: Path) -> None:

@@ -127,7 +127,7 @@ class Paths:
 
 @dataclass
 class Story:
-    """What one agent is and did: rows for the tables."""
+    """An agent and its past: rows for the tables."""
 
     index: int
     count: int
@@ -248,18 +248,18 @@ def fill(
 def _run(number: int, history: int, is_hostile: bool) -> dict[str, Any]:
     title = ["Renew the certificates", "Update nixpkgs", "Open port 8443 for the new proxy"]
     commit = number_id("commit", number).replace("-", "")
-    said = {
+    source = {
         **{"commit": commit, "branch": "main", "title": title[number % 3]},
         **{"url": f"https://github.com/example/machines/commit/{commit}"},
         **{"job": f"https://github.com/example/machines/actions/runs/{number}"},
     }
     if number == 2 and is_hostile:
-        said |= {"title": HOSTILE + " long" * 50, "branch": "a-branch-with-a-name-" * 5}
+        source |= {"title": HOSTILE + " long" * 50, "branch": "a-branch-with-a-name-" * 5}
     ago = 3600.0 * (1 + (history - number) * 26)
     is_last = number > history
     return {
         **{"id": number, "created_on": stamp(500.0 if is_last else ago), "action": "deploy"},
-        **{"actor": "CI (token 2, main@a1b2c3d)", "source": json.dumps(said), "of_run": None},
+        **{"actor": "CI (token 2, main@a1b2c3d)", "source": json.dumps(source), "of_run": None},
     }
 
 
@@ -341,15 +341,15 @@ MORE = (
 
 def pages(app: Flask) -> list[str]:
     """The addresses of all pages that are got, with what is in a workspace of 12 agents."""
-    found = list(MORE)
+    paths = list(MORE)
     for rule in app.url_map.iter_rules():
         is_page = rule.endpoint in PAGES and "GET" in (rule.methods or ())
         if is_page and not any(word in rule.endpoint for word in NO_PAGES):
             names = "main" if rule.rule.startswith("/caches/") else FILLED["name"]
             filled = {**FILLED, "name": names}
             text = re.sub(r"<([^>:]*:)?(\w+)>", r"{\2}", rule.rule)
-            found.append(text.format(**filled))
-    return sorted(set(found))
+            paths.append(text.format(**filled))
+    return sorted(set(paths))
 
 
 class Quiet(WSGIRequestHandler):
@@ -375,6 +375,7 @@ def gallery(
         own = f"http://127.0.0.1:{sock.getsockname()[1]}"
         app = create_app(Settings(data, public_url=url or own))
         workspace = workspace_of(app)
+        workspace.news.start(workspace.hear, lambda _: None)  # as `start_threads` does
         if count:
             with workspace.database.write() as connection:
                 furnish(connection)

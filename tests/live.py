@@ -109,9 +109,13 @@ class Workspace:
         except ValueError:
             return status, text.decode(errors="replace")
 
-    def deploy(self, agent: str, path: str, rollback_script: Optional[str] = None) -> str:
-        """Order a deployment, and return its id."""
+    def deploy(
+        self, agent: str, path: str, rollback_script: Optional[str] = None, **options: str
+    ) -> str:
+        """Order a deployment, perhaps with an operation or a reboot, and return its id."""
         spec: dict[str, Any] = {"agents": {agent: path}}
+        if options:
+            spec["options"] = options
         if rollback_script is not None:
             spec["rollbackScript"] = {"x86_64-linux": rollback_script}
         status, answer = self.request("POST", "/api/v2/deploy/activate", spec)

@@ -11,7 +11,7 @@ from workspace_support import DEADLINE, STORE_PATHS, Server
 
 from cachix_workspace.management.document import BLUEPRINTS
 
-# What each operation needs in its body
+# The body of each operation
 BODIES: dict[str, dict[str, Any]] = {
     "add_agent": {"name": "x"},
     "change_agent": {},
@@ -20,6 +20,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "roll_back_run": {},
     "create_token": {"kind": "admin"},
     "create_cache": {"name": "x"},
+    "collect_garbage": {},
+    "pin_path": {"storePath": STORE_PATHS[0]},
     "add_person": {"name": "x", "role": "viewer"},
     "change_role": {"role": "viewer"},
     "create_webhook": {"url": "https://x.example"},
@@ -62,11 +64,11 @@ class Operation(NamedTuple):
 def operations(app: Flask) -> list[Operation]:
     """All operations of the API, from the application's routes."""
     names = {blueprint.name for blueprint in BLUEPRINTS}
-    found = []
+    pairs = []
     for rule in app.url_map.iter_rules():
         blueprint, _, function = rule.endpoint.partition(".")
         if blueprint in names:
             path = re.sub("<(int:)?[a-z_]+>", "1", rule.rule).removeprefix("/api/v1")
             methods = sorted((rule.methods or set()) - {"HEAD", "OPTIONS"})
-            found += [Operation(function, method, path) for method in methods]
-    return sorted(found)
+            pairs += [Operation(function, method, path) for method in methods]
+    return sorted(pairs)

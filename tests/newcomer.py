@@ -33,11 +33,11 @@ class Newcomer:
         browser = self.browser
         assert browser.axe() == [], browser.path
         assert browser.overflow() == [], browser.path
-        found = [one for one in browser.complaints() if REFUSED not in one]
-        assert found == [], browser.path
+        complaints = [one for one in browser.complaints() if REFUSED not in one]
+        assert complaints == [], browser.path
 
     def block(self, id: str) -> str:
-        """What a block of the page has for pasting."""
+        """The text of a block to paste."""
         return str(self.browser.find(f"pre#{id}").get_attribute("textContent"))
 
     def paste(self, text: str, name: str) -> Program:

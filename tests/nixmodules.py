@@ -30,7 +30,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a configuration makes of a machine. `failed` has the assertions that do not hold."""
+    """The machine that a configuration gives. `failed` has the assertions that do not hold."""
 
     failed: list[str]
     units: dict[str, str] = field(default_factory=dict)
@@ -38,7 +38,9 @@ class Evaluated:
     etc: dict[str, str] = field(default_factory=dict)
     ports: list[int] = field(default_factory=list)
     nginx: dict[str, Any] = field(default_factory=dict)
+    postgresql: dict[str, Any] = field(default_factory=dict)
     scripts: list[str] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
 
     @property
     def argv(self) -> list[str]:

@@ -33,11 +33,13 @@ let
     "flask-wtf"
     "gunicorn"
     "prometheus-client"
+    "boto3"
+    "psycopg"
     "requests"
     "setuptools"
-    "simple-websocket"
     "sqlalchemy"
     "websocket-client"
+    "wsproto"
   ] fake;
   isDarwin = builtins.match ".*-darwin" platform != null;
   pkgs =
@@ -63,6 +65,7 @@ let
           args
           // {
             inherit lib;
+            installShellFiles = fake "install-shell-files";
             python3Packages = python // {
               buildPythonApplication = attrs: attrs // fake attrs.pname;
             };
@@ -104,6 +107,7 @@ let
   service = submodule {
     description = option types.str "";
     wants = option (types.listOf types.str) [ ];
+    requires = option (types.listOf types.str) [ ];
     after = option (types.listOf types.str) [ ];
     wantedBy = option (types.listOf types.str) [ ];
     path = option (types.listOf types.package) [ ];
@@ -135,12 +139,23 @@ let
           locations = option (types.attrsOf location) { };
         })) { };
       };
+      services.postgresql = {
+        enable = option types.bool false;
+        package = option types.package (fake "postgresql");
+        ensureDatabases = option (types.listOf types.str) [ ];
+        ensureUsers = option (types.listOf (submodule {
+          name = mandatory types.str;
+          ensureDBOwnership = option types.bool false;
+        })) [ ];
+      };
+      security.acme = option settings { };
       systemd.services = option (types.attrsOf service) { };
     };
   };
   darwin = {
     options = {
       environment.etc = option (types.attrsOf (submodule { text = mandatory types.lines; })) { };
+      environment.systemPackages = option (types.listOf types.package) [ ];
       environment.systemPath = option types.str "$HOME/.nix-profile/bin:/usr/bin";
       networking.hostName = option types.str "mac";
       launchd.daemons = option (types.attrsOf (submodule {
@@ -154,6 +169,7 @@ let
   home = {
     options = {
       home.homeDirectory = option types.str "/home/alice";
+      home.packages = option (types.listOf types.package) [ ];
       xdg.configHome = option types.str "/home/alice/.config";
       systemd.user.services = option (types.attrsOf (types.attrsOf settings)) { };
       launchd.agents = option (types.attrsOf (submodule {
@@ -188,6 +204,7 @@ let
       environment = {
         launchAgents = option settings { };
         launchDaemons = option settings { };
+        systemPackages = option (types.listOf types.package) [ ];
         systemPath = option types.str "$HOME/.nix-profile/bin:/usr/bin";
         userLaunchAgents = option settings { };
       };
@@ -275,6 +292,7 @@ let
           Description = unit.description;
         }
         // lib.optionalAttrs (unit.wants != [ ]) { Wants = toString unit.wants; }
+        // lib.optionalAttrs (unit.requires != [ ]) { Requires = toString unit.requires; }
         // lib.optionalAttrs (unit.after != [ ]) { After = toString unit.after; }
         // lib.optionalAttrs (unit.startLimitIntervalSec != null) {
           StartLimitIntervalSec = unit.startLimitIntervalSec;
@@ -339,7 +357,11 @@ in
           units = builtins.mapAttrs (_: nixosUnit) (ours config.systemd.services);
           ports = config.networking.firewall.allowedTCPPorts;
           nginx = config.services.nginx;
-          scripts = map (package: package.text) config.environment.systemPackages;
+          postgresql = config.services.postgresql;
+          scripts = map (package: package.text) (
+            builtins.filter (package: package ? text) config.environment.systemPackages
+          );
+          commands = map toString config.environment.systemPackages;
         }
       else if kind == "darwin" then
         {
@@ -347,11 +369,13 @@ in
           etc = builtins.mapAttrs (_: file: file.text) (
             lib.filterAttrs (name: _: lib.hasInfix "cachix" name) config.environment.etc
           );
+          commands = map toString config.environment.systemPackages;
         }
       else
         {
           units = builtins.mapAttrs (_: homeUnit) (ours config.systemd.user.services);
           plists = builtins.mapAttrs homeAgent (ours config.launchd.agents);
+          commands = map toString (config.home.packages or [ ]);
         };
   };
 }

@@ -58,9 +58,9 @@ class Browser:
     def token(self, page: str = "/sign-in") -> str:
         """The token that forms have in this session."""
         text = self.session.get(self.server.url + page, timeout=DEADLINE).text
-        found = re.search('name="csrf_token" value="([^"]+)"', text)
-        assert found, words(text)
-        return found[1]
+        match = re.search('name="csrf_token" value="([^"]+)"', text)
+        assert match, words(text)
+        return match[1]
 
 
 def words(page: str) -> str:

@@ -35,7 +35,7 @@ Answer = tuple[int, Any]  # status and body: bytes, or a value that becomes JSON
 
 @dataclass
 class Fault:
-    """What happens to connections whose path matches, `times` times (-1: always)."""
+    """The fault that meets connections whose path matches, `times` times (-1: always)."""
 
     pattern: str
     kind: str

@@ -1,4 +1,4 @@
-"""What requirements-*.txt pin: the packages of a release and of the tests, with hashes."""
+"""The pins of requirements-*.txt: the packages of a release and of the tests, with hashes."""
 
 from __future__ import annotations
 

@@ -17,6 +17,8 @@ import urllib.parse
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+from quiet import QuietServer
+
 Serve = Callable[[Any], None]
 
 
@@ -127,8 +129,7 @@ class Proxy:
         class Handler(_ProxyHandler):
             owner = proxy
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = QuietServer(("127.0.0.1", 0), Handler)
         self.port = self.server.server_address[1]
         if context is not None:
             self.server.socket = context.wrap_socket(self.server.socket, server_side=True)

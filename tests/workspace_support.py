@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import clusters
 import requests
 
 from cachix_workspace import tokens
@@ -53,6 +54,7 @@ class Server:
 
     def __init__(self, data: Path, *options: str, **settings: float) -> None:
         self.data = data
+        clusters.provide(data)
         serve = ["-m", "cachix_workspace", "serve", f"--data={data}", "--listen=127.0.0.1:0"]
         self.argv = [sys.executable, *serve, *options]
         if settings:
@@ -107,6 +109,9 @@ class Server:
 
 
 def command(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    data = clusters.data_of(arguments)
+    if data is not None:
+        clusters.provide(data)
     argv = [sys.executable, "-m", "cachix_workspace", *arguments]
     process = subprocess.run(
         argv, env=environment(), capture_output=True, text=True, timeout=3 * DEADLINE, check=False
