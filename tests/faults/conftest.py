@@ -24,8 +24,8 @@ from world import World
 
 HERE = Path(__file__).parent
 # `make test` runs a test with up to MOST cases whole, else each EACHth case, and `make test-slow`
-# the LATER ones after each of them. EACH is coprime to the numbers of faults and of times, so that
-# each of these has its turn.
+# the LATER ones after each of them, also of tests that are long. EACH is coprime to the numbers of
+# faults and of times, so that each of these has its turn.
 MOST, EACH, LATER = 5, 13, 3
 
 
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             cases.setdefault(test, []).append(item)
         if item.get_closest_marker("soak"):
             item.add_marker(pytest.mark.timeout(config.getoption("--seconds") + 300))
-    items.sort(key=lambda item: item.get_closest_marker("soak") is None)  # the longest first
+    items.sort(key=lambda item: not (item.get_closest_marker("soak") or is_patient(item)))
     if config.getoption("--faults"):
         return
     long = config.getoption("--long")
@@ -50,11 +50,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if len(items) > MOST
         for number, item in enumerate(items)
     }
-    stays = [long if is_long(item) else sampled.get(item, not long) for item in items]
+    stays = [
+        long and sampled.get(item, True) if is_long(item) else sampled.get(item, not long)
+        for item in items
+    ]
     left_out = [item for item, stay in zip(items, stays) if not stay]
     if left_out:
         items[:] = [item for item, stay in zip(items, stays) if stay]
         config.hook.pytest_deselected(items=left_out)
+
+
+def is_patient(item: pytest.Item) -> bool:
+    """Whether a test may take so long that it is begun among the first."""
+    mark = item.get_closest_marker("timeout")
+    return mark is not None and mark.args[:1] == (600,)
 
 
 def is_long(item: pytest.Item) -> bool:
@@ -196,7 +205,7 @@ def show(world: World) -> None:
         print("agent:\n" + world.agent.text()[-6000:])
     for deployment, entry in world.journals().items():
         print(f"journal: {entry}")
-        with contextlib.suppress(OSError):  # the workspace may have ended
+        with contextlib.suppress(OSError, AssertionError):  # it may have ended, or know nothing
             print("log:\n" + world.workspace.text(deployment)[-3000:])
 
 

@@ -16,9 +16,12 @@ from activate.text import printable
 from cachix_protocol import FAILURE_LINE, SUCCESS_LINE
 
 KEPT = re.compile(
-    r"(journal|reported)\.json(\.unreadable-\d+)?|(reported|owner)\.lock|log|(previous|new)(-\d+)?"
+    r"(journal|reported|post-deploy)\.json(\.unreadable-\d+)?|(reported|owner|leader)\.lock|log"
+    r"|cancel|post-deploy\.(log|mark)|(previous|new)(-\d+)?"
 )
-STAYS = re.compile(r"agent-.+\.lock|(executed|secret)-.+\.json")  # some agents have these
+STAYS = re.compile(
+    r"agent-.+\.lock|by-hand\.lock|(executed|secret|post-deploy)-.+\.json"
+)  # some agents have these
 # How a deployment may end that was cancelled in time.
 UNTOUCHED = (journal.CANCELLED, journal.SUPERSEDED, journal.FAILED)
 # The steps in which each program may run, as the journal must have the step before.
@@ -28,6 +31,8 @@ STEPS = {
     "activate": {"activating", "committing", "rolling-back"},
     "script": {"checking"},
     "nix-env": {"activating", "committing", "rolling-back"},
+    "dry-activate": {"ready"},
+    "reboot": {"rebooting", "rolling-back"},
 }
 
 
@@ -38,7 +43,8 @@ def assert_invariants(world: World) -> None:
     settled(world)
     journals = world.journals()
     for asked in world.asked:
-        if asked.id not in world.lost and not never_came(world, asked, journals):
+        unreported = world.lost | world.by_hand
+        if asked.id not in unreported and not never_came(world, asked, journals):
             told(world, asked, journals[asked.id])
             logged(world, asked.id, journals[asked.id])
     running(world, journals)
@@ -113,31 +119,41 @@ def logged(world: World, deployment: str, entry: dict[str, Any]) -> None:
     assert arrived[:-1] == [printable(line) for line in lines]
 
 
-def confirmed(world: World, journals: dict[str, dict[str, Any]]) -> tuple[Optional[str], bool]:
-    """Return the path that must run after all deployments, and whether the last rollback failed."""
+def confirmed(
+    world: World, journals: dict[str, dict[str, Any]]
+) -> tuple[Optional[str], Optional[str], bool]:
+    """Return the paths that must run and boot after all, and whether the last rollback failed."""
     path, in_doubt = world.asked[0].before if world.asked else world.running(), False
+    runs, boot = path, (world.host.directory / "boot-id").read_text().strip()
     for asked in world.asked:
-        step = journals[asked.id]["step"] if asked.id in journals else ""
-        if step == journal.SUCCEEDED:
+        entry = journals.get(asked.id, {"step": "", "boot_id": ""})
+        step = entry["step"]
+        if step == journal.SUCCEEDED and asked.operation == "test":
+            runs, in_doubt = (asked.path if entry["boot_id"] == boot else path), False
+        elif step == journal.SUCCEEDED and asked.operation == "boot":
             path, in_doubt = asked.path, False
+            runs = runs if entry["boot_id"] == boot else path
+        elif step == journal.SUCCEEDED and asked.operation == "switch":
+            path, in_doubt = asked.path, False
+            runs = path
         elif step == journal.ROLLED_BACK:
             in_doubt = False
         elif step == journal.ROLLBACK_FAILED:
             in_doubt = True
-    return path, in_doubt
+    return runs, path, in_doubt
 
 
 def running(world: World, journals: dict[str, dict[str, Any]]) -> None:
     """Check that the machine runs a confirmed path and has it as its profile and boot default."""
-    path, in_doubt = confirmed(world, journals)
+    runs, path, in_doubt = confirmed(world, journals)
     if in_doubt:
         return  # and the report says so: see `told`
-    assert world.running() == path, f"{world.running()} runs instead of {path}"
+    assert world.running() == runs, f"{world.running()} runs instead of {runs}"
     assert world.profile() == path, f"the profile is {world.profile()} instead of {path}"
     if world.kind == "nixos":
         default = world.host.boot_default()
         assert default == path, f"{default} boots instead of {path}"
-        assert world.host.target(CURRENT_SYSTEM) == path
+        assert world.host.target(CURRENT_SYSTEM) == runs
 
 
 def order(world: World) -> None:

@@ -44,7 +44,7 @@ Kind = Union[str, Answer]
 
 @dataclass
 class Order:
-    """What happens to messages whose label matches, `times` times."""
+    """The fault that meets messages whose label matches, `times` times."""
 
     pattern: str
     kind: Kind

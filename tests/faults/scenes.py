@@ -6,10 +6,10 @@ import contextlib
 import os
 import signal
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import closures
-from caches import Files
+from caches import Files, Link
 from hosts import wait_until
 from world import Reply, Visit, World
 
@@ -22,12 +22,34 @@ def _visit(point: str) -> str:
     return f'visit {point} "$self" || exit $?'
 
 
-def nixos(files: Files, version: Any, how: str = GOOD, extra: str = "") -> str:
-    """Add a NixOS system. `extra` runs in its activation."""
+def nixos(
+    files: Files,
+    version: Any,
+    how: str = GOOD,
+    extra: str = "",
+    kernel: str = "",
+    more: Optional[dict[str, Any]] = None,
+) -> str:
+    """Add a NixOS system. `extra` runs in its activation; `kernel` tells kernels apart.
+
+    `more` are further files.
+    """
+    parts = ("kernel", "initrd", "kernel-modules") if kernel else ()
     after = f"{extra or ':'}; {_visit('test.end')}; {'exit 1' if how == BAD else ':'}"
     after_boot = f"{_visit('boot.end')}; {'exit 1' if how == BAD_COMMIT else ':'}"
     return closures.nixos(
-        files, version, _visit("test"), after, _visit("boot"), after_boot, parts=1
+        files,
+        version,
+        _visit("test"),
+        after,
+        _visit("boot"),
+        after_boot,
+        parts=1,
+        dry=_visit("dry-activate"),
+        extra={
+            **{part: Link(files.add(f"{part}-{kernel}", f"{part} {kernel}\n")) for part in parts},
+            **(more or {}),
+        },
     )
 
 
@@ -133,7 +155,7 @@ ENDINGS: dict[str, Reply] = {
 }
 
 
-def deploy(world: World, version: Any, how: str = GOOD) -> str:
+def deploy(world: World, version: Any, how: str = GOOD, **options: str) -> str:
     """Order a deployment of the world's kind, with a rollback script. Returns its id."""
     path = KINDS[world.kind](world.files, version, how)
-    return world.deploy(path, script(world.files, BAD if how == BAD_CHECK else GOOD))
+    return world.deploy(path, script(world.files, BAD if how == BAD_CHECK else GOOD), **options)

@@ -36,6 +36,7 @@ def lines(name):
 
 
 @pytest.mark.promise(6, 8)
+@pytest.mark.long
 def test_the_log_goes_on_while_the_agent_is_away(world, finish):
     deployments = []
 
@@ -149,6 +150,7 @@ def test_a_deployment_is_adopted(held, finish, change):
 
 @pytest.mark.promise(1)
 @pytest.mark.parametrize("option, status", [("--verbose", 75), ("--if-stopped", 0)])
+@pytest.mark.long
 def test_a_second_agent_of_the_name(held, finish, option, status):
     world, deployment = held()
     second = world.host.agent(world.name, world.workspace.url, world.token, option)

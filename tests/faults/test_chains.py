@@ -80,6 +80,7 @@ def test_a_system_that_fails_by_itself(world, finish, how):
 
 
 @pytest.mark.promise(3, 5, 6)
+@pytest.mark.long
 def test_the_new_system_cuts_the_network(make_world, make_workspace, finish):
     workspace = make_workspace()
     world = make_world(workspace=workspace, args=("--confirm-timeout=2",))
@@ -177,6 +178,7 @@ def test_a_rollback_that_fails_is_tried_again(world, finish, times, end):
 
 
 @pytest.mark.promise(7, 10)
+@pytest.mark.long
 def test_systemd_run_hangs_while_the_download_fails(world, finish):
     world.order(r"^systemd-run", "hang")
     world.order(DOWNLOAD, "exit 1")

@@ -88,6 +88,7 @@ def test_reports_that_fail_delay_nothing_and_arrive_in_the_end(make_world, proxy
     finish(world)
 
 
+@pytest.mark.long
 def test_a_workspace_that_asks_to_be_left_alone_is_left_alone(make_world, proxy, finish):
     """The agent waits at least the requested time between two calls."""
     world = make_world(url=proxy.url, waits=BRIEF)
@@ -153,6 +154,7 @@ def test_a_log_that_fails_holds_back_neither_the_end_nor_the_next_deployment(
 
 
 @pytest.mark.parametrize("kind", ["stall", "half-open", "slow"])
+@pytest.mark.long
 def test_any_log_while_the_workspace_takes_nothing(make_world, proxy, finish, kind):
     """An activation prints megabytes of any bytes without waiting, and nothing is lost."""
     world = make_world(url=proxy.url, waits=BRIEF)

@@ -1,4 +1,4 @@
-"""What the kernel sees of durability, and that no program gets a lock or the token.
+"""Durability as the kernel sees it, and that no program gets a lock or the token.
 
 A step is durable before its effect, and the effect is synced before the next step.
 """
@@ -143,7 +143,7 @@ def test_steps_are_durable_before_effects_and_effects_before_the_next_step(trace
         later = (index for index, step in entered if index > end and step != journal.ROLLING_BACK)
         assert_synced(trace, end, next(later))
     programs = [call.words for call in trace if call.name == "execve"]
-    downloads = [words for words in programs if '"--max-jobs", "32"' in words]
+    downloads = [words for words in programs if '"max-substitution-jobs"' in words]
     assert any(
         '"--option", "fsync-store-paths", "true"' in words and "--add-root" in words
         for words in downloads

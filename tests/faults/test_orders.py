@@ -230,6 +230,7 @@ def test_a_cancellation_that_comes_too_late_changes_nothing(world, finish, point
 @pytest.mark.promise(6, 14)
 @pytest.mark.parametrize("how", ["cancelled", "replaced"])
 @pytest.mark.parametrize("activation", [scenes.GOOD, scenes.BAD])
+@pytest.mark.long
 def test_cancelled_while_no_report_gets_through(make_world, live, finish, how, activation):
     """The workspace believes that the deployment waits, and the machine has begun to run it."""
     with Proxy(live.url) as proxy:

@@ -202,6 +202,7 @@ def test_a_switch_between_two_attempts_at_a_rollback_is_waited_for(tool, finish)
 
 
 @pytest.mark.promise(3, 7)
+@pytest.mark.long
 def test_a_switch_that_never_ends_in_a_rollback(make_world, finish):
     """The rollback is refused then, and the machine is left on an unconfirmed path."""
     world = make_world(args=("--activation-timeout=1", "--confirm-timeout=10"))
@@ -242,6 +243,7 @@ def test_killed_while_it_waits(tool, finish, how):
 
 
 @pytest.mark.promise(8, 10)
+@pytest.mark.long
 def test_the_agent_is_stopped_while_it_waits(tool, finish):
     tool.begin()
     deployment = deploy(tool.world, "second")
@@ -365,6 +367,7 @@ def test_the_previous_system_is_what_an_operator_has_put_there_since(make_world,
 
 
 @pytest.mark.promise(8)
+@pytest.mark.long
 def test_the_agent_is_killed_between_two_attempts_at_a_rollback(make_world, finish):
     world = make_world(waits={**WAITS, "retry": 5.0})
     world.order(r"^test \S+-first", "exit 7")

@@ -126,11 +126,11 @@ def test_a_part_of_the_closure_has_vanished(make_world, finish, part):
     world.workspace.push(path, script)
     world.host.fetch(world.workspace.cache_url, world.files.key.public, path, script)
     parts = (one for one in world.files.closure(path) if "-part-0-second" in one)
-    gone = {"path": path, "script": script, "part": next(parts)}[part]
-    world.host.run(["rm", "-rf", gone])
+    absent = {"path": path, "script": script, "part": next(parts)}[part]
+    world.host.run(["rm", "-rf", absent])
     deployment = world.deploy(path, script)
     assert world.ended(deployment) == "succeeded", world.workspace.deployment(deployment)
-    assert os.path.lexists(world.host.path(gone))
+    assert os.path.lexists(world.host.path(absent))
     finish(world)
 
 
@@ -145,6 +145,7 @@ def set_ahead(world, deployment, seconds):
 
 @pytest.mark.promise(3)
 @pytest.mark.parametrize("hours", [24, -24])
+@pytest.mark.long
 def test_the_clock_was_wrong_in_a_failed_rollback(make_world, finish, hours):
     """Later deployments go back to what ran before them, whatever the clock says."""
     world = make_world()

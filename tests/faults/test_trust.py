@@ -149,6 +149,7 @@ def comes_again(world, finish):
 
 
 @pytest.mark.promise(6, 12)
+@pytest.mark.long
 def test_killed_before_its_own_token_is_kept(enrolled, finish):
     """It comes again with the other one and gets another, and the lost one is none any more."""
     secret = enrolled.host.state / f"secret-{enrolled.name}{HANGS}"
@@ -164,6 +165,7 @@ def test_killed_before_its_own_token_is_kept(enrolled, finish):
 
 @pytest.mark.promise(6, 12)
 @pytest.mark.parametrize("moment", ["> GET /ws", "< 101 GET /ws"], ids=["unused", "used"])
+@pytest.mark.long
 def test_killed_between_keeping_its_own_token_and_its_first_use(enrolled, finish, moment):
     """Also when the workspace has seen that use, and has bound the name, and the agent has not."""
     proxy = enrolled.proxy

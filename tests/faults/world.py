@@ -42,7 +42,13 @@ WAITS = {
 OPTIONS = ("--activation-timeout=5", "--confirm-timeout=10")
 ALWAYS = 1 << 30
 UNKNOWN = "?"  # instead of a step
-CHANGES = ("test", "boot", "activate", "nix-env")  # change the machine, so only one at a time
+CHANGES = (
+    "test",
+    "boot",
+    "activate",
+    "nix-env",
+    "reboot",
+)  # change the machine, so only one at a time
 VISIT = """#!/bin/sh
 answer=$NIX_FAULTS/answer.$$
 mkfifo "$answer" || exit 0
@@ -70,6 +76,7 @@ SYSTEMCTL = """#!/bin/sh
 case $1 in
 is-system-running) cat "$NIX_FAULTS/system" ;;
 is-active) shift; for unit; do echo active; done ;;
+reboot) visit reboot || exit $? ;;
 esac
 """
 
@@ -97,7 +104,7 @@ Reply = Union[str, Callable[["World", Visit], str]]
 
 @dataclass
 class Order:
-    """What happens at visits whose `point argument` matches, `times` times."""
+    """The fault that meets visits whose `point argument` matches, `times` times."""
 
     pattern: str
     reply: Reply
@@ -111,6 +118,7 @@ class Asked:
     id: str
     path: str
     before: Optional[str]
+    operation: str = "switch"
 
 
 @dataclass
@@ -134,6 +142,7 @@ class World:
         self.problems: list[str] = []  # of the harness itself
         self.agents: list[Program] = []
         self.lost: set[str] = set()  # deployments whose state the test has damaged
+        self.by_hand: set[str] = set()  # deployments that no workspace knows
         self.blind = False  # the step on disk is not to be trusted for now
         self.cuts = 0
         self.faults = self.directory / "faults"
@@ -387,11 +396,12 @@ class World:
         os.sync() if self.disk is None else os.system(f"sync -f {self.disk.directory}")
         self.visits.clear()
 
-    def deploy(self, path: str, script: Optional[str] = None) -> str:
+    def deploy(self, path: str, script: Optional[str] = None, **options: str) -> str:
         """Push and order a deployment. Returns its id."""
         self.workspace.push(path, *([script] if script else []))
-        deployment = self.workspace.deploy(self.name, path, script)
-        self.asked.append(Asked(deployment, path, self.running()))
+        deployment = self.workspace.deploy(self.name, path, script, **options)
+        operation = options.get("operation", "switch")
+        self.asked.append(Asked(deployment, path, self.running(), operation))
         return deployment
 
     def running(self) -> Optional[str]:
