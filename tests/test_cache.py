@@ -42,8 +42,8 @@ def host(text):
     ],
 )  # fmt: skip
 def test_the_url_and_the_key_of_a_cache(workspace, fields, url, key):
-    found = offer(host(workspace), wire(**fields))
-    assert (found.url, found.keys) == (url, (key,))
+    source = offer(host(workspace), wire(**fields))
+    assert (source.url, source.keys) == (url, (key,))
 
 
 def test_several_keys():

@@ -41,9 +41,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
 
 
 def test_each_agent_stands_as_its_story_says(workspace: Workspace) -> None:
-    found = {brief.name: brief for brief in workspace.briefs()}
+    by_name = {brief.name: brief for brief in workspace.briefs()}
     for index, plot in enumerate(exhibits.PLOTS):
-        brief = found[exhibits.name_of(index)]
+        brief = by_name[exhibits.name_of(index)]
         assert brief.state.key == STATES.get(plot, plot), brief
         assert (brief.open is not None) == (plot in exhibits.OPEN)
         assert (brief.paused_on is not None) == (plot == "paused")
@@ -57,9 +57,9 @@ def test_each_agent_stands_as_its_story_says(workspace: Workspace) -> None:
 def test_some_agents(workspace: Workspace) -> None:
     names = [exhibits.name_of(index) for index in (2, 5, 6)]
     with workspace.database.read() as connection:
-        found = fleet.brief_of_all(connection, workspace.signs, 60.0, [*names, "nobody"])
+        briefs = fleet.brief_of_all(connection, workspace.signs, 60.0, [*names, "nobody"])
     whole = {brief.name: brief for brief in workspace.briefs()}
-    assert found == [whole[brief.name] for brief in found] and len(found) == len(names)
+    assert briefs == [whole[brief.name] for brief in briefs] and len(briefs) == len(names)
 
 
 def test_the_last_that_ended_counts_and_not_those_cancelled_since(
@@ -69,9 +69,9 @@ def test_the_last_that_ended_counts_and_not_those_cancelled_since(
     with database.write() as connection:
         exhibits.fill(connection, 3, HISTORY)
         _cancel(connection, exhibits.name_of(0), above=2)
-        found = fleet.brief_of_all(connection, Signs(), 60.0)
+        briefs = fleet.brief_of_all(connection, Signs(), 60.0)
     database.close()
-    ended = next(brief.ended for brief in found if brief.name == exhibits.name_of(0))
+    ended = next(brief.ended for brief in briefs if brief.name == exhibits.name_of(0))
     assert ended is not None and ended.index == 2
 
 

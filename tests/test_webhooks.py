@@ -203,8 +203,8 @@ def test_an_agent_that_goes_and_comes_back_is_told_of(workspace: Workspace) -> N
             agents.register(connection, name, "x86_64-linux", "1")
         agents.set_labels(connection, ["laptop"], ["may-be-offline"])
         agents.pause(connection, ["paused"], "anna")
-        gone = {"connected": False, "seen_on": "2020-01-02T14:02:00Z"}
-        connection.execute(agents_table.update().values(**gone))
+        absent = {"connected": False, "seen_on": "2020-01-02T14:02:00Z"}
+        connection.execute(agents_table.update().values(**absent))
         mine = agents_table.c.name == "new"
         connection.execute(agents_table.update().where(mine).values(seen_on=""))
     delivery.look(workspace, is_settled=False)
@@ -237,5 +237,5 @@ def test_a_webhook_needs_a_url_of_the_web(workspace: Workspace, url: str) -> Non
 def test_a_url_is_shown_without_its_secret(workspace: Workspace) -> None:
     number = hook(workspace, "https://user:pass@hooks.example/services/T000/SECRET", "slack")
     with workspace.database.read() as connection:
-        shown = webhooks.get(connection, number).shown_url
-    assert shown == "https://hooks.example/service…"
+        facts = webhooks.get(connection, number).shown_url
+    assert facts == "https://hooks.example/service…"

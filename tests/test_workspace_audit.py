@@ -27,11 +27,12 @@ def peer() -> Iterator[Peer]:
 
 
 def entries(peer: Peer, action: str) -> list[dict[str, str]]:
-    found = json.loads(peer.server.command("audit", "--limit=1000", "--json"))
-    assert [entry["id"] for entry in found] == sorted(entry["id"] for entry in found)
-    return [entry for entry in found if entry["action"] == action]
+    records = json.loads(peer.server.command("audit", "--limit=1000", "--json"))
+    assert [entry["id"] for entry in records] == sorted(entry["id"] for entry in records)
+    return [entry for entry in records if entry["action"] == action]
 
 
+@pytest.mark.long
 def test_what_is_ordered_and_cancelled(peer: Peer) -> None:
     peer.registered("web").close()
     deployment = peer.activate({"web": STORE_PATHS[0]})["web"]
@@ -45,16 +46,17 @@ def test_what_is_ordered_and_cancelled(peer: Peer) -> None:
     assert cancelled["detail"] == "web, deployment 1: now Cancelled"
 
 
+@pytest.mark.long
 def test_what_commands_do(peer: Peer) -> None:
     secret = peer.server.command("token", "create", "agent", "--name=db", "--description=the db")
     number = json.loads(peer.server.command("token", "list", "--json"))[-1]["id"]
     peer.server.command("token", "revoke", str(number))
     peer.server.command("cache", "create", "main", "--private")
-    made, revoked = entries(peer, "token create")[-1], entries(peer, "token revoke")[-1]
-    assert made["detail"] == f"{number} (agent, for agents db) the db"
+    creation, revoked = entries(peer, "token create")[-1], entries(peer, "token revoke")[-1]
+    assert creation["detail"] == f"{number} (agent, for agents db) the db"
     assert revoked["detail"] == str(number)
     assert entries(peer, "cache create")[-1]["detail"] == "main (private)"
-    assert made["actor"].startswith("command of ") and made["address"] == ""
+    assert creation["actor"].startswith("command of ") and creation["address"] == ""
     assert secret.strip() not in peer.server.command("audit", "--limit=1000")
 
 
@@ -64,16 +66,18 @@ def test_refused_tokens_are_noted_once_a_minute(peer: Peer) -> None:
         assert peer.http("GET", path, f"guess-{number}").status_code == 401
     (refused,) = entries(peer, "token refused")
     assert "this token is unknown here" in refused["detail"] and refused["address"] == "127.0.0.1"
-    said = [line for line in peer.server.lines if "refused a token from 127.0.0.1" in line]
-    assert len(said) == 1 and "guess" not in "".join(peer.server.lines)
+    lines = [line for line in peer.server.lines if "refused a token from 127.0.0.1" in line]
+    assert len(lines) == 1 and "guess" not in "".join(peer.server.lines)
     # who brings no token has none refused
     assert requests.get(peer.server.url + path, timeout=DEADLINE).status_code == 401
     assert len(entries(peer, "token refused")) == 1
 
 
 def test_the_table_shows_the_newest(peer: Peer) -> None:
-    shown = peer.server.command("audit", "--limit=2").splitlines()
-    assert shown[0].split() == ["TIME", "WHO", "FROM", "WHAT", "DETAIL"] and len(shown) == 3
+    for number in range(3):
+        peer.server.command("token", "create", "agent", f"--description=table {number}")
+    table = peer.server.command("audit", "--limit=2").splitlines()
+    assert table[0].split() == ["TIME", "WHO", "FROM", "WHAT", "DETAIL"] and len(table) == 3
 
 
 def test_many_addresses_take_a_bounded_place(monkeypatch: pytest.MonkeyPatch) -> None:

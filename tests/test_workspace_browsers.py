@@ -1,4 +1,4 @@
-"""What other sites can make a browser do, and what browsers may keep."""
+"""Requests that other sites make a browser send, and answers that browsers may keep."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_who_and_what_may_be_put(peer: Peer, files: Files) -> None:
     assert put(peer, f"open/{name}", b"\xff").status_code == 400
     assert put(peer, f"open/{name}", b"x" * (1 << 20) + b"y").status_code == 413
     names = ("nix-cache-info", "log/x.drv", "realisations/x.doi", "nar/x.nar", "..%2f..%2fx")
-    for refused in (*names, f"{HASH}.ls"):
+    for refused in names:
         assert put(peer, f"open/{refused}", b"x").status_code == 405, refused
     assert upload(peer, files, path) == [201, 201]
     basic = requests.put(
@@ -235,8 +235,8 @@ def test_an_unsigned_narinfo_of_an_earlier_release(peer: Peer, files: Files) -> 
     assert upload(peer, files, path) == [201, 201]
     stored = peer.server.data / "cache" / "open" / files.narinfo(path).name
     stored.write_bytes(re.sub(rb"Sig: .*\n", b"", signed))
-    shown = json.loads(peer.server.command("cache", "show", "open", "--json"))
-    assert shown["unsigned"] == [path]
+    facts = json.loads(peer.server.command("cache", "show", "open", "--json"))
+    assert facts["unsigned"] == [path]
     assert path in peer.server.command("cache", "show", "open").splitlines()
     assert upload(peer, files, path) == [200, 201]
     assert get(peer, stored.name).content == signed
@@ -303,6 +303,55 @@ def test_a_large_upload_streams(peer: Peer) -> None:
     print(f"and read after {time.monotonic() - began:.2f} s")
 
 
+# --- files beside narinfos and NARs ---------------------------------------------------------------
+
+BESIDE = [
+    (f"{HASH}.ls", "application/json"),
+    (f"log/{HASH}-hello-2.12.drv", "text/plain"),
+    (f"realisations/sha256:{'0' * 64}!out.doi", "application/json"),
+    (f"debuginfo/{'0' * 40}", "application/json"),
+    (f"debuginfo/{'0' * 40}.debug", "application/json"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), BESIDE)
+def test_files_beside_are_stored_and_served(peer: Peer, name: str, kind: str) -> None:
+    for cache in ("open", "closed"):
+        url = f"{peer.server.url}/cache/{cache}/{name}"
+        headers = {"Authorization": f"Bearer {peer.ci_token}"}
+        assert requests.put(url, b"{}", timeout=DEADLINE).status_code == 401
+        agent = {"Authorization": f"Bearer {peer.agent_token}"}
+        assert requests.put(url, b"{}", headers=agent, timeout=DEADLINE).status_code == 403
+        assert requests.get(url, headers=headers, timeout=DEADLINE).status_code == 404
+        assert requests.put(url, b"{}", headers=headers, timeout=DEADLINE).status_code == 201
+        assert requests.put(url, b"[1]", headers=headers, timeout=DEADLINE).status_code == 200
+        answer = requests.get(url, headers=headers, timeout=DEADLINE)
+        assert (answer.content, answer.headers["Content-Type"].split(";")[0]) == (b"[1]", kind)
+        status = requests.get(url, timeout=DEADLINE).status_code
+        assert status == (200 if cache == "open" else 401)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("log/x.drv", f"log/{HASH}-.drv", f"log/{HASH}-a/b.drv", f"{HASH}.ls.x", "x.ls"),
+        *("realisations/x.doi", "debuginfo/../x", f"debuginfo/{'0' * 39}", f"logs/{HASH}-a.drv"),
+    ],
+)
+def test_other_names_are_refused(peer: Peer, name: str) -> None:
+    headers = {"Authorization": f"Bearer {peer.ci_token}"}
+    url = f"{peer.server.url}/cache/open/{name}"
+    assert requests.put(url, b"{}", headers=headers, timeout=DEADLINE).status_code in (404, 405)
+
+
+def test_a_file_beside_has_a_limit(peer: Peer) -> None:
+    headers = {"Authorization": f"Bearer {peer.ci_token}"}
+    url = f"{peer.server.url}/cache/open/{'b' * 32}.ls"
+    body = b"x" * (64 << 20) + b"y"
+    assert requests.put(url, body, headers=headers, timeout=DEADLINE).status_code == 413
+    assert requests.get(url, timeout=DEADLINE).status_code == 404
+
+
 # --- real Nix -------------------------------------------------------------------------------------
 
 needs_nix = pytest.mark.skipif(shutil.which("nix-store") is None, reason="Nix is not installed")
@@ -321,7 +370,8 @@ def test_nix_pushes_and_pulls(tmp_path: Path, private: bool) -> None:
         key = f"{secret.partition(':')[0]}:{public}"
         url = f"{server.url}/cache/mycache"
         thing = ci.output("nix-build", "--no-out-link", str(tmp_path / "thing.nix")).strip()
-        push = ["nix", "copy", "--to", f"{url}?secret-key={tmp_path / 'secret'}", thing]
+        listing = "&write-nar-listing=1" if private else ""
+        push = ["nix", "copy", "--to", f"{url}?secret-key={tmp_path / 'secret'}{listing}", thing]
         refused = ci.run(push)
         assert refused.returncode != 0 and "401" in refused.stderr
         netrc = "machine 127.0.0.1 login x password {}\n".format
@@ -341,3 +391,6 @@ def test_nix_pushes_and_pulls(tmp_path: Path, private: bool) -> None:
         target.output(*pull, key)
         assert target.valid(thing)
         target.output("nix-store", "--verify", "--check-contents")
+        closure = ci.output("nix-store", "--query", "--requisites", thing).split()
+        listings = {path.name for path in (server.data / "cache" / "mycache").glob("*.ls")}
+        assert listings == ({f"{path[11:43]}.ls" for path in closure} if private else set())

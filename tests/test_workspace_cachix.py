@@ -257,6 +257,7 @@ def test_a_lost_deployment_is_sent_again(impatient: Peer) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_deployment_goes_on_while_the_workspace_restarts(impatient: Peer) -> None:
     """Cachix's agent is back on /ws at once, and its log socket a second later."""
     agent = impatient.registered("web")

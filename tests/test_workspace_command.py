@@ -24,9 +24,9 @@ SECRET = "agent-S3CRET"
 WORDS_OF_GROUPS = (
     "serve init login-link person token agent deployment run freeze thaw webhook cache"
 )
-NAMES = [*WORDS_OF_GROUPS.split(), "audit"]
+NAMES = [*WORDS_OF_GROUPS.split(), "audit", "prune", "backup", "restore", "migrate-database"]
 THERE_ARE = f"there are: {', '.join(NAMES)}: see --help"
-GROUPS = f"{', '.join(NAMES[:-1])} or audit"
+GROUPS = f"{', '.join(NAMES[:-1])} or migrate-database"
 
 
 @pytest.fixture
@@ -84,11 +84,14 @@ def test_one_sentence_for_wrong_usage(
 WHERE = "[--data=DIR | --url=URL [--token-file=FILE]]"
 CACHE_FORMS = f"""\
   cachix-workspace cache list [--json] {WHERE}
-  cachix-workspace cache create NAME [--private] [--public-url=URL] [--out=FILE]
-                         {WHERE}
+  cachix-workspace cache create NAME [--private] [--out=FILE]
+                         [[--public-url=URL] [--data=DIR] | --url=URL [--token-file=FILE]]
   cachix-workspace cache show NAME [--json] {WHERE}
   cachix-workspace cache key (rotate | retire) NAME [--out=FILE]
                          {WHERE}
+  cachix-workspace cache gc NAME [--keep-deployments=N] [--keep-days=DAYS] [--dry-run] [--json]
+                         {WHERE}
+  cachix-workspace cache (pin | unpin) NAME PATH {WHERE}
 """
 CREATE_FORM = f"""\
   cachix-workspace token create (agent | activate | admin | metrics)
@@ -104,13 +107,17 @@ CREATE_FORM = f"""\
     [
         (
             ["cache", "push"],
-            "unknown command `cache push`; cache has: list, create, show, key",
+            "unknown command `cache push`; cache has: list, create, show, key, gc, pin, unpin",
             CACHE_FORMS,
         ),
-        (["cache", SECRET], "unknown command; cache has: list, create, show, key", CACHE_FORMS),
+        (
+            ["cache", SECRET],
+            "unknown command; cache has: list, create, show, key, gc, pin, unpin",
+            CACHE_FORMS,
+        ),
         (
             ["cache"],
-            "missing command after `cache`; cache has: list, create, show, key",
+            "missing command after `cache`; cache has: list, create, show, key, gc, pin, unpin",
             CACHE_FORMS,
         ),
         (["token", "create"], "missing or unexpected arguments for `token create`", CREATE_FORM),
@@ -122,7 +129,10 @@ CREATE_FORM = f"""\
         (
             ["agent", "list", "web"],
             "missing or unexpected arguments for `agent list`",
-            "  cachix-workspace agent list [--json] [--data=DIR | --url=URL [--token-file=FILE]]\n",
+            (
+                "  cachix-workspace agent list [--label=LABEL] [--state=STATE] [--json]\n"
+                "                         [--data=DIR | --url=URL [--token-file=FILE]]\n"
+            ),
         ),
     ],
 )
@@ -181,6 +191,7 @@ def test_public_urls() -> None:
 # --- commands -------------------------------------------------------------------------------------
 
 
+@pytest.mark.sqlite
 def test_tokens_and_a_cache(tmp_path: Path, capsys: Captured, data: str) -> None:
     assert main(["token", "list", data]) == 1
     assert "no workspace at" in capsys.readouterr().err
@@ -222,9 +233,9 @@ def test_tables(capsys: Captured, data: str) -> None:
     assert main(["cache", "create", "mine", data]) == 0
     capsys.readouterr()
     assert main(["cache", "show", "mine", data]) == 0
-    shown = dict(re.split(r"  +", line) for line in capsys.readouterr().out.splitlines())
-    assert shown["url"] == "http://127.0.0.1:8080/cache/mine" and shown["public"] == "True"
-    assert shown["public key"].startswith("mine.127.0.0.1-1:")
+    facts = dict(re.split(r"  +", line) for line in capsys.readouterr().out.splitlines())
+    assert facts["url"] == "http://127.0.0.1:8080/cache/mine" and facts["public"] == "True"
+    assert facts["public key"].startswith("mine.127.0.0.1-1:")
 
 
 @pytest.mark.parametrize("description", ["--weird", "--expires=0", "-x", "two words", ""])

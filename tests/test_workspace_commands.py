@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,12 +24,6 @@ from workspace_support import (
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with running() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def peer(server: Server) -> Peer:
     return Peer(server)
 
@@ -40,11 +33,6 @@ def token_file(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path
     path: Path = tmp_path_factory.mktemp("token") / "token"
     path.write_text(server.token("admin"))
     return path
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    return re.sub(r"[^0-9A-Za-z]+", "-", request.node.name).strip("-")[:100]
 
 
 def run(*arguments: str, status: int = 0, **more: str) -> tuple[str, str]:
@@ -63,7 +51,7 @@ def run(*arguments: str, status: int = 0, **more: str) -> tuple[str, str]:
     return process.stdout, process.stderr
 
 
-@pytest.fixture(params=["beside", "afar"])
+@pytest.fixture(params=["beside", pytest.param("afar", marks=pytest.mark.long)])
 def where(request: pytest.FixtureRequest, server: Server, token_file: Path) -> list[str]:
     """The options that name the workspace: its directory, or its URL and a token."""
     if request.param == "beside":
@@ -74,6 +62,7 @@ def where(request: pytest.FixtureRequest, server: Server, token_file: Path) -> l
 # --- the same from both places --------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_an_agent_is_paused_labelled_renamed_and_removed(
     where: list[str], peer: Peer, name: str
 ) -> None:
@@ -93,6 +82,7 @@ def test_an_agent_is_paused_labelled_renamed_and_removed(
     assert err == f"error: there is no agent {name}-new\n"
 
 
+@pytest.mark.long
 def test_deployments_and_runs(where: list[str], peer: Peer, name: str) -> None:
     peer.registered(name, **OURS)
     for path in (0, 1):
@@ -113,6 +103,7 @@ def test_deployments_and_runs(where: list[str], peer: Peer, name: str) -> None:
     assert name in run("deployment", "retry", name, "1", *where)[0]
 
 
+@pytest.mark.long
 def test_people_webhooks_caches_and_the_freeze(
     where: list[str], server: Server, peer: Peer, name: str
 ) -> None:
@@ -137,6 +128,7 @@ def test_people_webhooks_caches_and_the_freeze(
     assert peer.activate({name: STORE_PATHS[0]})
 
 
+@pytest.mark.long
 def test_tokens_caches_and_the_audit(where: list[str], peer: Peer, name: str) -> None:
     out, err = run("token", "create", "agent", f"--name={name}", "--expires=7", *where)
     assert out.startswith("agent-")
@@ -153,6 +145,117 @@ def test_tokens_caches_and_the_audit(where: list[str], peer: Peer, name: str) ->
     run("cache", "key", "retire", cache, *where)
     assert "cache key retire" in run("audit", "--limit=5", *where)[0]
     peer.registered(name, **OURS)
+
+
+@pytest.mark.long
+def test_tokens(where: list[str], server: Server, tmp_path: Path, name: str) -> None:
+    out, err = run("token", "create", "activate", f"--description={name}", *where)
+    match = re.fullmatch(r"activate token (\d+), which is not shown again:\n", err)
+    assert match, err
+    number = match[1]
+    assert out.startswith("activate-") and out.count("\n") == 1
+    result = json.loads(run("token", "list", "--json", *where)[0])
+    mine = next(one for one in result if one["description"] == name)
+    assert str(mine["id"]) == number and out.strip() not in str(result)
+    file = tmp_path / "successor"
+    out, err = run("token", "rotate", number, f"--out={file}", *where)
+    assert out == "" and f"not shown again: in {file}" in err
+    assert file.read_text().startswith("activate-") and file.stat().st_mode & 0o777 == 0o600
+    _, err = run("token", "list", *where)
+    assert f"token {number} is replaced by token" in err
+    assert run("token", "revoke", number, *where)[1] == f"token {number} is revoked\n"
+    assert "has a successor" not in run("token", "rotate", number, *where, status=1)[1]
+    before = len(result) + 1
+    assert (
+        "name a new file" in run("token", "create", "admin", f"--out={file}", *where, status=1)[1]
+    )
+    assert (
+        "there is no cache no"
+        in run("token", "create", "admin", "--cache=no", f"--out={file}-2", *where, status=1)[1]
+    )
+    assert not Path(f"{file}-2").exists()
+    assert len(json.loads(run("token", "list", "--json", *where)[0])) == before
+    run("token", "create", "agent", "--shared", f"--description={name}-shared", *where)
+    table = run("token", "list", *where)[0]
+    assert re.search(f"agent, shared .*{name}-shared$", table, re.M)
+
+
+def test_tokens_for_many_agents(where: list[str], tmp_path: Path, name: str) -> None:
+    names, directory = tmp_path / "names", tmp_path / "tokens"
+    names.write_text("".join(f"{name}-{number}\n" for number in range(20)))
+    many = ["token", "create", "agent", f"--names-from={names}", f"--out-dir={directory}"]
+    assert "20 agent tokens" in run(*many, *where)[1]
+    secrets = {(directory / f"{name}-{number}").read_text() for number in range(20)}
+    assert len(secrets) == 20 and all(secret.startswith("agent-") for secret in secrets)
+    listed = json.loads(run("token", "list", "--json", *where)[0])
+    mine = sorted(one["agents"] for one in listed if (one["agents"] or "").startswith(f"{name}-"))
+    assert mine == sorted(f"{name}-{number}" for number in range(20))
+    (directory / f"{name}-0").unlink()
+    assert "name a new file" in run(*many, *where, status=1)[1]  # the others are there already
+    assert not (directory / f"{name}-0").exists()
+
+
+@pytest.mark.long
+def test_a_cache_is_made_shown_and_gets_another_key(where: list[str], tmp_path: Path) -> None:
+    name, file = f"cache-{len(where)}", tmp_path / "key"
+    out, err = run("cache", "create", name, "--private", *where)
+    assert out.startswith(f"{name}.127.0.0.1-1:") and "public key" in err
+    assert re.search(r"^public +False$", run("cache", "show", name, *where)[0], re.M)
+    run("cache", "key", "rotate", name, f"--out={file}", *where)
+    assert file.read_text().startswith(f"{name}.127.0.0.1-2:")
+    facts = json.loads(run("cache", "show", name, "--json", *where)[0])
+    assert facts["former_key"].startswith(f"{name}.127.0.0.1-1:") and facts["recent"] == []
+    assert "has one key" in run("cache", "key", "retire", name, *where)[1]
+    assert "there is no cache no" in run("cache", "show", "no", *where, status=1)[1]
+
+
+def test_an_agent_is_moved(where: list[str], server: Server, name: str) -> None:
+    shared = run("token", "create", "agent", f"--names={name}-*", *where)[0].strip()
+    peer = Peer(server)
+    peer.agent_token = shared
+    own = peer.agent(f"{name}-1", **OURS).expect_text()["command"]["contents"]["secret"]
+    peer.agent_token = own
+    peer.registered(f"{name}-1", **OURS)
+    listed = run("agent", "list", *where)[0]
+    assert re.search(rf"^{name}-1 .* its own$", listed, re.M)
+    assert "is free" in run("agent", "move", f"{name}-1", *where)[1]
+    assert "is not bound" in run("agent", "move", f"{name}-1", *where)[1]
+
+
+def without_times(output: tuple[str, str]) -> tuple[str, str]:
+    """Output without the times of the last use, which go on."""
+    return re.sub(r'"(used|seen)_on": "[^"]*"', "", output[0]), output[1]
+
+
+@pytest.mark.long
+def test_both_places_print_the_same(
+    server: Server, token_file: Path, peer: Peer, name: str
+) -> None:
+    for each in ("a", "b"):
+        peer.registered(f"{name}-{each}", **OURS)
+    run("agent", "label", f"{name}-a", "cellar", f"--data={server.data}")
+    order = peer.activate({f"{name}-a": STORE_PATHS[0], f"{name}-b": STORE_PATHS[1]})
+    number = str(peer.status(order[f"{name}-a"])["run"])
+    for command in (
+        ["agent", "list"],
+        ["agent", "list", "--label=cellar"],
+        ["agent", "list", "--state=never"],
+        ["agent", "show", f"{name}-a"],
+        ["deployment", "list"],
+        ["deployment", "show", f"{name}-a", "1"],
+        ["deployment", "log", f"{name}-a", "1"],
+        ["run", "list"],
+        ["run", "show", number],
+        ["person", "list"],
+        ["token", "list"],
+        ["cache", "list"],
+        ["webhook", "list"],
+        ["audit", "--limit=20"],
+    ):
+        for form in ([], ["--json"] * (command[1] != "log")):
+            here = run(*command, *form, f"--data={server.data}")
+            away = run(*command, *form, f"--url={server.url}", f"--token-file={token_file}")
+            assert without_times(here) == without_times(away), command
 
 
 def test_who_did_it_is_noted(server: Server, token_file: Path, peer: Peer, name: str) -> None:
@@ -187,18 +290,23 @@ def test_a_secret_that_can_not_be_kept_is_not_made(
     out = tmp_path / "out"
     out.write_text("what is there already")
     afar = (f"--url={server.url}", f"--token-file={token_file}")
-    before = run("token", "list", "--json", *afar)[0]
+
+    def listed(**more: str) -> list[int]:
+        return [one["id"] for one in json.loads(run("token", "list", "--json", *afar, **more)[0])]
+
+    before = listed()
     _, err = run("token", "create", "admin", f"--out={out}", *afar, status=1)
-    assert "exists already" in err and run("token", "list", "--json", *afar)[0] == before
+    assert "File exists" in err and listed() == before
     netrc = tmp_path / ".netrc"
     netrc.write_text("machine 127.0.0.1 login x password wrong\n")
     netrc.chmod(0o600)
-    assert run("token", "list", "--json", *afar, HOME=str(tmp_path))[0] == before
+    assert listed(HOME=str(tmp_path)) == before
 
 
 # --- where the workspace is -----------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_only_init_and_serve_make_a_workspace(tmp_path: Path) -> None:
     data = tmp_path / "data"
     for command in (["token", "create", "admin"], ["cache", "create", "x"], ["login-link"]):
@@ -224,6 +332,7 @@ def test_the_environment_names_the_directory(tmp_path: Path) -> None:
 # --- signing in -----------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_terminal_shows_the_first_link_and_a_log_never_does(tmp_path: Path) -> None:
     serve = f"{sys.executable} -m cachix_workspace serve --listen=127.0.0.1:0 --data=data"
     script = ["script", "-qfec", serve, "/dev/null"]

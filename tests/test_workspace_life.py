@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -86,13 +87,21 @@ def test_every_decision_is_bounded() -> None:
         assert decision.pause is None or 0 < decision.pause <= PATIENCE
 
 
+@contextlib.contextmanager
+def opened(signs: Signs, id: str) -> Iterator[None]:
+    """A socket that is open during the block."""
+    signs.enter(id)
+    yield
+    signs.leave(id)
+
+
 def test_signs() -> None:
     signs = Signs()
     start = signs.last("a")
     assert signs.last("b", "a") == start  # a server that has just started knows nothing
     signs.note("a")
     assert signs.last("a", "b").moment >= start.moment and signs.last("b") == start
-    with signs.open("b"), signs.open("b"):
+    with opened(signs, "b"), opened(signs, "b"):
         assert signs.silence("b") < 0.01
     assert signs.last("b").moment >= signs.last("a").moment
     signs.forget("b")
@@ -105,7 +114,7 @@ def test_only_what_runs_is_lost() -> None:
     assert signs.lost_since(lost, 60.0) is None
     assert signs.lost_since(lost, 0.0) == signs.last("x").time
     assert signs.lost_since(replace(lost, status="Pending"), 0.0) is None
-    with signs.open("a"):  # its agent is connected
+    with opened(signs, "a"):  # its agent is connected
         assert signs.lost_since(lost, 1.0) is None
 
 

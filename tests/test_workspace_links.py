@@ -46,6 +46,7 @@ def test_other_messages_stay_as_they_are(caplog: pytest.LogCaptureFixture) -> No
     assert record.getMessage() == "/agents/web has 3 of 100%"
 
 
+@pytest.mark.sqlite
 def test_a_request_that_fails_is_logged_without_it() -> None:
     with running() as server:
         link = command("login-link", f"--data={server.data}").stdout.strip()
@@ -55,5 +56,5 @@ def test_a_request_that_fails_is_logged_without_it() -> None:
         answer = requests.get(link, timeout=DEADLINE)
         assert answer.status_code == 503
         wait_for(lambda: any("failed" in line for line in server.lines))
-        said = "\n".join(server.lines)
-        assert "/sign-in/..." in said and secret not in said
+        text = "\n".join(server.lines)
+        assert "/sign-in/..." in text and secret not in text

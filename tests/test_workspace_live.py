@@ -207,8 +207,8 @@ def test_cancellation(peer: Peer, name: str) -> None:
         asked = peer.http("POST", cancel.replace(first, second))
         assert asked.status_code == 200 and asked.json()["status"] == RUNNING
         assert asked.json()["cancelRequested"]
-    told = peer.report(name, second, RUNNING, step="ready")
-    assert told.status_code == 409 and told.json()["status"] == C
+    facts = peer.report(name, second, RUNNING, step="ready")
+    assert facts.status_code == 409 and facts.json()["status"] == C
     for status in (RUNNING, S, F):
         refused = peer.report(name, second, status)
         assert refused.status_code == 409 and refused.json()["status"] == C

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-
 import pytest
 from management_support import Client
 from pages_support import Browser
-from workspace_support import DEADLINE, OURS, STORE_PATHS, Peer, Server, running
+from workspace_support import DEADLINE, OURS, STORE_PATHS, Peer, Server
 
 FAILED, SUCCEEDED = "Failed", "Succeeded"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with running() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -24,22 +15,12 @@ def peer(server: Server) -> Peer:
     return Peer(server)
 
 
-@pytest.fixture(scope="module")
-def admin(server: Server) -> Client:
-    return Client(server, server.token("admin"))
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    return re.sub(r"[^0-9A-Za-z]+", "-", request.node.name).strip("-")[:100]
-
-
 def test_an_agent_is_added_changed_and_removed(admin: Client, name: str) -> None:
     secret = admin("POST", "/agents", 201, name=name, labels=["prod"])["secret"]
     assert secret.startswith("agent-")
     admin("POST", "/agents", 409, name=name)
-    found = admin("GET", "/agents?label=prod&state=never")["agents"]
-    assert name in [agent["name"] for agent in found]
+    result = admin("GET", "/agents?label=prod&state=never")["agents"]
+    assert name in [agent["name"] for agent in result]
     changed = admin("PATCH", f"/agents/{name}", paused=True, labels=["db"], description="x")
     assert changed["labels"] == ["db"] and changed["pausedSince"]
     assert admin("PATCH", f"/agents/{name}", paused=False)["pausedSince"] is None
@@ -93,19 +74,19 @@ def test_a_run_is_listed_retried_and_rolled_back(admin: Client, peer: Peer, name
 def test_lists_are_paged(admin: Client, name: str) -> None:
     for number in range(5):
         admin("POST", "/agents", 201, name=f"{name}-{number}")
-    found, page = [], 1
+    result, page = [], 1
     while page is not None:
         answer = admin("GET", f"/agents?text={name}&limit=2&page={page}")
-        found += [agent["name"] for agent in answer["agents"]]
+        result += [agent["name"] for agent in answer["agents"]]
         page = answer["next"]
-    assert found == [f"{name}-{number}" for number in range(5)]
+    assert result == [f"{name}-{number}" for number in range(5)]
 
 
 def test_tokens_caches_people_webhooks_and_the_freeze(admin: Client) -> None:
-    made = admin("POST", "/tokens", 201, kind="agent", agents="x-*", count=2, expiresInDays=7)
-    assert made["secret"] not in str(admin("GET", "/tokens"))
-    after = admin("POST", f"/tokens/{made['id']}/rotate", 201)
-    assert after["id"] > made["id"]
+    answer = admin("POST", "/tokens", 201, kind="agent", agents="x-*", count=2, expiresInDays=7)
+    assert answer["secret"] not in str(admin("GET", "/tokens"))
+    after = admin("POST", f"/tokens/{answer['id']}/rotate", 201)
+    assert after["id"] > answer["id"]
     assert admin("DELETE", f"/tokens/{after['id']}?andAgents=true")["agents"] == 0
     admin("POST", "/tokens", 400, kind="activate", count=2)
     cache = admin("POST", "/caches", 201, name="main", public=False)
@@ -129,47 +110,48 @@ def test_tokens_caches_people_webhooks_and_the_freeze(admin: Client) -> None:
 
 
 def test_an_agent_is_shown_with_all_that_is_known(admin: Client, peer: Peer, name: str) -> None:
-    peer.registered(name, **OURS)
+    sock = peer.registered(name, **OURS)
     deployment = peer.activate({name: STORE_PATHS[0]})[name]
     peer.report(name, deployment, SUCCEEDED, outcome="succeeded")
     admin("PATCH", f"/agents/{name}", description="in the cellar", paused=True)
-    shown = admin("GET", f"/agents/{name}")
-    assert shown["description"] == "in the cellar" and shown["pausedBy"].startswith("token")
-    assert shown["deployed"] == STORE_PATHS[0] and shown["formerPaths"] == [STORE_PATHS[0]]
-    assert shown["lastState"] == "succeeded" and not shown["isBound"] and shown["token"]
+    facts = admin("GET", f"/agents/{name}")
+    assert facts["description"] == "in the cellar" and facts["pausedBy"].startswith("token")
+    assert facts["deployed"] == STORE_PATHS[0] and facts["formerPaths"] == [STORE_PATHS[0]]
+    assert facts["lastState"] == "succeeded" and not facts["bound"] and facts["token"]
     listed = admin("GET", f"/agents?text={name}")["agents"][0]
-    assert listed == {key: shown[key] for key in listed}
+    assert listed == {key: facts[key] for key in listed}
+    sock.close()
 
 
 def test_tokens_are_paged_and_say_who_uses_them(admin: Client, peer: Peer, name: str) -> None:
     peer.registered(name, **OURS)
-    found, page = [], 1
+    result, page = [], 1
     while page is not None:
         answer = admin("GET", f"/tokens?limit=2&page={page}")
         assert len(answer["tokens"]) <= 2
-        found += answer["tokens"]
+        result += answer["tokens"]
         page = answer["next"]
-    numbers = [token["id"] for token in found]
+    numbers = [token["id"] for token in result]
     assert numbers == sorted(set(numbers), reverse=True) and len(numbers) > 2
-    assert [name] == [one for token in found for one in token["usedBy"] if one == name]
+    assert [name] == [one for token in result for one in token["usedBy"] if one == name]
 
 
 def test_revoking_an_enrolment_token_ends_what_its_agents_got(server: Server, name: str) -> None:
     admin = Client(server, server.token("admin"))
-    made = admin("POST", "/tokens", 201, kind="agent", agents=f"{name}-*")
+    answer = admin("POST", "/tokens", 201, kind="agent", agents=f"{name}-*")
     peer = Peer(server)
-    peer.agent_token = made["secret"]
+    peer.agent_token = answer["secret"]
     peer.registered(f"{name}-1", **OURS)
-    assert admin("DELETE", f"/tokens/{made['id']}?andAgents=true")["agents"] == 1
+    assert admin("DELETE", f"/tokens/{answer['id']}?andAgents=true")["agents"] == 1
     states = {token["issuedBy"]: token["state"] for token in admin("GET", "/tokens")["tokens"]}
-    assert states[made["id"]] == "revoked"
+    assert states[answer["id"]] == "revoked"
 
 
 def test_a_cache_is_shown_and_a_session_ended(server: Server, admin: Client) -> None:
     cache = admin("POST", "/caches", 201, name="shown")
-    shown = admin("GET", "/caches/shown")
-    assert "secretKey" in cache and shown["recent"] == shown["unsigned"] == []
-    assert {**shown, "secretKey": cache["secretKey"]}.items() >= cache.items()
+    facts = admin("GET", "/caches/shown")
+    assert "secretKey" in cache and facts["recent"] == facts["unsigned"] == []
+    assert {**facts, "secretKey": cache["secretKey"]}.items() >= cache.items()
     admin("GET", "/caches/nothing", 404)
     browser = Browser(server, "sam")
     assert "Agents" in browser.get("/")
@@ -185,7 +167,7 @@ def test_the_workspace_is_named_and_counted(server: Server, admin: Client, name:
     admin("PATCH", f"/agents/{name}", paused=True)
     assert admin("PATCH", "/workspace", name="  The  Cellar ")["name"] == "The Cellar"
     admin("PATCH", "/workspace", 400, name="\u202e")
-    shown = admin("GET", "/workspace")
-    assert shown["name"] == "The Cellar" and shown["url"] == server.url
-    assert shown["agents"] == sum(shown["states"].values()) and shown["paused"] >= 1
-    assert not shown["freeze"]["frozen"]
+    facts = admin("GET", "/workspace")
+    assert facts["name"] == "The Cellar" and facts["url"] == server.url
+    assert facts["agents"] == sum(facts["states"].values()) and facts["paused"] >= 1
+    assert not facts["freeze"]["frozen"]

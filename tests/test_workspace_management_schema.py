@@ -31,8 +31,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Flask:
 
 @pytest.fixture(scope="module")
 def document(app: Flask) -> dict[str, Any]:
-    found: dict[str, Any] = app.test_client().get("/api/v1/openapi.json").get_json()
-    return found
+    result: dict[str, Any] = app.test_client().get("/api/v1/openapi.json").get_json()
+    return result
 
 
 def described(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
@@ -47,8 +47,8 @@ def described(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]
 def test_the_document_has_every_operation(app: Flask, document: dict[str, Any]) -> None:
     assert document["openapi"] == "3.1.0"
     assert document["security"] == [{"token": []}]
-    found = {(method, re.sub("{[a-z_]+}", "1", path)) for method, path, _ in described(document)}
-    assert found == {(one.method, f"/api/v1{one.path}") for one in operations(app)}
+    result = {(method, re.sub("{[a-z_]+}", "1", path)) for method, path, _ in described(document)}
+    assert result == {(one.method, f"/api/v1{one.path}") for one in operations(app)}
 
 
 def test_an_error_is_described_as_it_is_answered(app: Flask, document: dict[str, Any]) -> None:
@@ -81,8 +81,8 @@ def test_whatever_is_sent_is_answered_as_the_document_says(app: Flask) -> None:
     """Random requests that the document allows: no failure, and answers that it describes."""
     loaded = schemathesis.openapi.from_wsgi("/api/v1/openapi.json", app)
     tried = 0
-    for found in loaded.get_all_operations():
-        operation = found.ok()
+    for result in loaded.get_all_operations():
+        operation = result.ok()
 
         @given(case=operation.as_strategy())
         @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

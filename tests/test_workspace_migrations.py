@@ -17,6 +17,8 @@ from cachix_workspace import database
 from cachix_workspace.database import open_database
 from cachix_workspace.settings import Settings
 
+pytestmark = pytest.mark.sqlite
+
 RUNNING, SUCCEEDED, FAILED = "InProgress", "Succeeded", "Failed"
 
 
@@ -30,17 +32,17 @@ def earlier(data: Path) -> None:
 def structure(data: Path) -> dict[str, object]:
     """The columns and indexes of each table."""
     database = open_database(Settings(data), create=True)
-    found = inspect(database.engine)
+    result = inspect(database.engine)
     tables = {
         name: (
             {
                 column["name"]: (str(column["type"]), column["nullable"], column["primary_key"])
-                for column in found.get_columns(name)
+                for column in result.get_columns(name)
             },
-            found.get_indexes(name),
-            found.get_unique_constraints(name),
+            result.get_indexes(name),
+            result.get_unique_constraints(name),
         )
-        for name in found.get_table_names()
+        for name in result.get_table_names()
         if name != "alembic_version"  # Alembic's own note, made with the first migration
     }
     database.close()
@@ -93,8 +95,8 @@ def test_a_database_of_schema_1_keeps_everything(tmp_path: Path) -> None:
         assert (contents["id"], contents["resumed"]) == (deployment["id"], True)
         assert contents["rollbackScript"] == f"/nix/store/{'c' * 32}-script"
         peer.report("web", deployment["id"], SUCCEEDED, outcome="succeeded")
-        told = peer.status(deployment["id"])
-        assert (told["outcome"], told["agentVersion"]) == ("succeeded", "0.1.0")
+        facts = peer.status(deployment["id"])
+        assert (facts["outcome"], facts["agentVersion"]) == ("succeeded", "0.1.0")
         assert peer.status(peer.activate({"web": STORE_PATHS[0]})["web"])["index"] == 3
     finally:
         server.kill()
@@ -135,11 +137,11 @@ def test_an_older_program_says_which_one_to_use(
     tmp_path: Path, program: str | None, remedy: str
 ) -> None:
     settings = Settings(tmp_path / "data")
-    opened = open_database(settings, create=True)
-    with opened.write() as connection:
+    emptied = open_database(settings, create=True)
+    with emptied.write() as connection:
         assert database.get_meta(connection, "program") == __version__
         database.put_meta(connection, "version", "99")
         database.put_meta(connection, "program", program or "")
-    opened.close()
+    emptied.close()
     with pytest.raises(Error, match=f"schema 99, and this program, .*: use {remedy}"):
         open_database(settings)

@@ -97,12 +97,36 @@ def test_one_order_is_one_run(fleet: Fleet) -> None:
     assert {row.actor for row in order.rows.values()} == {"anna"}
     with fleet.database.read() as connection:
         run = runs.get(connection, order.run_id)
-        assert (run.actor, run.action, run.said, run.of_run) == ("anna", "deploy", source, None)
+        assert (run.actor, run.action, run.origin, run.of_run) == ("anna", "deploy", source, None)
         assert [each.name for each in runs.members(connection, order.run_id)] == ["db", "web"]
         noted = audit.list_some(connection, 2)
     assert {(each.actor, each.address, each.action) for each in noted} == {
         ("anna", "10.0.0.9", "deploy")
     }
+
+
+def test_a_later_order_goes_on_with_its_run(fleet: Fleet) -> None:
+    first = fleet.order({"web": A})
+    later = fleet.call(orders.order, Spec({"db": A, "new": A}, {}), ANNA, None, first.run_id)
+    assert later.run_id == first.run_id
+    with fleet.database.read() as connection:
+        names = [each.name for each in runs.members(connection, first.run_id)]
+        assert names == ["db", "new", "web"] and len(runs.list_some(connection, 10)) == 1
+
+
+@pytest.mark.parametrize("run_id", [0, -1, 2, 10**30, -(10**30)])
+def test_an_order_can_not_go_on_with_no_run(fleet: Fleet, run_id: int) -> None:
+    fleet.order({"web": A})
+    refusal = fleet.refused(orders.order, Spec({"db": A}, {}), ANNA, None, run_id)
+    assert refusal.code == 404
+
+
+def test_an_order_can_not_go_on_with_the_run_of_others(fleet: Fleet) -> None:
+    first = fleet.order({"web": A})
+    bert = Actor("bert", "10.0.0.9")
+    assert fleet.refused(orders.order, Spec({"db": A}, {}), bert, None, first.run_id).code == 403
+    again = fleet.call(orders.deploy_path, ["web"], B, ANNA, "roll-back")
+    assert fleet.refused(orders.order, Spec({"db": A}, {}), ANNA, None, again.run_id).code == 403
 
 
 def test_a_newer_order_replaces_what_waits(fleet: Fleet) -> None:
@@ -188,8 +212,8 @@ def test_rolling_a_run_back_returns_each_agent_to_what_it_ran(fleet: Fleet) -> N
     plan = fleet.call(orders.plan_back, rows)
     assert plan == [Back("db", C, B), Back("web", C, A)]
     order = fleet.call(orders.roll_back, rows, ANNA, of_run=run.run_id)
-    found = {name: (row.store_path, row.rollback_script) for name, row in order.rows.items()}
-    assert found == {"db": (B, None), "web": (A, SCRIPT)}  # A with the check it had then
+    result = {name: (row.store_path, row.rollback_script) for name, row in order.rows.items()}
+    assert result == {"db": (B, None), "web": (A, SCRIPT)}  # A with the check it had then
     assert {row.retry_of for row in order.rows.values()} == {None}
     with fleet.database.read() as connection:
         back = runs.get(connection, order.run_id)
@@ -227,8 +251,8 @@ def test_what_the_agent_says_it_runs_counts(fleet: Fleet) -> None:
     fleet.deploy("web", A)
     row = fleet.deploy("web", B)
     with fleet.database.write() as connection:
-        said = agents.agents.update().where(agents.agents.c.name == "web").values(running=C)
-        connection.execute(said)
+        change = agents.agents.update().where(agents.agents.c.name == "web").values(running=C)
+        connection.execute(change)
     assert fleet.call(orders.plan_back, {"web": row}) == [Back("web", C, A)]
     assert fleet.order({"web": A}).rows["web"].before == C
 
@@ -238,8 +262,8 @@ def test_a_former_path_is_deployed_with_the_check_that_it_had(fleet: Fleet) -> N
     fleet.deploy("web", A, scripts={"x86_64-linux": OTHER_SCRIPT})
     fleet.deploy("db", A)
     order = fleet.call(orders.deploy_path, ["web", "db"], A, ANNA)
-    found = {name: row.rollback_script for name, row in order.rows.items()}
-    assert found == {"web": OTHER_SCRIPT, "db": None}
+    result = {name: row.rollback_script for name, row in order.rows.items()}
+    assert result == {"web": OTHER_SCRIPT, "db": None}
     with pytest.raises(Refusal, match="unknown agents: mail"):
         fleet.call(orders.deploy_path, ["mail"], A, ANNA)
 
@@ -319,8 +343,8 @@ def test_a_paused_agent_is_sent_what_waits_once_it_is_resumed(peer: Peer) -> Non
     beside(peer.server, agents.pause, ["web"], "anna")
     first = peer.activate({"web": A})["web"]
     assert agent.is_silent(1.0)
-    told = peer.status(first)
-    assert told["status"] == PENDING and told["agentPausedSince"] is not None
+    facts = peer.status(first)
+    assert facts["status"] == PENDING and facts["agentPausedSince"] is not None
     second = peer.activate({"web": B})["web"]
     assert peer.status(first)["status"] == CANCELLED
     again = peer.registered("web", **OURS)  # nor when it connects
@@ -347,8 +371,8 @@ def test_an_added_agent_gets_the_rollback_script_of_its_system(peer: Peer) -> No
     beside(peer.server, agents.add, "fresh")
     scripts = {"x86_64-linux": SCRIPT, "aarch64-linux": OTHER_SCRIPT}
     ordered = peer.activate({"fresh": A}, scripts)["fresh"]
-    told = peer.status(ordered)
-    assert (told["status"], told["agentOnline"], told["agentOfflineSince"]) == (
+    facts = peer.status(ordered)
+    assert (facts["status"], facts["agentOnline"], facts["agentOfflineSince"]) == (
         PENDING,
         False,
         None,
@@ -384,13 +408,38 @@ def test_ci_says_who_it_is(peer: Peer) -> None:
     body = {"agents": {"named": A}, "source": source}
     answer = peer.http("POST", "/api/v2/deploy/activate", json=body)
     ordered = answer.json()["agents"]["named"]["id"]
-    told = peer.status(ordered)
-    assert told["startedBy"].startswith("CI (token ") and "main@a1b2c3d" in told["startedBy"]
+    facts = peer.status(ordered)
+    assert facts["startedBy"].startswith("CI (token ") and "main@a1b2c3d" in facts["startedBy"]
     database = open_database(Settings(peer.server.data))
     with database.read() as connection:
-        said = runs.get(connection, told["run"]).said
+        origin = runs.get(connection, facts["run"]).origin
     database.close()
-    assert (said.commit, said.branch, said.url) == ("a1b2c3d4e5f6", "main", "")
+    assert (origin.commit, origin.branch, origin.url) == ("a1b2c3d4e5f6", "main", "")
     for wrong in ([], "x", {"commit": 5}):
         answer = peer.http("POST", "/api/v2/deploy/activate", json={**body, "source": wrong})
         assert answer.status_code == 400 and "`source`" in answer.json()["error"]
+
+
+def test_ci_goes_on_with_its_run(peer: Peer) -> None:
+    for agent in ("first", "second"):
+        peer.registered(agent, **OURS)
+    path, source = "/api/v2/deploy/activate", {"commit": "a1b2c3d4e5f6", "actor": "anna"}
+    answer = peer.http("POST", path, json={"agents": {"first": A}, "source": source}).json()
+    run = answer["run"]
+    assert answer["runUrl"].endswith(f"/runs/{run}")
+    body = {"agents": {"second": A}, "source": source, "run": run}
+    again = peer.http("POST", path, json=body).json()
+    assert again["run"] == run and again["runUrl"] == answer["runUrl"]
+    facts = peer.http("GET", f"/api/v1/runs/{run}").json()
+    assert [each["agent"] for each in facts["deployments"]] == ["first", "second"]
+    assert facts["source"]["actor"] == "anna"
+    other = peer.server.token("activate")
+    for status, change, token in (
+        (400, {"run": "1"}, None),
+        (400, {"run": True}, None),
+        (404, {"run": 10**9}, None),
+        (403, {"source": {"commit": "f" * 12}}, None),
+        (403, {}, other),
+    ):
+        answer = peer.http("POST", path, token, json={**body, **change})
+        assert answer.status_code == status, (change, answer.text)

@@ -118,6 +118,7 @@ def test_what_was_ordered_before_may_be_reported_with_the_former_token(peer: Pee
     assert peer.http("PUT", status, shared, json=body, headers=headers).status_code == 403
 
 
+@pytest.mark.long
 def test_an_agent_of_another_program_stays_unbound_and_lists_say_so(peer: Peer) -> None:
     shared = create(peer, "agent", "--names=*")
     assert "secret" not in register(peer, shared, "old", **{"User-Agent": "cachix 1.11.1"})
@@ -151,6 +152,7 @@ def test_a_token_for_so_many_agents(peer: Peer) -> None:
         )
 
 
+@pytest.mark.long
 def test_a_name_that_is_moved_is_free_for_the_next_machine(peer: Peer) -> None:
     shared = create(peer, "agent", "--names=*")
     own = enrol(peer, shared, "web")
@@ -161,11 +163,12 @@ def test_a_name_that_is_moved_is_free_for_the_next_machine(peer: Peer) -> None:
     assert answer_to(peer, own, "web").startswith("403 the token that web kept was taken back")
     assert enrol(peer, shared, "web") != own
     data = f"--data={peer.server.data}"
-    assert "there is no agent 'no'" in command("agent", "move", "no", data, status=1).stderr
+    assert "there is no agent no" in command("agent", "move", "no", data, status=1).stderr
     register(peer, peer.server.token("agent"), "other")
     assert "is not bound" in command("agent", "move", "other", data).stderr
 
 
+@pytest.mark.long
 def test_revoking_an_enrolment_token_leaves_its_agents_unless_asked(peer: Peer) -> None:
     shared = create(peer, "agent", "--names=*")
     own = enrol(peer, shared, "web")
@@ -177,6 +180,7 @@ def test_revoking_an_enrolment_token_leaves_its_agents_unless_asked(peer: Peer) 
     assert answer_to(peer, own, "web").startswith("403 the token that web kept was taken back")
 
 
+@pytest.mark.long
 def test_a_token_without_a_name_is_for_the_first_agent_that_is_new(peer: Peer) -> None:
     peer.registered("known").close()
     one = create(peer, "agent")
@@ -205,8 +209,14 @@ def test_two_agents_at_once_do_not_share_a_token_without_a_name(peer: Peer) -> N
     for number, rival in enumerate(rivals):
         rival.send(handshake("/ws", secret, name=f"rival-{number}"))
     for rival in rivals:
+        assert rival.read_head().startswith("HTTP/1.1 ")
         rival.close()
-    wait_until(lambda: len([each for each in listed(peer, "agent") if each["token"]]) == 1, 10)
+
+    def owners() -> list[str]:
+        with_token = [each["name"] for each in listed(peer, "agent") if each["token"]]
+        return [name for name in with_token if name.startswith("rival-")]
+
+    wait_until(lambda: len(owners()) == 1, 10)
 
 
 def test_whoever_tries_tokens_is_told_to_wait_and_others_are_not(peer: Peer) -> None:
@@ -236,6 +246,7 @@ def number_of(peer: Peer, **facts: Any) -> str:
     )
 
 
+@pytest.mark.long
 def test_a_token_of_ci_ends_when_its_successor_is_used(peer: Peer) -> None:
     old = create(peer, "activate", "--agents=web", "--description=ci")
     peer.registered("web")
@@ -252,6 +263,7 @@ def test_a_token_of_ci_ends_when_its_successor_is_used(peer: Peer) -> None:
     assert "no valid token" in command("token", "rotate", number, data, status=1).stderr
 
 
+@pytest.mark.long
 def test_a_token_of_agents_ends_for_each_by_itself(peer: Peer) -> None:
     old = create(peer, "agent", "--shared", "--description=fleet")
     for name in ("web", "db"):
@@ -266,21 +278,22 @@ def test_a_token_of_agents_ends_for_each_by_itself(peer: Peer) -> None:
         r"403 this token was replaced by token \d+, which web uses already", refused
     )
     assert answer_to(peer, old, "db") == "101"
-    said = command("token", "list", data).stderr
-    assert re.search(rf"token {number} is replaced by token \d+, which db still use", said)
+    text = command("token", "list", data).stderr
+    assert re.search(rf"token {number} is replaced by token \d+, which db still use", text)
     (still,) = (each["used_by"] for each in listed(peer, "token") if str(each["id"]) == number)
     assert still == ["db"]
 
 
+@pytest.mark.long
 def test_the_former_token_ends_after_a_week_or_at_its_own_time(peer: Peer) -> None:
     for days, expected in (("", 7), ("--expires=3", 3), ("--expires=30", 7)):
         create(peer, "agent", f"--description=for{days}", *([days] if days else []))
         number = number_of(peer, description=f"for{days}")
         peer.server.command("token", "rotate", number)
         facts = next(each for each in listed(peer, "token") if str(each["id"]) == number)
-        made, ends = (facts[name][:10] for name in ("created_on", "expires_on"))
+        answer, ends = (facts[name][:10] for name in ("created_on", "expires_on"))
         with sqlite3.connect(":memory:") as sql:
-            (left,) = sql.execute("select julianday(?) - julianday(?)", (ends, made)).fetchone()
+            (left,) = sql.execute("select julianday(?) - julianday(?)", (ends, answer)).fetchone()
         assert left == expected
 
 
@@ -291,6 +304,7 @@ def test_the_token_that_an_agent_keeps_is_not_rotated_by_hand(peer: Peer) -> Non
     assert "`cachix-workspace agent move web` lets it get another" in refused
 
 
+@pytest.mark.long
 def test_tokens_that_expire_soon_are_warned_of() -> None:
     with running() as server:
         secrets = {
@@ -324,6 +338,7 @@ def deploy(workspace: Workspace, name: str, version: int) -> str:
     return workspace.wait(workspace.deploy(name, path))
 
 
+@pytest.mark.long
 def test_an_agent_keeps_its_own_token(host: Host, make_workspace: Any) -> None:
     workspace = make_workspace(private=True)
     shared = workspace.token("agent", "--names=w*")
@@ -363,6 +378,7 @@ def test_another_machine_is_told_whose_the_name_is(make_host: Any, make_workspac
     second.agent("web", workspace.url, shared, env=FAST).wait_for("web is connected")
 
 
+@pytest.mark.long
 def test_an_agent_whose_token_the_workspace_has_lost_enrols_again(
     host: Host, make_workspace: Any
 ) -> None:
@@ -387,6 +403,7 @@ def test_a_kept_token_that_is_none_is_replaced(
     host.agent("web", workspace.url, shared, env=FAST).wait_for("has a token of its own now")
 
 
+@pytest.mark.long
 def test_a_bootstrap_hands_its_name_over(host: Host, make_workspace: Any) -> None:
     workspace = make_workspace()
     shared = workspace.token("agent", "--names=*")
@@ -407,6 +424,7 @@ def test_a_bootstrap_hands_its_name_over(host: Host, make_workspace: Any) -> Non
 # --- keys of caches -------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_two_keys_count_until_the_old_one_is_retired(host: Host, make_workspace: Any) -> None:
     workspace = make_workspace()
     agent = host.agent("web", workspace.url, workspace.token("agent"), env=FAST)
@@ -425,8 +443,36 @@ def test_two_keys_count_until_the_old_one_is_retired(host: Host, make_workspace:
     workspace.files.write(three, workspace.files.archive(three).read_bytes(), [])
     workspace.push(three)
     assert workspace.wait(workspace.deploy("web", three)) == SUCCEEDED
-    said = workspace.cli("cache", "key", "retire", "main")
-    assert said == ""
-    shown = workspace.cli("cache", "show", "main")
-    assert new.public in shown and old.public not in shown
-    assert one in shown and two in shown and three not in shown
+    text = workspace.cli("cache", "key", "retire", "main")
+    assert text == ""
+    facts = workspace.cli("cache", "show", "main")
+    assert new.public in facts and old.public not in facts
+    assert one in facts and two in facts and three not in facts
+
+
+# --- a fleet that comes for the first time --------------------------------------------------------
+
+
+def test_many_new_agents_at_once_are_admitted_as_single_ones_are(peer: Peer) -> None:
+    shared, mine = peer.server.token("agent"), create(peer, "agent", "--names=web-*")
+    enrol(peer, mine, "web-1")
+    names = [f"host-{number}" for number in range(60)]
+    coming = [(name, shared, {}) for name in [*names, "a b", "web-1"]]
+    coming += [("web-2", mine, OURS), ("other", mine, {}), ("new", "agent-unknown", {})]
+    connections = []
+    for name, secret, headers in coming:
+        connections.append(Connection(peer.server.port))
+        connections[-1].send(handshake("/ws", secret, name=name, **headers))
+    heads = [connection.read_head().split()[1] for connection in connections]
+    assert heads == [*60 * ["101"], "400", "403", "101", "403", "401"]
+    told = [json.loads(each.expect(TEXT))["command"]["contents"] for each in connections[:60]]
+    ids = {name: contents["id"] for name, contents in zip(names, told)}
+    assert len(set(ids.values())) == 60
+    assert json.loads(connections[62].expect(TEXT))["command"]["contents"]["secret"]
+    audit = peer.server.command("audit", "--limit=1000", "--json")
+    first = [entry["detail"] for entry in json.loads(audit)]
+    assert sorted(each for each in first if each.startswith("host-")) == sorted(
+        f"{name} connected first" for name in names
+    )
+    rows = {row["name"]: row for row in listed(peer, "agent")}
+    assert all(rows[name]["connected"] for name in names)

@@ -26,11 +26,6 @@ def peer() -> Iterator[Peer]:
         yield Peer(server)
 
 
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    return re.sub(r"[^0-9A-Za-z]+", "-", request.node.name).strip("-")[:100]
-
-
 def order(peer: Peer, name: str, path: int = 0) -> str:
     return peer.activate({name: STORE_PATHS[path]})[name]
 
@@ -53,10 +48,10 @@ def test_the_words_are_those_of_the_agent_and_of_the_document() -> None:
 
 def test_the_document_has_every_field_that_is_added(peer: Peer, name: str) -> None:
     peer.registered(name)
-    told = set(peer.status(order(peer, name)))
+    facts = set(peer.status(order(peer, name)))
     section = DOCS.partition("For those who wait")[2].partition("Cancelling")[0]
-    assert set(re.findall(r"^``(\w+)``  ", section, re.M)) == told - CACHIX_FIELDS
-    assert told > CACHIX_FIELDS
+    assert set(re.findall(r"^``(\w+)``  ", section, re.M)) == facts - CACHIX_FIELDS
+    assert facts > CACHIX_FIELDS
 
 
 @pytest.mark.parametrize("outcome", reports.OUTCOMES)
@@ -67,11 +62,11 @@ def test_an_outcome_is_kept(peer: Peer, name: str, outcome: str) -> None:
     assert peer.report(name, deployment, RUNNING, step="checking").json()["step"] == "checking"
     status = SUCCEEDED if outcome in ("succeeded", "reboot-needed") else FAILED
     peer.report(name, deployment, status, step="rolled-back", outcome=outcome, reason="why")
-    told = peer.status(deployment)
-    assert (told["status"], told["outcome"], told["reason"]) == (status, outcome, "why")
-    found = peer.http("GET", f"/api/v1/deploy/deployments?agent={name}&outcome={outcome}").json()
-    assert [each["id"] for each in found["deployments"]] == [deployment]
-    assert found["deployments"][0] == told
+    facts = peer.status(deployment)
+    assert (facts["status"], facts["outcome"], facts["reason"]) == (status, outcome, "why")
+    result = peer.http("GET", f"/api/v1/deploy/deployments?agent={name}&outcome={outcome}").json()
+    assert [each["id"] for each in result["deployments"]] == [deployment]
+    assert result["deployments"][0] == facts
 
 
 @pytest.mark.parametrize("value", ["", "x", 1, None, [], {}, True, "\ud800", "a" * 100_000])
@@ -83,8 +78,8 @@ def test_a_report_with_another_word_counts_all_the_same(
     more = {"step": value, "outcome": value}
     assert peer.report(name, deployment, RUNNING, **more).status_code == 200
     assert peer.report(name, deployment, SUCCEEDED, **more).status_code == 200
-    told = peer.status(deployment)
-    assert (told["status"], told["step"], told["outcome"]) == (SUCCEEDED, None, None)
+    facts = peer.status(deployment)
+    assert (facts["status"], facts["step"], facts["outcome"]) == (SUCCEEDED, None, None)
 
 
 def test_an_agent_that_says_neither(peer: Peer, name: str) -> None:
@@ -92,8 +87,8 @@ def test_an_agent_that_says_neither(peer: Peer, name: str) -> None:
     deployment = order(peer, name)
     peer.report(name, deployment, RUNNING)
     peer.report(name, deployment, FAILED)
-    told = peer.status(deployment)
-    assert (told["step"], told["outcome"], told["agentVersion"]) == (None, None, None)
+    facts = peer.status(deployment)
+    assert (facts["step"], facts["outcome"], facts["agentVersion"]) == (None, None, None)
 
 
 def test_a_running_deployment_has_no_outcome() -> None:
@@ -115,13 +110,14 @@ def test_a_running_deployment_has_no_outcome() -> None:
         ("cachix-deploy", None),
         ("cachix-deploy/", None),
         ("cachix-deploy/0.2.0 (linux)", "0.2.0"),
+        ("cachix-deploy/0.2.0+operations", "0.2.0"),
     ],
 )
 def test_the_version_of_an_agent_of_ours(peer: Peer, user_agent: str, version: str) -> None:
     name = "version-" + re.sub("[^0-9a-z.-]", "-", user_agent)
     agent = peer.registered(name, **{"User-Agent": user_agent})
-    told = peer.status(order(peer, name))
-    assert (told["agent"], told["agentVersion"], told["agentOnline"]) == (name, version, True)
+    facts = peer.status(order(peer, name))
+    assert (facts["agent"], facts["agentVersion"], facts["agentOnline"]) == (name, version, True)
     listed = peer.server.command("agent", "list")
     program = "1.11.1" if version is None else f"cachix-deploy {version}"
     assert re.search(rf"^{name} +online +x86_64-linux +{re.escape(program)} +\S+$", listed, re.M)
@@ -133,8 +129,8 @@ def test_an_agent_that_is_offline(peer: Peer, name: str) -> None:
     deployment = order(peer, name)
     assert peer.status(deployment)["agentOfflineSince"] is None
     agent.close()
-    told = wait_for(lambda: (s := peer.status(deployment))["agentOnline"] is False and s)
-    assert told["agentOfflineSince"] >= told["createdOn"]
+    facts = wait_for(lambda: (s := peer.status(deployment))["agentOnline"] is False and s)
+    assert facts["agentOfflineSince"] >= facts["createdOn"]
 
 
 # --- lists ----------------------------------------------------------------------------------------
@@ -142,16 +138,16 @@ def test_an_agent_that_is_offline(peer: Peer, name: str) -> None:
 
 def test_the_newest_deployments_come_first(peer: Peer, name: str) -> None:
     peer.registered(name)
-    made = [order(peer, name, path) for path in range(3)]
+    answer = [order(peer, name, path) for path in range(3)]
     url = f"/api/v1/deploy/deployments?agent={name}"
 
     def listed(more: str = "") -> list[str]:
         return [each["id"] for each in peer.http("GET", url + more).json()["deployments"]]
 
-    assert listed() == made[::-1] and listed("&limit=2") == made[:0:-1]
-    assert listed("&status=Pending") == made[2:] and listed("&status=Cancelled") == made[1::-1]
+    assert listed() == answer[::-1] and listed("&limit=2") == answer[:0:-1]
+    assert listed("&status=Pending") == answer[2:] and listed("&status=Cancelled") == answer[1::-1]
     assert listed("&outcome=succeeded") == [] and listed("&limit=0") == []
-    replaced = peer.status(made[0])
+    replaced = peer.status(answer[0])
     assert replaced["reason"] == "replaced by deployment 2"
     assert peer.http("GET", url, peer.agent_token).status_code == 403
     for wrong in ("&limit=x", "&limit=-1", "&limit=1001"):
@@ -179,8 +175,8 @@ def test_what_waits_is_cancelled_at_once(peer: Peer, name: str) -> None:
     peer.registered(name)
     deployment = order(peer, name)
     for _ in range(2):
-        status, told = cancel(peer, deployment)
-        assert status == 200 and told["status"] == CANCELLED and told["cancelRequested"] is None
+        status, facts = cancel(peer, deployment)
+        assert status == 200 and facts["status"] == CANCELLED and facts["cancelRequested"] is None
 
 
 @pytest.mark.parametrize("step", reports.UNTOUCHED_STEPS)
@@ -193,8 +189,8 @@ def test_what_runs_is_cancelled_by_its_agent(peer: Peer, name: str, step: str) -
     assert cancel(peer, deployment) == first
     answer = peer.report(name, deployment, RUNNING, step=step)
     assert answer.status_code == 409 and answer.json()["status"] == CANCELLED
-    told = peer.status(deployment)
-    assert (told["reason"], told["cancelRequested"], told["cancelRefused"]) == (
+    facts = peer.status(deployment)
+    assert (facts["reason"], facts["cancelRequested"], facts["cancelRefused"]) == (
         "cancelled",
         None,
         None,
@@ -214,8 +210,8 @@ def test_a_request_that_came_too_late_is_dropped(
     peer.report(name, deployment, RUNNING, step="ready")
     assert cancel(peer, deployment)[0] == 200
     assert peer.report(name, deployment, status, step=step).status_code == 200
-    told = peer.status(deployment)
-    assert told["status"] == status and told["cancelRequested"] is None and told["cancelRefused"]
+    facts = peer.status(deployment)
+    assert facts["status"] == status and facts["cancelRequested"] is None and facts["cancelRefused"]
     assert cancel(peer, deployment)[0] == 409
     assert peer.report(name, deployment, SUCCEEDED).status_code == (
         409 if status == FAILED else 200
@@ -241,7 +237,7 @@ TOUCHED_REPORTS = [
 def test_a_cancelled_deployment_that_the_agent_went_on_with(
     peer: Peer, name: str, how: str
 ) -> None:
-    """It heard of that too late, or never. What its machine runs counts more than the request."""
+    """It heard of that too late, or never. The machine's system counts more than the request."""
     for number, (status, step, outcome) in enumerate(TOUCHED_REPORTS):
         if how == "running" and step is None:  # an agent that has said a step says one at the end
             continue
@@ -255,10 +251,10 @@ def test_a_cancelled_deployment_that_the_agent_went_on_with(
         report = {"step": step, "outcome": outcome, "reason": "why"}
         for _ in range(2):
             assert peer.report(agent, deployment, status, **report).status_code == 200
-        told = peer.status(deployment)
-        assert (told["status"], told["outcome"]) == (status, outcome)
-        assert told["cancelRefused"] and told["cancelRequested"] is None
-        assert (told["reason"], told["finishedOn"] is None) == (
+        facts = peer.status(deployment)
+        assert (facts["status"], facts["outcome"]) == (status, outcome)
+        assert facts["cancelRefused"] and facts["cancelRequested"] is None
+        assert (facts["reason"], facts["finishedOn"] is None) == (
             (None, True) if status == RUNNING else ("why", False)
         )
 
@@ -293,8 +289,8 @@ def test_an_agent_that_says_no_step_can_not_be_cancelled(peer: Peer, name: str) 
     peer.registered(name)
     deployment = order(peer, name)
     peer.report(name, deployment, RUNNING)
-    status, told = cancel(peer, deployment)
-    assert (status, told) == (409, {"error": "this agent can't be cancelled once it has started"})
+    status, facts = cancel(peer, deployment)
+    assert (status, facts) == (409, {"error": "this agent can't be cancelled once it has started"})
     assert peer.status(deployment)["status"] == RUNNING
 
 

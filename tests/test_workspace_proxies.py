@@ -1,4 +1,4 @@
-"""Who asks, and by which name: proxies that are believed, and names of the workspace."""
+"""The client's address and the workspace's name: trusted proxies, and --also-known-as."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ def test_the_agent_takes_that_cache_for_near(peer: Peer) -> None:
 
     for host, came in (("deploy.lan:8080", INSIDE), ("10.1.1.1", "https://10.1.1.1")):
         contents = peer.agent("web", Host=host).expect_text()["command"]["contents"]
-        told = offer(came, Cache.from_json(contents["cache"]))
-        assert told.is_near == (came == INSIDE)
+        facts = offer(came, Cache.from_json(contents["cache"]))
+        assert facts.is_near == (came == INSIDE)
 
 
 def test_caches_below_each_of_our_hosts(peer: Peer) -> None:
@@ -156,6 +156,7 @@ def test_caches_below_each_of_our_hosts(peer: Peer) -> None:
         assert peer.http("GET", "/nix-cache-info", headers={"Host": host}).status_code == status
 
 
+@pytest.mark.sqlite  # the tests make the directory where it names another database
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [

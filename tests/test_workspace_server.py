@@ -1,4 +1,4 @@
-"""What the server libraries leave to us: ends, slots, stalled peers, crashes."""
+"""Tasks that the server libraries leave to us: ends, slots, stalled peers, crashes."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ def test_a_handler_that_fails_closes_with_1011(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
-from cachix_workspace import server, sockets
+from cachix_workspace import report_sockets, server
 from cachix_workspace.settings import Settings
 def fail(*_): raise RuntimeError("on purpose")
-sockets.receive_reports = fail
+report_sockets.ReportHandler.enter = fail
 listener = server.bind("127.0.0.1:0")
 sys.exit(server.serve(Settings(Path(sys.argv[1])), listener))
 """
@@ -92,6 +92,38 @@ def test_the_rest_of_the_slots_is_for_plain_requests() -> None:
         assert peer.http("GET", "/").status_code == 200
         connections.pop().close()
         wait_for(lambda: _registers(peer, "web-7"))
+
+
+HINT = "set LimitNOFILE= of its service, or `ulimit -n`"
+NO_ROOM = (
+    "2048 open files are allowed, so that it has at most 1024 connections at a time; "
+    f"for 16000 allow 17280: {HINT}"
+)
+TOO_MANY = (
+    f"warning: only 4096 open files are allowed, and --max-connections=5000 may need 6280: {HINT}"
+)
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "sentence"),
+    [
+        (2048, (), NO_ROOM),
+        (4096, ("--max-connections=5000",), TOO_MANY),
+        (4096, ("--max-connections=1000",), ""),
+    ],
+)
+def test_open_files_are_told_that_are_too_few(
+    files: int, options: tuple[str, ...], sentence: str
+) -> None:
+    with running(*options) as server:
+        server.kill()
+        server.lines.clear()
+        server.argv = ["prlimit", f"--nofile=512:{files}", *server.argv]
+        server.start()
+        assert [line for line in server.lines if "open files" in line] == (
+            [sentence] if sentence else []
+        )
+        assert Peer(server).http("GET", "/").status_code == 200
 
 
 def test_the_sockets_of_one_token_are_limited() -> None:
@@ -158,7 +190,7 @@ def test_frames_of_several_threads_stay_whole() -> None:
         peer.registered("web")
         deployment = peer.activate({"web": STORE_PATHS[0]})["web"]
         viewer = peer.view(deployment)
-        pings, lines = 2000, 20_000
+        pings, lines = 900, 20_000  # more pings would end it
 
         def ping() -> None:
             for number in range(pings):
@@ -326,6 +358,8 @@ def test_a_port_in_use(tmp_path: Path) -> None:
     assert process.stderr.count("\n") == 1 and not process.stdout
 
 
+@pytest.mark.sqlite
+@pytest.mark.long
 def test_a_data_directory_that_cannot_be_used(tmp_path: Path) -> None:
     def serve(data: Path) -> str:
         process = command("serve", "--listen=127.0.0.1:0", f"--data={data}", status=1)

@@ -1,4 +1,4 @@
-"""What agents say of their machines: taken, refused, kept, told to pages, and what follows."""
+"""Agents' reports on their machines: accepted, refused, kept, shown by pages; their effects."""
 
 from __future__ import annotations
 
@@ -13,13 +13,24 @@ from werkzeug.test import TestResponse
 from workspace_support import STORE_PATHS
 
 from activate import outcomes
+from activate.agent.present import WORDS
 from cachix_protocol import FAILED, SUCCEEDED, Spec
-from cachix_report_state import WORDS, MachineState
-from cachix_workspace import agents, deployments, machine_state, orders, owners, states, tokens
+from cachix_report_state import MachineState
+from cachix_workspace import (
+    agents,
+    audit,
+    deployments,
+    machine_state,
+    orders,
+    owners,
+    states,
+    tokens,
+)
 from cachix_workspace.agents import AgentRow
 from cachix_workspace.app import create_app
 from cachix_workspace.context import Workspace, workspace_of
 from cachix_workspace.deployments import DeploymentRow
+from cachix_workspace.fleet import Brief, brief_of_all
 from cachix_workspace.orders import Actor
 from cachix_workspace.reports import Report
 from cachix_workspace.settings import Settings
@@ -59,7 +70,7 @@ class Place:
         return self.client.put(path, json=body, headers=all_headers)
 
     def topics(self, after: int) -> list[str]:
-        """What pages were told since then."""
+        """The topics that pages got since then."""
         change = self.workspace.feed.wait(after, 0)
         assert change is not None
         return change[1]
@@ -92,6 +103,7 @@ class Place:
 def place(tmp_path: Path) -> Iterator[Place]:
     app = create_app(Settings(tmp_path, "http://ws.test"))
     workspace, secrets = workspace_of(app), {}
+    workspace.news.start(workspace.hear, lambda _: None)  # as `start_threads` does
     with workspace.database.write() as connection:
         for name in ("web", "db"):
             number, secrets[name] = tokens.create(connection, "agent", agents=name)
@@ -105,11 +117,47 @@ def place(tmp_path: Path) -> Iterator[Place]:
     workspace.database.close()
 
 
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [("rollback", "rolled back by hand"), ("activation", "activated by hand"), ("other", "")],
+)
+def test_what_was_done_by_hand_is_in_the_audit_once(place: Place, action: str, words: str) -> None:
+    """The page of events shows it as soon as the workspace can be reached again."""
+    said = {**SAID, "byHand": {"action": action, "time": TIME, "reason": None}, "drift": None}
+    place.put(SAID)
+    for _ in range(2):
+        assert place.put({**said, "running": NEW}).status_code == 200
+    with place.workspace.database.read() as connection:
+        entries = [entry for entry in audit.list_some(connection, 50) if "hand" in entry.action]
+    wanted = [("agent web", words, NEW)] if words else []
+    assert [(entry.actor, entry.action, entry.detail) for entry in entries] == wanted
+    assert place.put({**said, "byHand": "rollback"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("action", "word"),
+    [("rollback", "rolled back by hand"), ("activation", "activated by hand"), ("x", "changed by")],
+)
+def test_pages_say_what_was_done_by_hand(place: Place, action: str, word: str) -> None:
+    """Until the next deployment."""
+    place.report(SUCCEEDED, "succeeded", OLD)
+    place.put({**SAID, "byHand": {"action": action, "time": TIME, "reason": None}, "running": NEW})
+
+    def brief() -> Brief:
+        with place.workspace.database.read() as connection:
+            agents_ = brief_of_all(connection, place.workspace.signs, 60, ["web"])
+        return agents_[0]
+
+    assert brief().state.key == "by-hand" and brief().state.word.startswith(word)
+    place.report(SUCCEEDED, "succeeded", OLD)
+    assert brief().state.key == "well" and place.agent().by_hand is None
+
+
 def test_the_words_are_those_of_the_agent() -> None:
     assert set(machine_state.KINDS) == set(WORDS.values())
-    said = MachineState(OLD, TIME, PROFILE, "nixos", True).to_json()
-    assert set(said) == set(SAID)
-    taken = machine_state.MachineState.from_json(said)
+    text = MachineState(OLD, TIME, PROFILE, "nixos", True).to_json()
+    assert set(text) == set(SAID)
+    taken = machine_state.MachineState.from_json(text)
     assert taken == machine_state.MachineState(OLD, TIME, PROFILE, "nixos", True)
     assert states.REBOOT.key == outcomes.REBOOT_NEEDED  # by which `waits_for_boot` goes
 
@@ -273,9 +321,9 @@ def test_a_system_that_can_only_be_booted_was_not_changed_by_hand(place: Place) 
 @pytest.mark.parametrize("client", [None, "0.0.9"])
 def test_another_program_of_the_name_may_say_nothing(place: Place, client: str | None) -> None:
     place.put({**SAID, "rebootNeeded": True})
-    said = place.agent()
+    text = place.agent()
     with place.workspace.database.write() as connection:
         same = agents.register(connection, "web", "x86_64-linux", "1.11.1", "0.1.0")
-        assert replace(same, seen_on=said.seen_on) == said
+        assert replace(same, seen_on=text.seen_on) == text
         other = agents.register(connection, "web", "x86_64-linux", "1.11.1", client)
     assert [getattr(other, name) for name in agents.SAID] == [None] * len(agents.SAID)

@@ -61,6 +61,7 @@ def secured(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_real_agent_deploys_from_a_private_cache(
     host: Host, secured: Workspace, pair: tuple[Path, Path], name: str
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_real_agent_deploys_from_a_private_cache(
     assert "Traceback" not in secured.program.text()
 
 
+@pytest.mark.long
 def test_frames_of_several_threads_stay_whole(secured: Workspace, pair: tuple[Path, Path]) -> None:
     """A viewer that pings while it is sent lines: two threads send, and one reads."""
     import websocket
@@ -139,6 +141,7 @@ def test_the_end_of_an_answer_is_no_cut(secured: Workspace, pair: tuple[Path, Pa
     assert answer.startswith(b"HTTP/1.1 200 ") and b"cachix-deploy workspace" in answer
 
 
+@pytest.mark.long
 def test_an_upload_ends_with_its_token(secured: Workspace, pair: tuple[Path, Path]) -> None:
     secured.cache()
     token = secured.token("activate", "--description=short")
@@ -156,6 +159,8 @@ def test_an_upload_ends_with_its_token(secured: Workspace, pair: tuple[Path, Pat
     assert not list(secured.data.glob("cache/main/nar/*"))
 
 
+@pytest.mark.long
+@pytest.mark.sqlite  # the tests make the directory where it names another database
 def test_bad_files_are_one_sentence_before_anything_is_started(
     tmp_path: Path, pair: tuple[Path, Path]
 ) -> None:
@@ -228,6 +233,7 @@ def test_a_renewed_certificate_is_used_at_once(tmp_path: Path, pair: tuple[Path,
         server.kill()
 
 
+@pytest.mark.long
 def test_peers_that_speak_no_tls_or_stall_hold_up_nobody(
     tmp_path: Path, pair: tuple[Path, Path]
 ) -> None:

@@ -78,12 +78,12 @@ def secrets(peer: Peer) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def running_deployments(peer: Peer) -> dict[str, str]:
     """A deployment for each of two agents, which they have begun."""
-    found = {}
+    result = {}
     for name in ("web", "db-1"):
         peer.registered(name).close()
-        found[name] = peer.activate({name: STORE_PATHS[0]})[name]
-        assert peer.report(name, found[name], RUNNING).status_code == 200
-    return found
+        result[name] = peer.activate({name: STORE_PATHS[0]})[name]
+        assert peer.report(name, result[name], RUNNING).status_code == 200
+    return result
 
 
 def open_as(peer: Peer, secret: str, path: str, name: str) -> str:
@@ -148,13 +148,13 @@ def test_every_endpoint_of_ci(
 ) -> None:
     for name, deployment in running_deployments.items():
         fits = name == "web"
-        found = 200 if fits else 404
+        result = 200 if fits else 404
         for path in (
             f"/api/v1/deploy/deployment/{deployment}",
             f"/api/v1/deploy/log/{deployment}?offset=0",
             f"/agents/{name}/deployments/1",
         ):
-            assert peer.http("GET", path, secrets[secret]).status_code == found, path
+            assert peer.http("GET", path, secrets[secret]).status_code == result, path
         cancel = f"/api/v1/deploy/deployment/{deployment}/cancel"
         expected = 409 if fits else 404  # it has started
         assert peer.http("POST", cancel, secrets[secret]).status_code == expected
@@ -177,6 +177,7 @@ def test_ci_for_one_agent_deploys_to_no_other(
     assert order("web")[0] == 200
 
 
+@pytest.mark.long
 def test_a_token_for_one_cache(peer: Peer) -> None:
     for name in ("one", "two"):
         peer.server.command("cache", "create", name, "--private")
@@ -243,6 +244,7 @@ def test_a_secret_in_a_file(peer: Peer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["exists", "link", "nowhere"])
+@pytest.mark.long
 def test_a_token_that_can_not_be_written_is_not_made(peer: Peer, tmp_path: Path, kind: str) -> None:
     out = tmp_path / ("no/where" if kind == "nowhere" else "out")
     if kind == "exists":
@@ -257,6 +259,7 @@ def test_a_token_that_can_not_be_written_is_not_made(peer: Peer, tmp_path: Path,
     assert kind != "exists" or out.read_text() == "mine"
 
 
+@pytest.mark.long
 def test_tokens_for_a_list_of_agents(peer: Peer, tmp_path: Path) -> None:
     names, directory = tmp_path / "names", tmp_path / "tokens"
     names.write_text("web\n\ndb-1\nweb\n")

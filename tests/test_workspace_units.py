@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import configparser
 import contextlib
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
-import simple_websocket
+from gunicorn.http.unreader import Unreader
 from gunicorn.workers.gthread import ThreadWorker
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +28,6 @@ from cachix_workspace.refusal import Refusal
 from cachix_workspace.reports import Report, transition
 from cachix_workspace.server import WorkspaceWorker
 from cachix_workspace.settings import Settings
-from cachix_workspace.websocket import Socket
 
 P, R, S, F, C = "Pending", "InProgress", "Succeeded", "Failed", "Cancelled"
 TIME = "2026-11-24T01:00:00.123456789Z"
@@ -62,17 +62,17 @@ def test_the_life_of_a_deployment(database: Database) -> None:
         assert (first.index, second.index) == (1, 2)
         replaced = deployments.find(c, first.id)
         assert (replaced.status, replaced.reason) == (C, "replaced by deployment 2")
-        assert deployments.find_open(c, agent.id) == Open(None, second)
+        assert deployments.find_open(c, [agent.id])[agent.id] == Open(None, second)
         assert not deployments.to_wire(second).resumed
         running, accepted = report(c, second, R)
         assert accepted and running.started_on == TIME
         third = deploy(c, path=2)
-        assert deployments.find_open(c, agent.id) == Open(running, third)
+        assert deployments.find_open(c, [agent.id])[agent.id] == Open(running, third)
         assert deployments.to_wire(running).resumed
         ended, _ = report(c, second, S)
         assert (ended.status, report(c, second, S)) == (S, (ended, True))
         assert report(c, second, F) == (ended, False)
-        assert deployments.find_open(c, agent.id) == Open(None, third)
+        assert deployments.find_open(c, [agent.id])[agent.id] == Open(None, third)
 
 
 def test_a_newer_start_fails_an_older_deployment_in_progress(database: Database) -> None:
@@ -84,6 +84,27 @@ def test_a_newer_start_fails_an_older_deployment_in_progress(database: Database)
         older = deployments.find(c, first.id)
         assert older.status == F and older.reason is not None
         assert "went on to deployment 2" in older.reason
+
+
+@pytest.mark.parametrize("status", [S, F])
+def test_an_end_that_is_reported_late_counts(database: Database, status: str) -> None:
+    """The report of the newer deployment overtook it, or it came back after a silence."""
+    with database.write() as c:
+        agents.register(c, "web", "x86_64-linux", "1")
+        first = deploy(c)
+        report(c, first, R)
+        second = deploy(c, path=1)
+        report(c, second, R)
+        assert deployments.find(c, first.id).outcome == "unreported"
+        assert report(c, first, R)[1] is False, "it may not go on"
+        report(c, second, S)
+        late = Report(status, TIME, reason="why", outcome="rolled-back")
+        ended, accepted = deployments.apply_report(c, first, late)
+        assert accepted and (ended.status, ended.reason) == (status, "why")
+        assert (ended.outcome, ended.finished_on) == ("rolled-back", TIME)
+        assert report(c, first, R)[1] is False
+        (agent,) = agents.list_all(c)
+        assert agent.deployed == second.store_path, "the newer one came after it"
 
 
 def test_a_wrong_time_is_replaced_by_ours(database: Database) -> None:
@@ -190,14 +211,13 @@ def test_a_database_of_a_newer_program_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_the_internals_that_are_overridden_exist() -> None:
-    worker = ("init_process", "handle_exit", "handle_quit", "is_parent_alive", "enqueue_req")
-    for name in (*worker, "handle"):
+    worker = ("init_process", "handle_exit", "handle_quit", "is_parent_alive", "accept")
+    for name in (*worker, "run", "handle_request"):
         assert name in vars(WorkspaceWorker) and callable(getattr(ThreadWorker, name)), name
-    for name in ("_thread", "_handle_events"):
-        assert name in vars(Socket) and callable(getattr(simple_websocket.Server, name)), name
+    assert isinstance(Unreader().buf, io.BytesIO)  # what was read beyond a request
 
 
-@pytest.mark.parametrize("library", ["gunicorn", "simple-websocket"])
+@pytest.mark.parametrize("library", ["gunicorn", "wsproto"])
 def test_libraries_with_overridden_internals_are_bounded(library: str) -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")

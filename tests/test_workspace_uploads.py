@@ -69,7 +69,7 @@ def test_a_size_that_is_not_announced_is_refused_once_it_is_beyond_the_limit() -
 
 
 def test_unfinished_uploads_of_one_token() -> None:
-    """What is announced counts at once, what is not as it comes; other tokens go on."""
+    """An announced size counts at once, any other as it comes; other tokens go on."""
     with running(max_nar=1 << 20) as server:
         server.command("cache", "create", "main")
         peer = Peer(server)
@@ -163,6 +163,7 @@ def test_an_upload_ends_at_the_next_block(tmp_path: Path) -> None:
         assert refused.value.code == 401
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["revoked", "expired"])
 @pytest.mark.parametrize("sending", [False, True])
 def test_an_upload_ends_with_its_token(how: str, sending: bool) -> None:
