@@ -39,8 +39,8 @@ def test_from_the_first_link_on(newcomer: Newcomer, tmp_path: Path) -> None:
 def sign_in(newcomer: Newcomer) -> None:
     browser = newcomer.browser
     assert newcomer.workspace.program is not None
-    said = newcomer.workspace.program.output.read_text()
-    assert "nobody has signed in yet: run `cachix-workspace login-link`" in said
+    text = newcomer.workspace.program.output.read_text()
+    assert "nobody has signed in yet: run `cachix-workspace login-link`" in text
     browser.open(newcomer.workspace.url)
     browser.wait_for_text("Sign in to workspace", "cachix-workspace login-link")
     newcomer.look()

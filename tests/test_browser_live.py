@@ -26,18 +26,18 @@ document.dispatchEvent(new Event("visibilitychange"));
 
 
 @pytest.fixture
-def shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gallery]:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gallery]:
     monkeypatch.setattr(events, "QUIET", 0.5)  # streams whose page has gone are seen soon
-    with gallery(tmp_path / "data", 12, with_cache=False) as shown:
-        yield shown
+    with gallery(tmp_path / "data", 12, with_cache=False) as site:
+        yield site
 
 
 @pytest.fixture
-def browser(tmp_path: Path, shown: Gallery) -> Iterator[Browser]:
+def browser(tmp_path: Path, site: Gallery) -> Iterator[Browser]:
     need_browser()
     with browsing(tmp_path / "browser") as browser:
-        browser.sign_in(shown.url, shown.cookie())
-        browser.open(shown.url + "/")
+        browser.sign_in(site.url, site.cookie())
+        browser.open(site.url + "/")
         browser.wait_for(lambda: streams() == 1, "the stream")
         yield browser
 
@@ -46,18 +46,18 @@ def streams() -> int:
     return events.readers.count()
 
 
-def change(shown: Gallery, name: str, **values: object) -> None:
+def change(site: Gallery, name: str, **values: object) -> None:
     """Change an agent as the workspace does."""
-    with shown.workspace.database.write() as connection:
+    with site.workspace.database.write() as connection:
         mine = agents.c.id == number_id("agent", name)
         assert connection.execute(agents.update().where(mine).values(**values)).rowcount == 1
-    shown.workspace.note_agents(number_id("agent", name))
+    site.workspace.note_agents(number_id("agent", name))
 
 
-def test_a_row_changes_in_place(browser: Browser, shown: Gallery) -> None:
+def test_a_row_changes_in_place(browser: Browser, site: Gallery) -> None:
     before = browser.run(ORDER)
     browser.run(MARK)
-    change(shown, "web-1", connected=False, seen_on=stamp(60))
+    change(site, "web-1", connected=False, seen_on=stamp(60))
     browser.wait_for(lambda: "offline" in browser.find("#row-web-1").text, "the row to change")
     assert browser.run(ORDER) == before, "no row moves by itself"
     assert "3 offline" in browser.find("#counts").text
@@ -70,13 +70,13 @@ def test_a_row_changes_in_place(browser: Browser, shown: Gallery) -> None:
     assert set(after) == set(before) and after.index("web-1") < before.index("web-1")
 
 
-def test_focus_selection_and_words_survive(browser: Browser, shown: Gallery) -> None:
+def test_focus_selection_and_words_survive(browser: Browser, site: Gallery) -> None:
     browser.find("input[aria-label='Select mail-2']").click()
     browser.fill("Find", "half a wo")
     browser.run("document.querySelector('#row-web-1 a').focus()")
     top = browser.run("return document.activeElement.getBoundingClientRect().top")
     for moment in (60, 7200):
-        change(shown, "web-1", connected=False, seen_on=stamp(moment), labels=f",l{moment},")
+        change(site, "web-1", connected=False, seen_on=stamp(moment), labels=f",l{moment},")
         browser.wait_for(lambda m=moment: f"l{m}" in browser.find("#row-web-1").text, "the label")
     assert browser.run("return document.activeElement.textContent") == "web-1"
     assert browser.run("return document.activeElement.getBoundingClientRect().top") == top
@@ -87,44 +87,44 @@ def test_focus_selection_and_words_survive(browser: Browser, shown: Gallery) -> 
     browser.wait_for(lambda: browser.path == "/agents/web-1", "the agent's page")
 
 
-def test_agents_come_and_go_without_a_reload(browser: Browser, shown: Gallery) -> None:
+def test_agents_come_and_go_without_a_reload(browser: Browser, site: Gallery) -> None:
     browser.run(MARK)
-    with shown.workspace.database.write() as connection:
+    with site.workspace.database.write() as connection:
         connection.execute(agents.update().where(agents.c.name == "build-2").values(name="zoo"))
-    shown.workspace.note_agents(number_id("agent", "build-2"))
+    site.workspace.note_agents(number_id("agent", "build-2"))
     browser.wait_for(lambda: browser.run(ORDER)[-1] == "zoo", "the new row, which comes last")
     assert "build-2" not in browser.run(ORDER) and browser.run("return window.marked")
 
 
-def test_tabs_share_one_stream(browser: Browser, shown: Gallery) -> None:
+def test_tabs_share_one_stream(browser: Browser, site: Gallery) -> None:
     first = browser.driver.current_window_handle
     browser.driver.switch_to.new_window("tab")
-    browser.open(shown.url + "/agents/web-1")
+    browser.open(site.url + "/agents/web-1")
     second = browser.driver.current_window_handle
-    change(shown, "web-1", labels=",both,")
+    change(site, "web-1", labels=",both,")
     browser.wait_for(lambda: "both" in browser.find("#state").text, "the second tab to change")
     browser.driver.switch_to.window(first)
     browser.wait_for(lambda: "both" in browser.find("#row-web-1").text, "the first tab to change")
     browser.wait_for(lambda: streams() == 1, "one stream")
     browser.driver.close()  # the tab that has the stream: the other one takes over
     browser.driver.switch_to.window(second)
-    change(shown, "web-1", labels=",later,")
+    change(site, "web-1", labels=",later,")
     browser.wait_for(lambda: "later" in browser.find("#state").text, "the other tab to change")
     browser.wait_for(lambda: streams() == 1, "one stream")
 
 
-def test_a_hidden_tab_has_no_stream(browser: Browser, shown: Gallery) -> None:
+def test_a_hidden_tab_has_no_stream(browser: Browser, site: Gallery) -> None:
     browser.run("window.isHidden = true;" + HIDE)  # a browser without a window hides no tab
     browser.wait_for(lambda: streams() == 0, "the stream to end")
-    change(shown, "web-1", labels=",meanwhile,")
+    change(site, "web-1", labels=",meanwhile,")
     browser.run("window.isHidden = false;" + HIDE)
     browser.wait_for(lambda: "meanwhile" in browser.find("#row-web-1").text, "what was missed")
     browser.wait_for(lambda: streams() == 1, "the stream")
     assert not browser.find("#stream").is_displayed()
 
 
-def test_frozen_shows_everywhere(browser: Browser, shown: Gallery) -> None:
-    shown.freeze("the fair is on <b>until Monday</b>")
+def test_frozen_shows_everywhere(browser: Browser, site: Gallery) -> None:
+    site.freeze("the fair is on <b>until Monday</b>")
     browser.wait_for_text("Frozen just now by anna: the fair is on <b>until Monday</b>")
     assert browser.axe() == []
 
@@ -142,7 +142,7 @@ def test_a_lost_stream_is_told_and_comes_back(tmp_path: Path) -> None:
             browser.run(MARK)
             assert not browser.find("#stream").is_displayed()
             server.stop()
-            browser.wait_for_text("Showing ", "reconnecting")
+            browser.wait_for_text("The workspace restarts. Showing ", "reconnecting")
             server.start()
             browser.wait_for(lambda: not browser.find("#stream").is_displayed(), "the stream")
             peer = Peer(server)

@@ -28,9 +28,9 @@ TITLES = {
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
-    with gallery(tmp_path_factory.mktemp("gallery") / "data", 12) as shown:
-        yield shown
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gallery]:
+    with gallery(tmp_path_factory.mktemp("gallery") / "data", 12) as site:
+        yield site
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +41,17 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def browser(chromium: Browser, shown: Gallery) -> Browser:
+def browser(chromium: Browser, site: Gallery) -> Browser:
     """A browser in which an admin is signed in. Cookies are the same for all ports of a host."""
     chromium.driver.delete_all_cookies()
-    chromium.sign_in(shown.url, shown.cookie())
+    chromium.sign_in(site.url, site.cookie())
     chromium.resize(*WIDE)
     chromium.complaints()
     return chromium
 
 
-def test_faults_would_be_found(browser: Browser, shown: Gallery) -> None:
-    browser.open(shown.url + "/audit")
+def test_faults_would_be_found(browser: Browser, site: Gallery) -> None:
+    browser.open(site.url + "/audit")
     browser.run(
         """const main = document.querySelector("main"), pale = document.createElement("p");
         const planted = '<img src="/static/x/icon.svg"><input id="nameless"><h6>6</h6>';
@@ -67,14 +67,14 @@ def test_faults_would_be_found(browser: Browser, shown: Gallery) -> None:
     assert len(browser.overflow()) > 1
     browser.run("setTimeout(() => { throw new Error('planted'); })")
     browser.run("const s = document.createElement('script'); s.text = '1'; document.body.append(s)")
-    found = browser.wait_for(browser.complaints, "a complaint")
-    found += browser.complaints()
-    assert any("planted" in one for one in found), found
-    assert any("Content Security Policy" in one for one in found), found
+    complaints = browser.wait_for(browser.complaints, "a complaint")
+    complaints += browser.complaints()
+    assert any("planted" in one for one in complaints), complaints
+    assert any("Content Security Policy" in one for one in complaints), complaints
 
 
 def check(browser: Browser, address: str) -> list[str]:
-    """What is wrong with a page: wide and narrow, light and dark, enlarged."""
+    """The faults of a page: wide and narrow, light and dark, enlarged."""
     browser.resize(*WIDE)
     browser.prefer("light")
     browser.open(address)
@@ -89,12 +89,11 @@ def check(browser: Browser, address: str) -> list[str]:
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))
-def test_every_page(browser: Browser, shown: Gallery, shard: int) -> None:
+def test_every_page(browser: Browser, site: Gallery, shard: int) -> None:
     faults = {}
-    for path in pages(shown.app)[shard::SHARDS]:
-        found = check(browser, shown.url + path)
-        if found:
-            faults[path] = found
+    for path in pages(site.app)[shard::SHARDS]:
+        if complaints := check(browser, site.url + path):
+            faults[path] = complaints
     assert not faults, "\n".join(f"{path}: {one}" for path in faults for one in faults[path])
 
 
@@ -103,8 +102,8 @@ def test_an_empty_workspace(browser: Browser, tmp_path: Path) -> None:
     paths += ("/people", "/settings", "/welcome", "/add")
     with gallery(tmp_path / "data", 0) as empty:
         browser.sign_in(empty.url, empty.cookie())
-        found = {path: check(browser, empty.url + path) for path in paths}
-        assert not any(found.values()), found
+        faults = {path: check(browser, empty.url + path) for path in paths}
+        assert not any(faults.values()), faults
         browser.open(empty.url + "/")
         browser.click("Add the first agent")
         assert browser.path == "/add"
@@ -125,37 +124,37 @@ def test_hundreds_of_agents(browser: Browser, tmp_path: Path) -> None:
         assert "Page 2 of 3" in browser.text
 
 
-def test_signed_out(browser: Browser, shown: Gallery) -> None:
+def test_signed_out(browser: Browser, site: Gallery) -> None:
     browser.driver.delete_all_cookies()
-    assert check(browser, shown.url + "/sign-in") == []
-    browser.open(shown.url + "/runs/3")
+    assert check(browser, site.url + "/sign-in") == []
+    browser.open(site.url + "/runs/3")
     assert browser.path.startswith("/sign-in?next=") and "Sign in" in browser.title
-    assert not browser.find_all("nav a"), "nothing is shown to nobody"
+    assert not browser.find_all("nav a"), "a visitor sees no menu"
 
 
 @pytest.mark.parametrize("path", TITLES)
-def test_titles_begin_with_the_state(browser: Browser, shown: Gallery, path: str) -> None:
-    browser.open(shown.url + path)
+def test_titles_begin_with_the_state(browser: Browser, site: Gallery, path: str) -> None:
+    browser.open(site.url + path)
     assert browser.title == f"{TITLES[path]} · Example machines"
 
 
-def test_hostile_text_is_text(browser: Browser, shown: Gallery) -> None:
+def test_hostile_text_is_text(browser: Browser, site: Gallery) -> None:
     for path in ("/runs", "/runs/2", "/agents/build-1/deployments/3?from=0", "/audit"):
-        browser.open(shown.url + path)
+        browser.open(site.url + path)
         assert "<script>alert(1)</script>" in browser.text, path
         assert "\u202e" not in browser.text and "\x07" not in browser.text
         assert not browser.find_all("main b, main script"), path
         assert browser.complaints() == []
 
 
-def test_without_scripts(tmp_path: Path, shown: Gallery) -> None:
+def test_without_scripts(tmp_path: Path, site: Gallery) -> None:
     need_browser()
     with browsing(tmp_path / "browser", scripts=False) as browser:
-        browser.sign_in(shown.url, shown.cookie())
-        for path in pages(shown.app):
-            browser.open(shown.url + path)
+        browser.sign_in(site.url, site.cookie())
+        for path in pages(site.app):
+            browser.open(site.url + path)
             assert browser.find("h1").text, path
-        browser.open(shown.url + "/")
+        browser.open(site.url + "/")
         assert browser.run("return document.documentElement.className") == "", "scripts are off"
         browser.fill("Find", "web")
         browser.click("Filter")
@@ -163,21 +162,21 @@ def test_without_scripts(tmp_path: Path, shown: Gallery) -> None:
         browser.find("input[aria-label='Select web-3']").click()
         browser.click("Pause")
         assert "paused" in browser.find("#row-web-3").text
-        browser.open(shown.url + "/agents/web-3")
+        browser.open(site.url + "/agents/web-3")
         browser.click("Resume")
         assert "paused" not in browser.text
-        browser.open(shown.url + "/agents/build-1/deployments/3")
+        browser.open(site.url + "/agents/build-1/deployments/3")
         assert not any(one.is_displayed() for one in browser.find_all(".needs-script"))
         browser.fill("Find", "nginx")
         browser.click("Search")
         assert "nginx.service" in browser.text
 
 
-def test_a_viewer_sees_nothing_to_press(browser: Browser, shown: Gallery) -> None:
-    browser.sign_in(shown.url, shown.cookie(VIEWER))
+def test_a_viewer_sees_nothing_to_press(browser: Browser, site: Gallery) -> None:
+    browser.sign_in(site.url, site.cookie(VIEWER))
     for path in ("/", "/agents/build-1", "/agents/build-1/deployments/3", "/runs/3", "/caches"):
-        browser.open(shown.url + path)
-        found = [one.text for one in browser.find_all("main form[method=post] button")]
-        assert not [one for one in found if one], (path, found)
-    browser.open(shown.url + "/tokens")
+        browser.open(site.url + path)
+        buttons = [one.text for one in browser.find_all("main form[method=post] button")]
+        assert not [one for one in buttons if one], (path, buttons)
+    browser.open(site.url + "/tokens")
     assert "this takes an admin, and you are a viewer" in browser.text

@@ -68,7 +68,7 @@ def test_by_keyboard_alone(newcomer: Newcomer) -> None:
 
 # --- a machine with systemd -----------------------------------------------------------------------
 
-# Debian's smallest tree has no curl. What the block asks of it is a few lines.
+# Debian's smallest tree has no curl: these few lines do what the block needs of it.
 CURL = """\
 #!/usr/bin/python3
 import sys, urllib.request

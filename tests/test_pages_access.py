@@ -1,15 +1,14 @@
-"""Every page for everybody: signed out, each role; its headers; and a form of another site."""
+"""Every page, signed out and in each role; its headers; and a form of another site."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from flask import Flask
 from pages_support import Browser
-from workspace_support import DEADLINE, Server, running
+from workspace_support import DEADLINE, Server
 
 from cachix_workspace.app import PAGES, create_app
 from cachix_workspace.pages.access import ROLES
@@ -24,12 +23,6 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Flask:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with running() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def browsers(server: Server) -> dict[str, Browser]:
     return {role: Browser(server, f"p-{role}", role) for role in ALL_ROLES}
 
@@ -37,15 +30,15 @@ def browsers(server: Server) -> dict[str, Browser]:
 def rules(app: Flask) -> list[tuple[str, str, str]]:
     """Endpoint, method and path of each page."""
     names = {blueprint.name for blueprint in PAGES}
-    found = []
+    pairs = []
     for rule in app.url_map.iter_rules():
         if rule.endpoint.partition(".")[0] in names:
             words = re.search(r"<any\(\"?([a-z-]+)", rule.rule)
             path = re.sub(r"<any[^>]*>", words[1] if words else "", rule.rule)
             path = re.sub(r"<(int:)?[a-z_]+>", "1", re.sub("<path:[a-z]+>", "x", path))
             methods = sorted((rule.methods or set()) - {"HEAD", "OPTIONS"})
-            found += [(rule.endpoint, method, path) for method in methods]
-    return found
+            pairs += [(rule.endpoint, method, path) for method in methods]
+    return pairs
 
 
 def test_each_page_says_whom_it_is_for(app: Flask) -> None:

@@ -7,7 +7,6 @@ import html
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,31 +26,15 @@ from cachix_workspace.people import OPERATOR, VIEWER
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with running() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def peer(server: Server) -> Peer:
     return Peer(server)
 
 
-@pytest.fixture(scope="module")
-def browser(server: Server) -> Browser:
-    return Browser(server)
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    return re.sub(r"[^0-9A-Za-z]+", "-", request.node.name).strip("-")[:100]
-
-
 def block(page: str, id: str) -> str:
-    """What a block of a page has for pasting."""
-    found = re.search(rf'<pre id="{id}"[^>]*>(.*?)</pre>', page, re.S)
-    assert found, words(page)
-    return html.unescape(found[1])
+    """The text of a block to paste."""
+    match = re.search(rf'<pre id="{id}"[^>]*>(.*?)</pre>', page, re.S)
+    assert match, words(page)
+    return html.unescape(match[1])
 
 
 def connect(server: Server, name: str, token: str) -> str:
@@ -69,9 +52,13 @@ def test_an_agent_exists_from_generate_on(server: Server, browser: Browser, name
     token = block(page, "token")
     assert f"Waiting for {name} to connect" in words(page)
     assert token in block(page, "try-now") and page.count(token) == 3
-    told = browser.get(f"/agents/{name}")
-    assert token not in told and "never connected" in words(told) and "&lt;first&gt;" in told
-    assert block(told, "systemd-start").count(f"agent {name} --host={server.url}\n") == 1
+    shown_page = browser.get(f"/agents/{name}")
+    assert (
+        token not in shown_page
+        and "never connected" in words(shown_page)
+        and "&lt;first&gt;" in shown_page
+    )
+    assert block(shown_page, "systemd-start").count(f"agent {name} --host={server.url}\n") == 1
     headers = {"name": name, "version": "1", "system": "x86_64-linux"}
     agent = open_socket(server, "/ws", token, **headers)
     assert agent.expect_text()["method"] == "AgentRegistered"
@@ -137,8 +124,8 @@ def test_each_block_is_one_that_its_program_reads(browser: Browser, tmp_path: Pa
     unit = tmp_path / "cachix-deploy.service"
     unit.write_text(start.partition("<<'EOF'\n")[2].partition("\nEOF")[0])
     argv = ["systemd-analyze", "verify", "--man=no", unit]
-    told = subprocess.run(argv, capture_output=True, text=True, check=False).stderr
-    wrong = [line for line in told.splitlines() if "cachix-deploy.service" in line]
+    complaint = subprocess.run(argv, capture_output=True, text=True, check=False).stderr
+    wrong = [line for line in complaint.splitlines() if "cachix-deploy.service" in line]
     assert [line for line in wrong if "not executable" not in line] == []
 
 
@@ -272,15 +259,19 @@ def test_a_cache_is_made_and_says_how_to_push(browser: Browser, server: Server) 
     assert "Make the first cache" in words(browser.get("/caches"))
     page = browser.post("/caches", name="main", access="private")
     secret = block(page, "secret-key")
-    told = browser.get("/caches/main")
-    assert secret not in told and "netrc-file" in block(told, "nix-conf")
-    assert f"{server.url}/cache/main?secret-key" in block(told, "push")
+    shown_page = browser.get("/caches/main")
+    assert secret not in shown_page and "netrc-file" in block(shown_page, "nix-conf")
+    push = f"cachix-deploy push ./result --host={server.url} --cache=main"
+    assert block(shown_page, "push") == push
     browser.post("/caches", 409, name="main")
     browser.post("/caches", 400, name="Not Good")
     assert block(browser.post("/caches/main/rotate"), "secret-key") != secret
     browser.post("/caches/main/rotate", 409)
     browser.post("/caches/main/retire")
-    assert f"{server.url}/cache/main?secret-key" in block(browser.get("/ci"), "github")
+    for name in ("github", "gitlab"):
+        text = block(browser.get("/ci"), name)
+        assert f"CACHIX_HOST: {server.url}\n" in text and "netrc" not in text
+        assert text.endswith("activate --push result")
 
 
 def test_the_first_steps_are_marked_as_they_are_done(server: Server) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 from pages_support import Browser, words
-from workspace_support import OURS, STORE_PATHS, Peer, Server, running
+from workspace_support import OURS, STORE_PATHS, Peer, Server
 
 from cachix_workspace.people import VIEWER
 
@@ -15,24 +14,8 @@ FAILED, RUNNING, SUCCEEDED = "Failed", "InProgress", "Succeeded"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with running() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def peer(server: Server) -> Peer:
     return Peer(server)
-
-
-@pytest.fixture(scope="module")
-def browser(server: Server) -> Browser:
-    return Browser(server)
-
-
-@pytest.fixture
-def name(request: pytest.FixtureRequest) -> str:
-    return re.sub(r"[^0-9A-Za-z]+", "-", request.node.name).strip("-")[:100]
 
 
 def url(name: str, index: int = 1) -> str:
@@ -75,9 +58,25 @@ def test_a_long_log_is_paged_from_both_ends(peer: Peer, browser: Browser, name: 
     assert ">line number 1<" in first and ">line number 3000<" not in first
     middle = browser.get(f"{url(name)}?line=1500")
     assert 'id="L1500"' in middle and 'id="L1"' not in middle and 'data-at="L1500"' in middle
-    found = words(browser.get(f"{url(name)}?find=NUMBER 777"))
-    assert "1 lines have “NUMBER 777”" in found and "777 line number 777" in found
+    text = words(browser.get(f"{url(name)}?find=NUMBER 777"))
+    assert "1 lines have “NUMBER 777”" in text and "777 line number 777" in text
     assert ">line number 3000<" in browser.get(f"{url(name)}/lines?from=2999")
+
+
+def test_a_download_says_how_much_has_come(peer: Peer, browser: Browser, name: str) -> None:
+    peer.registered(name, **OURS)
+    deployment = order(peer, name)
+    peer.report(name, deployment, RUNNING, step="downloading", closureSize=9_000_000)
+    assert "Downloading 9 MB" in words(browser.get(url(name)))
+    listed = [f"  {path}" for path in STORE_PATHS[:3]]
+    estimate = "these 3 paths will be fetched (30.00 MiB download, 60.00 MiB unpacked):"
+    peer.log(name, deployment, 0, [estimate, *listed])
+    assert "Downloading 0 of 31 MB" in words(browser.get(url(name)))
+    copies = [f"copying path '{path}' from 'http://cache'..." for path in STORE_PATHS[:2]]
+    peer.log(name, deployment, 4, copies)
+    assert "Downloading 10 of 31 MB" in words(browser.get(url(name)))
+    peer.report(name, deployment, RUNNING, step="activating")
+    assert "Activating" in words(browser.get(url(name)))
 
 
 def test_a_failure_opens_the_log_at_the_first_error(
@@ -107,8 +106,8 @@ def test_a_retry_asks_where_a_newer_deployment_exists(
     peer.report(name, peer.http("GET", url(name, 2)).json()["id"], FAILED, reason="no")
     assert "Deployment 2 is newer" in words(browser.post(f"{url(name)}/retry"))
     browser.post(f"{url(name)}/retry", sure="yes")
-    told = peer.http("GET", url(name, 3)).json()
-    assert (told["retryOf"], told["startedBy"]) == (1, "anna")
+    facts = peer.http("GET", url(name, 3)).json()
+    assert (facts["retryOf"], facts["startedBy"]) == (1, "anna")
     browser.post(f"{url(name, 3)}/retry", 409)  # it has not ended
 
 
@@ -148,14 +147,14 @@ def test_a_run_shows_what_failed_first_and_retries_that(
     }
     body = {"agents": dict.fromkeys(names, STORE_PATHS[0]), "source": source}
     peer.http("POST", "/api/v2/deploy/activate", json=body)
-    found = [peer.http("GET", url(each)).json() for each in names]
-    run = found[0]["run"]
-    assert {each["run"] for each in found} == {run}
+    result = [peer.http("GET", url(each)).json() for each in names]
+    run = result[0]["run"]
+    assert {each["run"] for each in result} == {run}
     assert (
-        found[0]["startedBy"].startswith("CI (token ") and "main@a1b2c3d" in found[0]["startedBy"]
+        result[0]["startedBy"].startswith("CI (token ") and "main@a1b2c3d" in result[0]["startedBy"]
     )
-    peer.report(names[0], found[0]["id"], SUCCEEDED)
-    peer.report(names[2], found[2]["id"], FAILED, outcome="nothing-changed", reason="no\nspace")
+    peer.report(names[0], result[0]["id"], SUCCEEDED)
+    peer.report(names[2], result[2]["id"], FAILED, outcome="nothing-changed", reason="no\nspace")
     page = browser.get(f"/runs/{run}")
     rows = re.findall('data-key="([^"]+)"', page)
     assert rows == [names[2], names[1], names[0]] and "javascript" not in page
@@ -174,14 +173,14 @@ def test_a_run_is_rolled_back_to_what_ran_before(peer: Peer, browser: Browser, n
         ids = peer.activate(dict.fromkeys(names, STORE_PATHS[path]))
         for each in names:
             peer.report(each, ids[each], SUCCEEDED, outcome="succeeded")
-    told = peer.status(ids[names[0]])
-    assert told["before"] == STORE_PATHS[0]
-    plan = words(browser.get(f"/runs/{told['run']}/roll-back"))
+    facts = peer.status(ids[names[0]])
+    assert facts["before"] == STORE_PATHS[0]
+    plan = words(browser.get(f"/runs/{facts['run']}/roll-back"))
     assert "system-b" in plan and "system-a" in plan
-    browser.post(f"/runs/{told['run']}/roll-back", 409)  # none was chosen
-    browser.post(f"/runs/{told['run']}/roll-back", name=names[0])
+    browser.post(f"/runs/{facts['run']}/roll-back", 409)  # none was chosen
+    browser.post(f"/runs/{facts['run']}/roll-back", name=names[0])
     back = peer.http("GET", url(names[0], 3)).json()
-    assert (back["storePath"], back["run"] > told["run"]) == (STORE_PATHS[0], True)
+    assert (back["storePath"], back["run"] > facts["run"]) == (STORE_PATHS[0], True)
     assert peer.http("GET", url(names[1], 3)).status_code == 404
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,27 +20,16 @@ from cachix_workspace.tables import links
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with running() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
 def peer(server: Server) -> Peer:
     return Peer(server)
-
-
-@pytest.fixture(scope="module")
-def browser(server: Server) -> Browser:
-    return Browser(server)
 
 
 def invite(browser: Browser, name: str, role: str) -> str:
     """The path of the link by which a person signs in."""
     page = browser.post("/people", name=name, role=role)
-    found = re.search(r'<pre id="link"[^>]*>(.*?)</pre>', page)
-    assert found, words(page)
-    return html.unescape(found[1]).removeprefix(browser.server.url)
+    match = re.search(r'<pre id="link"[^>]*>(.*?)</pre>', page)
+    assert match, words(page)
+    return html.unescape(match[1]).removeprefix(browser.server.url)
 
 
 def signed_in(browser: Browser) -> bool:
@@ -111,6 +99,7 @@ def test_cookies_are_kept_from_scripts_and_other_sites(server: Server) -> None:
     assert "Secure" not in cookies  # it is plain http
 
 
+@pytest.mark.long
 def test_tries_to_guess_a_token_are_slowed_and_stopped() -> None:
     with running() as server:
         visitor = Browser(server, "")
