@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
 import http.server
 import json
 import os
@@ -27,18 +25,24 @@ from typing import Any, Callable, Optional, Union
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quiet import QuietServer, switch_to_websocket
 
 import cachix_channels
 import cachix_ci
 import cachix_connection
+import cachix_deploy
 import cachix_follow
+import cachix_order
 import cachix_protocol
 import cachix_state
-from activate.text import STORE_PATH
-from cachix_ci import ActivateOptions, activate_command, clean, decode_spec
+from activate.text import STORE_PATH, clean
+from cachix_ci import activate_command
 from cachix_connection import Peer
 from cachix_protocol import Error, Spec, UsageError
 from cachix_signed import SecretKey, Signer
+from cachix_spec import ActivateOptions, decode_spec
+
+pytestmark = pytest.mark.slow
 
 TRANSCRIPTS = pathlib.Path(__file__).with_name("transcripts")
 ROOT = pathlib.Path(cachix_ci.__file__).parent
@@ -134,13 +138,7 @@ class Workspace:
                 self.wfile.write(answer.body)
 
             def stream(self, steps: list[Step]) -> None:
-                key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-                accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
-                self.send_response(101)
-                self.send_header("Upgrade", "websocket")
-                self.send_header("Connection", "Upgrade")
-                self.send_header("Sec-WebSocket-Accept", accept)
-                self.end_headers()
+                switch_to_websocket(self)
                 for step in steps:
                     if isinstance(step, str):
                         line = json.dumps({"line": step, "time": "2026-11-23T19:00:00Z"}).encode()
@@ -160,8 +158,7 @@ class Workspace:
         def take(script: list[Any]) -> Any:
             return script.pop(0) if len(script) > 1 else script[0]
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = QuietServer(("127.0.0.1", 0), Handler)
         self.host = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -199,7 +196,7 @@ class Result:
 
 def patient(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let the command go on for so many seconds without a usable answer."""
-    for module in (cachix_ci, cachix_follow):
+    for module in (cachix_order, cachix_follow):
         monkeypatch.setattr(module, "PATIENCE", seconds)
 
 
@@ -209,7 +206,9 @@ def activate(
 ) -> Callable[..., Result]:
     """Run the command in this process, with shorter waits."""
     patient(monkeypatch, 1.0)
-    monkeypatch.setattr(cachix_ci, "ORDER_PATIENCE", 0.5)
+    monkeypatch.setattr(cachix_order, "ORDER_PATIENCE", 0.5)
+    for name in ("GITHUB_ACTIONS", "GITLAB_CI", "GITHUB_STEP_SUMMARY", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cachix_follow, "POLL_SECONDS", 0.1)
     monkeypatch.setattr(cachix_follow, "QUIET_SECONDS", 0.4)
     monkeypatch.setattr(random, "uniform", lambda low, high: low / 10)
@@ -242,7 +241,7 @@ def command(
 ) -> dict[str, Any]:
     """Arguments of subprocess that run the program itself."""
     env = {**os.environ, "CACHIX_ACTIVATE_TOKEN": TOKEN, "PYTHONPATH": str(ROOT), "TERM": "xterm"}
-    for name in ("NO_COLOR", "PYTHONIOENCODING"):
+    for name in ("NO_COLOR", "FORCE_COLOR", "GITHUB_ACTIONS", "GITLAB_CI", "PYTHONIOENCODING"):
         env.pop(name, None)
     argv = [sys.executable, "-m", "cachix_deploy", f"--host={host}", "activate", *arguments]
     return {"args": argv, "env": {**env, **environment}}
@@ -315,7 +314,7 @@ def test_cachix_gets_nothing_but_what_it_knows(
     workspaces: Any, activate: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = workspaces()
-    monkeypatch.setattr(cachix_ci, "HOSTED", workspace.host)
+    monkeypatch.setattr(cachix_order, "HOSTED", workspace.host)
     result = activate(workspace, source=SOURCE, signer=Signer(SecretKey.create("ci-1")))
     assert result.status == 0 and "has no place for signatures" in result.err
     assert json.loads(workspace.requests[0][3]) == {"agents": {"web": SYSTEM}}
@@ -342,6 +341,46 @@ def test_only_the_chosen_agents_are_deployed(workspaces: Any, activate: Any) -> 
     spec = {"agents": {"web": SYSTEM, "other": SYSTEM, "db": SCRIPT}, "rollbackScript": None}
     assert activate(workspace, spec, agents=("db", "web", "db")).status == 0
     assert json.loads(workspace.requests[0][3]) == {"agents": {"web": SYSTEM, "db": SCRIPT}}
+
+
+def test_paths_on_the_command_line(workspaces: Any, activate: Any) -> None:
+    workspace = workspaces("web", "db")
+    targets = (f"web={SYSTEM}", f"db={SCRIPT}")
+    assert activate(workspace, targets=targets, agents=("web",)).status == 0
+    assert json.loads(workspace.requests[0][3]) == {"agents": {"web": SYSTEM}}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["one.json", "two.json"], "takes one deploy.json"),
+        ([f"web={SYSTEM}", "two.json"], "not 'two.json'"),
+        ([f"web={SYSTEM}", "db=result"], "not 'db=result'"),
+        ([f"web={SYSTEM}", f"web={SCRIPT}"], "agent web is named twice"),
+        (["web=/nix/store/short"], 'agents.web is "/nix/store/short"'),
+        ([f"={SYSTEM}"], "empty"),
+        ([f"dir/web={SYSTEM}"], "can't be read"),
+    ],
+)
+def test_wrong_arguments_of_activate(
+    words: list[str], sentence: str, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CACHIX_ACTIVATE_TOKEN", TOKEN)
+    monkeypatch.setattr(cachix_deploy.startup, "protect", lambda writes: None)
+    assert cachix_deploy.run(["activate", *words]) in (1, 64)
+    assert sentence in capfd.readouterr().err
+
+
+def test_the_result_of_a_build_is_a_spec(
+    workspaces: Any, activate: Any, tmp_path: pathlib.Path
+) -> None:
+    workspace = workspaces()
+    store = tmp_path / "store"
+    store.mkdir()
+    (store / "deploy.json").write_text(json.dumps({"agents": {"web": SYSTEM}}))
+    (tmp_path / "result").symlink_to(store / "deploy.json")
+    assert activate(workspace, {}, spec_path=str(tmp_path / "result")).status == 0
+    assert json.loads(workspace.requests[0][3]) == {"agents": {"web": SYSTEM}}
 
 
 def test_async_starts_and_does_not_wait(workspaces: Any, activate: Any) -> None:

@@ -218,6 +218,7 @@ def test_it_exits_if_its_token_is_refused_at_the_start(host: Host, peer: Peer) -
 @pytest.mark.promise(10)
 @pytest.mark.parametrize("kind", ["silent", "half-open", "no-pong", "500"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.long
 def test_it_can_be_stopped_whatever_the_workspace_does(
     host: Host, peer: Peer, kind: str, number: int
 ) -> None:

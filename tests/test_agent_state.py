@@ -1,4 +1,4 @@
-"""What an agent tells a workspace of its machine, when, and that nothing ever waits for that."""
+"""An agent's reports on the state of its machine, their times, and that nothing waits for them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from peer import AGENT_ID, Answer, Peer, Request
 
 import cachix_report_state
 from activate import journal
+from activate.agent.present import needs_reboot, waits_for_boot
 from cachix_protocol import __version__
-from cachix_report_state import MachineState, needs_reboot
+from cachix_report_state import MachineState
 from cachix_workspace import agents
 from cachix_workspace.database import open_database
 from cachix_workspace.settings import Settings
@@ -91,9 +92,9 @@ def test_after_registering_and_after_the_report_of_each_end(
     failing = present(host, cache, nixos(cache, 3, after="exit 2"))
     listener = Listener(peer)
     agent = start(host, peer, look=60)
-    said = listener.wait()
-    since = said.pop("runningSince")
-    assert said == {
+    reports = listener.wait()
+    since = reports.pop("runningSince")
+    assert reports == {
         "running": old,
         "profile": SYSTEM,
         "kind": "nixos",
@@ -316,8 +317,8 @@ def test_a_profile_of_somebody_else_is_not_looked_at(
     monkeypatch.setattr("activate.nix.PROFILES", str(tmp_path))
     monkeypatch.setattr("activate.nix.STORE", str(tmp_path / "store"))
     (tmp_path / "system").symlink_to(system)
-    found = cachix_report_state.look(str(tmp_path / "state"), "web", None)
-    assert (found.kind, found.profile) == ("nixos", str(tmp_path / "system"))
+    state = cachix_report_state.look(str(tmp_path / "state"), "web", None)
+    assert (state.kind, state.profile) == ("nixos", str(tmp_path / "system"))
     monkeypatch.setattr("os.access", lambda path, mode: not str(path).startswith(str(tmp_path)))
     assert cachix_report_state.look(str(tmp_path / "state"), "web", None) == MachineState()
 
@@ -356,7 +357,7 @@ def test_which_deployments_wait_for_a_boot(
         journal.Record("1", 1, "web", "h", "/nix/store/x", step=step, outcome=outcome, boot_id=boot)
         for step, outcome in steps
     ]
-    assert cachix_report_state.waits_for_boot(records) is waits
+    assert waits_for_boot(records) is waits
 
 
 # --- with a workspace of ours ---------------------------------------------------------------------
@@ -381,4 +382,5 @@ def test_the_workspace_knows_what_the_machine_runs(
     machine.host.fetch(url, key, second)
     machine.host.output("nix-env", "--profile", SYSTEM, "--set", second)
     wait_until(lambda: running() == (second, first, "profile"), what="the change by hand")
+    machine.agent.wait_for(f"warning: {second} runs and {SYSTEM} is {second}, but {first} was")
     database.close()

@@ -124,6 +124,13 @@ def test_the_database_says_what_nix_says(store):
     assert sorted(database.requisites([part, path])) == sorted(expected)
 
 
+def test_the_size_of_a_closure(store):
+    host, path = store
+    words = host.output("nix", "path-info", "--closure-size", path, *nix.EXPERIMENTAL).split()
+    assert database.closure_size(path) == int(words[1])
+    assert database.closure_size("/nix/store/" + "a" * 32 + "-none") is None
+
+
 def test_the_whole_closure_is_named_once(store):
     host, path = store
     paths = database.requisites([path])

@@ -103,6 +103,27 @@ def test_options_stand_anywhere(argv):
     assert (parsed.name, parsed.profile, parsed.peer.host) == ("web", "system", "http://a")
 
 
+@pytest.mark.parametrize(
+    ("argv", "host"),
+    [
+        # NixOS: a line of a unit, split by systemd
+        (["deploy", "agent", "web"], "https://cachix.org"),
+        (["--verbose", "--host", "http://a", "deploy", "agent", "web", "system"], "http://a"),
+        # home-manager: each word quoted, so that the host is one with its option
+        (["--verbose", "--host http://a", "deploy", "agent", "web", "home-manager"], "http://a"),
+        (["deploy", "agent", "web", "home-manager"], "https://cachix.org"),
+        # nix-darwin: a script without options
+        (["deploy", "agent", "web"], "https://cachix.org"),
+        # Cachix's client before 1.4, and with its configuration
+        (["--hostname", "http://a", "-c", "/dev/null", "deploy", "agent", "web"], "http://a"),
+    ],
+)
+def test_the_command_lines_of_other_modules(argv, host):
+    options = cachix_options.agent_options(parse(argv))
+    assert (options.name, options.peer.host) == ("web", host)
+    assert options.profile == (argv[-1] if argv[-1] != "web" else None)
+
+
 def test_defaults():
     options = cachix_options.agent_options(parse(["agent"]))
     assert options.peer.host == "https://cachix.org" and options.name and options.profile is None
@@ -111,9 +132,30 @@ def test_defaults():
     assert (policy.on_unit_failure, policy.on_reboot_needed) == ("rollback", "fail")
 
 
+def test_the_workspace_of_the_environment(monkeypatch):
+    monkeypatch.setenv("CACHIX_HOST", "https://deploy.test/")
+    assert cachix_options.host_of(parse(["agent"])) == "https://deploy.test"
+    options = parse(["agent", "--host=https://other.test"])
+    assert cachix_options.host_of(options) == "https://other.test"
+    monkeypatch.setenv("CACHIX_HOST", "")
+    assert cachix_options.host_of(parse(["agent"])) == "https://cachix.org"
+
+
+def test_upstreams():
+    options = cachix_options.push_options(parse(["push", "result"]))
+    assert options.upstreams == ("https://cache.nixos.org",)
+    words = ["push", "a", "b", "--upstream=https://a.test/x/", "--upstream", "http://b.test"]
+    options = cachix_options.push_options(parse([*words, "--cache=main"]))
+    assert options.upstreams == ("https://a.test/x", "http://b.test") and options.cache == "main"
+    assert cachix_options.push_options(parse(["push", "a", "--upstream=none"])).upstreams == ()
+    with pytest.raises(UsageError, match="--upstream must be a URL such as"):
+        cachix_options.push_options(parse(["push", "a", "--upstream=cache.nixos.org"]))
+
+
 def test_several_agents_of_a_spec():
     options = parse(["activate", "s.json", "--agent=a", "--async", "--agent", "b", "--timeout=5"])
-    assert (options["SPEC"], options["--agent"], options["--async"]) == ("s.json", ["a", "b"], True)
+    assert (options["SPEC"], options["--agent"]) == (["s.json"], ["a", "b"])
+    assert options["--async"]
 
 
 @settings(deadline=None)
@@ -165,7 +207,7 @@ def test_abbreviations_are_refused_without_their_value(capsys, word, form):
         (["--host", "agent"], "missing command: agent or activate"),
         (["agent", "web", "system", "more"], "unexpected arguments for agent"),
         (["activate"], "activate needs a deploy.json"),
-        (["activate", "s.json", "more"], "unexpected arguments for activate"),
+        (["activate", "s.json", "--bootstrap"], "unexpected arguments for activate"),
         (["agent", "activate", "x", "y"], "unexpected arguments for agent"),
         (["agent", "-q"], "unexpected arguments for agent"),
         (["agent", "--host"], "--host requires argument"),
@@ -284,12 +326,38 @@ def test_an_impossible_token_is_not_shown(capsys, tmp_path, text):
 
 @pytest.mark.parametrize(
     "form",
-    ["{}", "{}\n", "CACHIX_AGENT_TOKEN={}\n", "CACHIX_AGENT_TOKEN='{}'\n", ' "{}" \r\n'],
+    [
+        *("{}", "{}\n", "CACHIX_AGENT_TOKEN={}\n", "CACHIX_AGENT_TOKEN='{}'\n", ' "{}" \r\n'),
+        *("export CACHIX_AGENT_TOKEN={}\n", 'export CACHIX_AGENT_TOKEN="{}"', "\ufeff{}\n"),
+        "# of the workspace\n\nCACHIX_AGENT_TOKEN={} # since May\nOTHER=1\n",
+        "CACHIX_SIGNING_KEY=x\r\n  export  CACHIX_AGENT_TOKEN='{}'  ; a comment\r\n",
+        "CACHIX_AGENT_TOKEN=old\nCACHIX_AGENT_TOKEN={}\n",
+        "; a comment of systemd\n{}\n# another\n",
+    ],
 )
 def test_the_forms_of_a_token_file(tmp_path, monkeypatch, form):
     monkeypatch.setenv("CACHIX_AGENT_TOKEN", "another")
     (tmp_path / "token").write_text(form.format(SECRET))
     assert read_token("CACHIX_AGENT_TOKEN", str(tmp_path / "token")) == SECRET
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (f"CACHIX_ACTIVATE_TOKEN={SECRET}\n", "CACHIX_ACTIVATE_TOKEN"),
+        (f"export A={SECRET}\nB='{SECRET}'\n", "A, B"),
+    ],
+)
+def test_a_file_with_other_variables_alone(capsys, tmp_path, text, names):
+    (tmp_path / "token").write_text(text)
+    sentence = refusal(capsys, "agent", "web", f"--token-file={tmp_path}/token")
+    assert sentence == f"the token file sets {names}, but not CACHIX_AGENT_TOKEN"
+
+
+@pytest.mark.parametrize("token", ["YWJjZA==", "abc=", "a.b-c_d", "eyJhbGciOiJIUzI1NiJ9.e30.x-_y="])
+def test_a_token_may_look_like_a_variable(tmp_path, token):
+    (tmp_path / "token").write_text(f"{token}\n")
+    assert read_token("CACHIX_AGENT_TOKEN", str(tmp_path / "token")) == token
 
 
 @pytest.mark.parametrize("kind", ["missing", "directory", "unreadable", "binary", "empty"])
@@ -381,8 +449,9 @@ def test_the_usage_names_each_option_once():
     assert all(len(line) <= 100 for line in USAGE.splitlines())
 
 
-def test_the_readme_names_the_options_of_the_usage_and_no_others():
-    readme = (PROJECT / "README.rst").read_text()
+def test_the_documents_name_the_options_of_the_usage_and_no_others():
+    files = [PROJECT / "README.rst", *(PROJECT / "docs" / f"{n}.rst" for n in ("agent", "ci"))]
+    readme = "\n".join(file.read_text() for file in files)
     foreign = re.compile(r"cachix-workspace|nix |nix-|--to |pip ")
     lines = [line for line in readme.splitlines() if not foreign.search(line)]
     names = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(lines)))

@@ -198,6 +198,7 @@ def test_activate_with_a_stderr_that_hangs(machine, tmp_path):
     assert process.returncode == 0 and f"{machine.name}  Succeeded" in output
 
 
+@pytest.mark.long
 def test_a_workspace_with_a_stderr_that_hangs(make_workspace, make_host, name):
     """Its requests must be answered, though each of these is worth a message in its log."""
     workspace = make_workspace()

@@ -4,14 +4,15 @@ import dataclasses
 import itertools
 import json
 import resource
+import time
 
 import pytest
 
-from activate import history, journal, kinds, outcomes, recovery
+from activate import history, journal, kinds, outcomes, recovery, window
 from activate.kinds import verdict
 from activate.process import Error
 from activate.switch import previous as previous_system
-from cachix_reports import KEPT_JOURNALS, Reported, prune
+from cachix_reported import KEPT_JOURNALS, Reported, prune
 
 NEW, OLD, OLDER, OTHER = ("/nix/store/" + letter * 32 + "-s" for letter in "abcd")
 ROLLBACK = verdict.Policy()
@@ -116,7 +117,7 @@ def record(step, attempts=0, previous=OLD, boot_id=""):
 PATHS = [NEW, OLD, OLDER, OTHER, None]
 
 
-def expected(step, attempts, is_led, running, target):
+def expected(step, attempts, is_led, boot, running, target):
     """The table of design.md, section 5, written once more: the action, and the step of an end."""
     if is_led:
         return recovery.ADOPT, ""
@@ -127,6 +128,10 @@ def expected(step, attempts, is_led, running, target):
     ours = running in (NEW, OLD, OLDER) if running else target in (NEW, OLD, OLDER)
     if not ours:
         return recovery.END, journal.FAILED
+    if step in (journal.AWAITING_REBOOT, journal.REBOOTING) and attempts < 3:
+        if boot == "this":
+            return recovery.REBOOT, ""
+        return (recovery.CONFIRM if (running or target) == NEW else recovery.ROLL_BACK), ""
     if step == journal.COMMITTING and attempts < 3:
         return (recovery.COMMIT if running == NEW else recovery.ACTIVATE), ""
     if step == journal.ROLLING_BACK and attempts >= 3:
@@ -142,12 +147,86 @@ def test_next_action_over_the_whole_product(step):
     ):
         facts = recovery.Facts(is_led, boot, running, target)
         action = recovery.next_action(record(step, attempts, boot_id="this"), facts)
-        right = expected(step, attempts, is_led, running, target)
+        right = expected(step, attempts, is_led, boot, running, target)
         assert (action.do, action.step) == right, (facts, attempts)
         if action.do in (recovery.END, recovery.ROLL_BACK, recovery.COMMIT, recovery.ACTIVATE):
             assert action.reason
-        if action.do in (recovery.COMMIT, recovery.ACTIVATE, recovery.ROLL_BACK):
+        is_before = step not in (journal.AWAITING_REBOOT, journal.REBOOTING)
+        if action.do in (recovery.COMMIT, recovery.ACTIVATE, recovery.ROLL_BACK) and is_before:
             assert ("the machine restarted" in action.reason) == (boot != "this")
+
+
+WAITS = dataclasses.replace(
+    record(journal.AWAITING_REBOOT, boot_id="this"), operation="switch", reboot="window"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts", "do"),
+    [
+        ({}, {}, recovery.REBOOT),
+        ({}, {"window_is_open": False}, recovery.WAIT),
+        ({"attempts": 3}, {}, recovery.ROLL_BACK),
+        # it was asked for already: the window may have closed since
+        ({"step": journal.REBOOTING}, {"window_is_open": False}, recovery.REBOOT),
+        ({}, {"no_reboot": "a newer deployment arrived"}, recovery.END),
+        ({}, {"no_reboot": "x", "window_is_open": False}, recovery.END),
+        ({"step": journal.REBOOTING}, {"no_reboot": "x"}, recovery.REBOOT),
+        # whoever has rebooted it, the new system is to be confirmed
+        ({}, {"boot_id": "next"}, recovery.CONFIRM),
+        ({}, {"boot_id": "next", "no_reboot": "x"}, recovery.CONFIRM),
+        ({}, {"boot_id": "next", "running": OLD}, recovery.ROLL_BACK),
+        ({"step": journal.REBOOTING}, {"boot_id": "next"}, recovery.CONFIRM),
+        ({"step": journal.REBOOTING}, {"boot_id": "next", "running": OLD}, recovery.ROLL_BACK),
+        ({"step": journal.REBOOTING, "attempts": 3}, {"boot_id": "next"}, recovery.ROLL_BACK),
+        ({"step": journal.ROLLING_BACK, "reboots": 2}, {"boot_id": "next"}, recovery.ROLL_BACK),
+    ],
+)
+@pytest.mark.promise(2, 7)
+def test_a_reboot(changes, facts, do):
+    """At most one forth, and none without a record of the boot that it leaves."""
+    facts = recovery.Facts(**{"boot_id": "this", "running": NEW, "target": NEW, **facts})
+    action = recovery.next_action(dataclasses.replace(WAITS, **changes), facts)
+    assert action.do == do
+    if do == recovery.END:
+        assert (action.step, action.outcome) == (journal.SUCCEEDED, outcomes.REBOOT_NEEDED)
+        assert action.reason.endswith("so that the machine was not rebooted")
+
+
+def test_what_is_only_to_boot_is_committed_without_an_activation():
+    interrupted = dataclasses.replace(record(journal.COMMITTING), operation="boot")
+    for running in (OLD, NEW):
+        facts = recovery.Facts(running=running, target=OLD)
+        assert recovery.next_action(interrupted, facts).do == recovery.COMMIT
+
+
+@pytest.mark.parametrize(
+    ("text", "moments"),
+    [  # a weekday from Monday on, and the hour: whether the window is open then
+        ("02:00-04:00", {"0 01:59": 0, "0 02:00": 1, "6 03:59": 1, "3 04:00": 0}),
+        ("Mon..Fri 02:00-04:00", {"0 02:30": 1, "4 02:30": 1, "5 02:30": 0, "6 02:30": 0}),
+        (
+            "Sat,Sun 22:00-06:00",
+            {"5 22:00": 1, "6 05:59": 1, "0 05:59": 1, "1 05:00": 0, "5 05:00": 0},
+        ),
+        ("Fri..Mon 00:00-24:00", {"4 00:00": 1, "6 23:59": 1, "0 12:00": 1, "1 00:00": 0}),
+    ],
+)
+def test_a_window(text, moments):
+    for moment, is_open in moments.items():
+        now = time.strptime(f"2026-11-{23 + int(moment[0])} {moment[2:]}", "%Y-%m-%d %H:%M")
+        assert now.tm_wday == int(moment[0])
+        assert window.parse(text).is_open(now) == bool(is_open), moment
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "night", "02:00", "2:00-4:00", "02:00-02:00", "25:00-26:00", "24:00-02:00", "02:60-03:00"]
+    + ["Mo 02:00-04:00", "Mon.. 02:00-04:00", "Mon..Xyz 02:00-04:00", "mon 02:00-04:00"],
+)
+def test_no_window(text):
+    with pytest.raises(Error, match="a reboot window is such as"):
+        window.parse(text)
 
 
 def test_the_reason_of_a_rollback_is_not_forgotten():

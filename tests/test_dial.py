@@ -174,6 +174,7 @@ def test_an_agent_whose_first_address_is_dead(
 
 
 @needs_ipv6
+@pytest.mark.long
 def test_a_workspace_at_an_ipv6_literal(host: Host, tmp_path: Path, name: str) -> None:
     """Its cache is private, and has a key that Nix takes."""
     workspace = Live(tmp_path / "workspace")

@@ -323,6 +323,7 @@ def part_of(files, path):
     return next(one for one in files.closure(path) if "-part-0-" in one)
 
 
+@pytest.mark.long
 def test_a_substituter_that_works_is_kept(host, make_workspace, name, cache):
     """One substituter is down, and another has what the workspace's cache lacks."""
     workspace = make_workspace()
@@ -338,6 +339,7 @@ def test_a_substituter_that_works_is_kept(host, make_workspace, name, cache):
     assert f"downloading from {workspace.cache_url} and {cache.url} alone" in outcome.log
 
 
+@pytest.mark.long
 def test_the_one_substituter_that_has_a_path_is_down(host, live, name):
     configure(host, DEAD)
     path = closures.plain(live.files, name)
@@ -421,6 +423,7 @@ def test_a_path_was_signed_later(host, live, name, cache):
     assert outcome.status == "Succeeded" and host.profile() == path, outcome
 
 
+@pytest.mark.long
 def test_a_cache_has_lost_an_archive(host, make_workspace, name):
     workspace = make_workspace()
     path = closures.plain(workspace.files, name)
@@ -443,6 +446,7 @@ def mount(host, place, options):
 
 
 @pytest.mark.parametrize("options", ["nr_inodes=60", "size=1m"])
+@pytest.mark.long
 def test_the_store_is_full(host, live, name, options):
     """The estimate of Nix does not count inodes, nor what the file system adds."""
     mount(host, "/nix/store", options)
@@ -525,6 +529,7 @@ def reason_of_failure(workspace, name):
     return workspace.deployment(deployment)["reason"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("private", [False, True])
 def test_the_daemon_does_not_trust_the_user(as_nobody, make_workspace, name, private):
     workspace = make_workspace(private=private)
@@ -534,6 +539,7 @@ def test_the_daemon_does_not_trust_the_user(as_nobody, make_workspace, name, pri
     assert f"the Nix daemon ignores {workspace.cache_url}, because" in reason
 
 
+@pytest.mark.long
 def test_the_daemon_knows_the_cache_but_ignores_the_token(as_nobody, make_workspace, name):
     """The substituter is trusted, so that Nix does not warn of it."""
     workspace = make_workspace(private=True)

@@ -316,6 +316,7 @@ def test_a_rollback_script_that_fails(nixos_machine, code, options, reason):
     assert "boot" not in [action for action, path in machine.host.record() if path != first]
 
 
+@pytest.mark.long
 @pytest.mark.promise(3, 5)
 def test_a_workspace_that_can_not_be_reached_any_more(make_workspace, nixos_machine):
     workspace = make_workspace()
@@ -437,6 +438,7 @@ def test_a_signal_ends_the_agent_and_a_running_switch_goes_on(nixos_machine, num
     assert machine.host.boot_default() == new
 
 
+@pytest.mark.long
 def test_only_one_agent_of_a_name(make_machine):
     machine = make_machine()
     url, token = machine.workspace.url, machine.workspace.token("agent")
@@ -496,6 +498,7 @@ def complete(lines):
     return lines if lines and lines[-1] == SUCCESS else None
 
 
+@pytest.mark.long
 @pytest.mark.promise(9)
 def test_200_000_lines_and_one_of_20_MB_arrive_in_order_and_cost_no_memory(make_machine):
     machine = make_machine()

@@ -187,8 +187,8 @@ def test_a_failed_rollback_does_not_count_once_another_state_directory_has_deplo
     fresh = journal.Journal(
         entry.directory + "-b", dataclasses.replace(entry.record, id=OTHER, step=journal.READY)
     )
-    found = previous.unconfirmed(fresh, entry.record.profile, [entry], last)
-    assert found == ([entry.record] if counts else [])
+    result = previous.unconfirmed(fresh, entry.record.profile, [entry], last)
+    assert result == ([entry.record] if counts else [])
 
 
 def test_a_file_that_never_stays_in_place_is_an_error(tmp_path, monkeypatch):

@@ -300,12 +300,12 @@ def test_answers_are_in_no_reference_cycle(peer):
             except Unreachable as error:
                 problems.append(error)  # as a caller may do
         peer.events.clear()
-        held = [
+        objects = [
             trace.size
             for trace in tracemalloc.take_snapshot().statistics("lineno")
             if "cachix_" in trace.traceback[0].filename
         ]
-        assert sum(held) < 2 * MEBIBYTE and len(problems) == 20
+        assert sum(objects) < 2 * MEBIBYTE and len(problems) == 20
     finally:
         tracemalloc.stop()
         gc.enable()
@@ -368,12 +368,12 @@ def test_the_switch_process_has_no_secrets_and_commands_have_the_usual_limits(ma
     def look():
         wait_until(lambda: machine.host.path("/nix/var/recorded").exists(), what="the activation")
         pids.extend(pid for pid, line in machine.host.processes().items() if " switch " in line)
-        found = [
+        result = [
             (Path(f"/proc/{pid}/environ").read_text(), core_limit(pid), process_umask(pid))
             for pid in pids
         ]
         machine.host.path("/nix/var/go-on").touch()
-        return found
+        return result
 
     results = []
     thread = threading.Thread(target=lambda: results.extend(look()))

@@ -38,7 +38,7 @@ def agent(kind, settings="", **arguments):
 
 
 def options_of(argv, monkeypatch):
-    """What the program makes of an agent's command line."""
+    """The options that the program reads from an agent's command line."""
     monkeypatch.setenv("CACHIX_AGENT_TOKEN", "token")
     options = parse([word for word in argv[1:] if not word.startswith("--token-file=")])
     return cachix_options.agent_options(options)
@@ -89,6 +89,12 @@ X-StopIfChanged=false
 WantedBy=multi-user.target
 """
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_commands_at_the_machine_are_there(kind):
+    """An operator at the console has a shell, and nothing else."""
+    assert any("cachix-deploy" in path for path in agent(kind).commands)
 
 
 def test_the_unit_of_home_manager():
@@ -188,6 +194,9 @@ def test_the_program_understands_the_defaults(kind, monkeypatch):
         ("onRebootNeeded", '"boot"', "--on-reboot-needed=boot"),
         ("trustedKeys", f'[ "{KEY}" ]', f"--trusted-key={KEY}"),
         ("deploymentKeys", f'[ "{KEY}" ]', f"--deployment-key={KEY}"),
+        ("rebootWindow", '"Mon..Fri 02:00-04:00"', "--reboot-window=Mon..Fri 02:00-04:00"),
+        ("postDeploy", '"/etc/tell"', "--post-deploy=/etc/tell"),
+        ("metricsFile", "/var/lib/x.prom", "--metrics-file=/var/lib/x.prom"),
         ("extraArgs", '[ "--unsigned-rollback=0" ]', "--unsigned-rollback=0"),
     ],
 )
@@ -303,9 +312,9 @@ def test_the_name_of_a_user_at_a_host():
 # --- the workspace --------------------------------------------------------------------------------
 
 
-def workspace(settings=""):
+def workspace(*settings):
     """A machine with a workspace, of which all assertions hold."""
-    done = evaluate("nixos", WORKSPACE, settings)
+    done = evaluate("nixos", WORKSPACE, *settings)
     assert done.failed == []
     return done
 
@@ -326,27 +335,29 @@ def serve(done):
         ("ipv6", ["--listen=[::]:8080"]),
         ("port", ["--listen=127.0.0.1:80"]),
         ("maxConnections", ["--max-connections=100"]),
+        ("keep", ["--keep-deployments=100", "--keep-days=365"]),
         ("extraArgs", ["--max-nar=20"]),
         ("nginx", ["--public-url=https://deploy.example.org", "--behind-proxy=1"]),
     ],
 )
 def test_each_option_of_the_workspace(settings, words):
-    written = {
+    text = {
         "": "",
         "publicUrl": 'publicUrl = "https://deploy.example.org";',
         "listenAddress": 'listenAddress = "192.0.2.1";',
         "ipv6": 'listenAddress = "::";',
         "port": "port = 80;",
         "maxConnections": "maxConnections = 100;",
+        "keep": "keepDeployments = 100; keepDays = 365;",
         "extraArgs": 'extraArgs = [ "--max-nar=20" ];',
         "nginx": 'nginx = { enable = true; domain = "deploy.example.org"; };',
     }
-    done = workspace(f"services.cachix-workspace = {{ {written[settings]} }};")
+    done = workspace(f"services.cachix-workspace = {{ {text[settings]} }};")
     names = [word.partition("=")[0] for word in words]
-    defaults = ["--listen=127.0.0.1:8080", "--max-connections=4096"]
+    defaults = ["--listen=127.0.0.1:8080", "--max-connections=16000"]
     kept = [word for word in defaults if word.partition("=")[0] not in names]
     assert sorted(serve(done)) == sorted([*kept, *words])
-    files = 100 + 4096 if settings == "maxConnections" else 8192
+    files = 100 + 4096 if settings == "maxConnections" else 20096
     unit = done.units["cachix-workspace"]
     assert setting(unit, "LimitNOFILE") == str(files)
     assert (setting(unit, "AmbientCapabilities") == "CAP_NET_BIND_SERVICE") == (settings == "port")
@@ -381,8 +392,65 @@ def test_nginx_and_the_firewall():
         workspace("services.cachix-workspace.nginx.enable = true;")
 
 
+POSTGRESQL = 'services.cachix-workspace.database.type = "postgresql";'
+URL_FILE = 'services.cachix-workspace.database.urlFile = "/run/secrets/url";'
+LOCAL = "services.cachix-workspace.database.createLocally = true;"
+
+
+def test_a_database_on_this_machine():
+    done = workspace(POSTGRESQL)
+    postgresql = done.postgresql
+    assert postgresql["enable"] and postgresql["ensureDatabases"] == ["cachix-workspace"]
+    assert postgresql["ensureUsers"] == [{"name": "cachix-workspace", "ensureDBOwnership": True}]
+    unit = done.units["cachix-workspace"]
+    assert setting(unit, "User") == "cachix-workspace"  # the role: it comes by the socket, as peer
+    assert "AF_UNIX" in re.findall("^RestrictAddressFamilies=(.*)$", unit, re.MULTILINE)
+    assert setting(unit, "Requires") == "postgresql.service"
+    after = (setting(unit, "After") or "").split()
+    assert {"network-online.target", "postgresql.service", "postgresql.target"} <= set(after)
+    url = "postgresql+psycopg://cachix-workspace@/cachix-workspace?host=/run/postgresql"
+    assert f"--database={url}" in serve(done)
+    assert setting(unit, "LoadCredential") is None
+
+
+def test_a_database_by_the_url_in_a_file():
+    done = workspace(POSTGRESQL, URL_FILE)
+    assert not done.postgresql["enable"]
+    unit = done.units["cachix-workspace"]
+    assert setting(unit, "LoadCredential") == "database-url:/run/secrets/url"
+    assert setting(unit, "Requires") is None
+    assert not any("secrets" in word or "database" in word for word in serve(done))
+    (script,) = done.scripts
+    assert "--property=LoadCredential=database-url:/run/secrets/url" in script
+    assert re.search(r"--setenv=PATH=/nix/store/\S+-postgresql/bin ", script)
+
+
+def test_the_url_of_the_module_is_one_of_the_program(tmp_path):
+    from cachix_workspace.cli import place, usage
+
+    words = serve(workspace(POSTGRESQL))
+    options = usage.parse(["serve", *words, f"--data={tmp_path}"])
+    url, file = place.database_of(options)
+    assert url.startswith("postgresql+psycopg://cachix-workspace@/") and file is None
+
+
 @pytest.mark.parametrize(
-    "settings", ["port = 65536;", "maxConnections = 3;", "publicUrl = 1;", "database = { };"]
+    "settings", [[URL_FILE], [LOCAL], [POSTGRESQL, URL_FILE, LOCAL]], ids=["url", "local", "both"]
+)
+def test_databases_that_contradict_each_other(settings):
+    (sentence,) = evaluate("nixos", WORKSPACE, *settings).failed
+    assert "services.cachix-workspace.database" in sentence
+
+
+def test_sqlite_is_the_default():
+    done = workspace()
+    assert not done.postgresql["enable"]
+    assert not any("database" in word for word in serve(done))
+    assert "PATH" not in done.scripts[0]
+
+
+@pytest.mark.parametrize(
+    "settings", ["port = 65536;", "maxConnections = 3;", "publicUrl = 1;", "data = { };"]
 )
 def test_wrong_options_of_the_workspace(settings):
     with pytest.raises(Refused, match="does not exist|is not of type"):
@@ -443,10 +511,11 @@ def test_the_packages(monkeypatch):
 
     def names(text):
         lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-        return sorted(re.split("[ >=<]", line)[0] for line in lines)
+        return sorted(re.split(r"[ >=<\[]", line)[0] for line in lines)
 
     agents = names(setup["options"]["install_requires"])
-    for_workspace = names(setup["options.extras_require"]["workspace"])
+    extras = setup["options.extras_require"]
+    for_workspace = sum((names(extras[name]) for name in ("workspace", "postgresql", "s3")), [])
     for name in ("cachix-deploy", "cachix", "cachix-workspace"):
         package = packages(
             f"{{ inherit (p.{name}) pname version meta pyproject pythonImportsCheck postInstall;"
@@ -455,6 +524,8 @@ def test_the_packages(monkeypatch):
         assert (package["pname"], package["version"]) == (name, __version__)
         assert package["meta"]["mainProgram"] == name and package["pyproject"]
         assert f"! -name {name} -delete" in package["postInstall"]
+        has_manual = f"contrib/man/{name}.1" in package["postInstall"]
+        assert has_manual == (name != "cachix")
         wanted = agents + for_workspace if name == "cachix-workspace" else agents
         assert sorted(package["needs"]) == sorted(wanted)
         for module in package["pythonImportsCheck"]:
@@ -473,11 +544,13 @@ def test_the_source_of_the_packages():
     folders = {"activate", "cachix_workspace"}
     assert modules | folders <= files
     others = files - modules - folders
-    assert others == {"setup.cfg", "setup.py", "pyproject.toml", "README.rst", "LICENSE"}
+    manuals = {"contrib/completions", "contrib/man"}
+    assert others - manuals == {"setup.cfg", "setup.py", "pyproject.toml", "README.rst", "LICENSE"}
+    assert manuals <= others
 
 
 def spec(expression):
-    """What `lib.spec` writes into deploy.json. Raises Refused."""
+    """The deploy.json that `lib.spec` writes. Raises Refused."""
     library = "(import ../nix/lib.nix { agent = { nixos = ../nix/nixos.nix; }; }) w.pkgs"
     return json.loads(
         nix(f"let w = {world('nixos')}; l = {library}; in (l.spec {expression}).text")

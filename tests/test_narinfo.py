@@ -1,9 +1,10 @@
-"""What a cache takes as the description of a store path."""
+"""Narinfos that a cache accepts and refuses."""
 
 import pytest
 from caches import Key
 
-from cachix_workspace.narinfo import Narinfo, base32
+from cachix_protocol import base32
+from cachix_workspace.narinfo import Narinfo
 from cachix_workspace.refusal import Refusal
 
 DIGEST = "a" * 32

@@ -53,6 +53,7 @@ def test_hosts_that_it_takes(tmp_path, host):
 
 
 @pytest.mark.parametrize("own", [b"machine nas.example.org login joe password secret\n", b"\xfc"])
+@pytest.mark.long
 def test_a_private_cache_beside_another_entry(host, make_workspace, name, own):
     """Nix's curl 7.88 drops an entry without a login as soon as there is another one."""
     workspace = make_workspace(private=True)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from hosts import PROJECT
 
-from activate import byhand, nix
+from activate import byhand, nix, source
 from activate.kinds import home_manager, nixos, plain
 from activate.kinds.change import Change, restore_profile
 from activate.process import CommandFailed
@@ -44,14 +44,14 @@ def questions(monkeypatch):
 TUNED = ["--max-jobs", "32", "--option", "max-substitution-jobs", "32"]
 TUNED += ["--option", "http-connections", "128", "--option", "connect-timeout", "10"]
 TUNED += ["--option", "stalled-download-timeout", "30"]
-TUNED += ["--option", "fsync-store-paths", "true"]
+TUNED += ["--option", "fsync-store-paths", "true", *source.FOR_MEMORY]
 FRESH = ["--option", "narinfo-cache-negative-ttl", "0"]
 
 
 def test_realise_from_a_private_cache():
     run = Recorder()
-    source = nix.Source("http://c:8/cache/main", ("k1:aaa", "k2:bbb"), "/state/netrc-1")
-    assert nix.realise([NEW, OLD], "/state/new", source, run) == 0
+    cache = nix.Source("http://c:8/cache/main", ("k1:aaa", "k2:bbb"), "/state/netrc-1")
+    assert nix.realise([NEW, OLD], "/state/new", cache, run) == 0
     assert run.calls == [
         ["nix-store", "--realise", NEW, OLD, "--add-root", "/state/new", "--indirect", *TUNED]
         + ["--option", "extra-substituters", "http://c:8/cache/main"]
@@ -76,13 +76,31 @@ def test_a_dry_run_gives_up_a_silent_substituter_sooner():
 
 
 def test_a_source_that_replaces_the_substituters_and_what_nix_remembers():
-    source = nix.Source("http://c", ("k:1",), only=("http://c", "http://d"), fresh=True)
-    assert source.options() == [
+    cache = nix.Source("http://c", ("k:1",), only=("http://c", "http://d"), fresh=True)
+    assert cache.options() == [
         *TUNED,
         *["--option", "substituters", "http://c http://d", "--option", "extra-substituters", ""],
         *["--option", "trusted-public-keys", "k:1", *FRESH],
         *["--option", "narinfo-cache-positive-ttl", "0"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("mebibytes", "slots"),
+    [(256, 16), (512, 16), (1024, 32), (2048, 64), (4096, 128), (1 << 20, 128)],
+)
+def test_paths_at_a_time_by_the_memory(monkeypatch, mebibytes, slots):
+    sizes = {"SC_PHYS_PAGES": mebibytes << 8, "SC_PAGE_SIZE": 1 << 12}
+    monkeypatch.setattr("os.sysconf", sizes.__getitem__)
+    assert source.slots() == slots
+
+
+def test_paths_at_a_time_where_the_memory_is_not_known(monkeypatch):
+    def sysconf(name):
+        raise ValueError(name)
+
+    monkeypatch.setattr("os.sysconf", sysconf)
+    assert source.slots() == source.LEAST_SLOTS
 
 
 def test_questions(questions):

@@ -253,7 +253,7 @@ def test_a_signal_ends_it_at_once(scene, when):
 
 
 def mark(**changes):
-    """What an agent writes into registered-NAME.json."""
+    """The content of registered-NAME.json."""
     known = {"id": AGENT_ID, "cache": None, "reports": "http"}
     common = {"pid": 1, "boot_id": machine.boot_id(), "host": "http://w", "registered": known}
     return {**common, "time": time.time() + 3600, **changes}

@@ -1,4 +1,4 @@
-"""What commands write into: a pipe that always takes it, and the drainer that empties it."""
+"""The output of commands: a pipe that always takes it, and the drainer that empties it."""
 
 import os
 import random

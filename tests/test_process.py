@@ -169,3 +169,15 @@ def test_all_that_touches_the_machine_needs_only_the_standard_library():
     code += "assert not {'requests', 'websocket', 'docopt'} & set(sys.modules)"
     root = os.path.dirname(os.path.dirname(__file__))
     subprocess.run([sys.executable, "-S", "-c", code], check=True, cwd=root)
+
+
+def test_a_lock_that_is_closed_twice_closes_nothing_else(tmp_path):
+    """Its number is another file's by then: the socket of a report, say."""
+    taken = lock.take(str(tmp_path / "lock"))
+    fd = taken.fd
+    taken.close()
+    with open(tmp_path / "other", "wb") as other:
+        assert other.fileno() == fd
+        taken.close()
+        other.write(b"all is well")
+    assert (tmp_path / "other").read_bytes() == b"all is well"

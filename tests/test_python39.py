@@ -18,9 +18,10 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
+from builders import Builder
 from closures import plain
 from containers import Missing, mirror
 from hosts import PROJECT, Host
@@ -194,6 +195,24 @@ def test_the_pyz_deploys(
     assert live.wait(deployment) == "Succeeded", live.text(deployment)
     assert host.profile(f"/nix/var/nix/profiles/{name}-profile") == path
     assert agent.stop() == 0
+
+
+@pytest.mark.parametrize("version", ["this", "3.9"])
+def test_the_pyz_pushes(
+    request: pytest.FixtureRequest,
+    host: Host,
+    make_workspace: Callable[..., Workspace],
+    pyz: Path,
+    version: str,
+) -> None:
+    python = Python(sys.executable) if version == "this" else request.getfixturevalue("python39")
+    builder = Builder(host, make_workspace())
+    variables = [f"{name}={text}" for name, text in python.env.items()]
+    builder.program = ["env", *variables, python.path, str(pyz)]
+    path = plain(builder.built, "pushed")
+    builder.have(path)
+    assert builder.push(path).startswith("pushed 3 paths ")
+    assert builder.push(path).startswith("pushed 0 paths ")
 
 
 @pytest.mark.timeout(300)

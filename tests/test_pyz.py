@@ -144,7 +144,7 @@ def start(host, live, name):
 
     def start(path, flags=(), env=None, words=()):
         number = len(list(host.directory.glob("agent-*.out")))
-        argv = [sys.executable, *flags, str(path), "--host", live.url, "agent", name, *words]
+        argv = [sys.executable, *flags, str(path), f"--host={live.url}", "agent", name, *words]
         variables = {"CACHIX_AGENT_TOKEN": live.token("agent"), **(env or {})}
         agent = host.start(f"agent-{number}", argv, variables)
         agent.wait_for("is connected to")
@@ -168,6 +168,21 @@ def test_the_file_is_replaced_while_the_agent_runs(host, live, name, installed, 
     deployment = live.deploy(name, path)
     assert live.wait(deployment, 30) == "Succeeded", (live.deployment(deployment), agent.text())
     assert agent.stop() == 0 and "Traceback" not in agent.text()
+
+
+@pytest.mark.promise(8)
+def test_the_file_is_replaced_while_an_agent_that_cron_started_runs(
+    host, live, name, installed, start
+):
+    """It has looked for another agent before it made its copy, and loads all from that since."""
+    agent = start(installed.path, ("-v",), words=("--if-stopped",))
+    loaded = re.findall(r"^import 'activate\.nix' # .*", agent.text(), re.M)
+    assert len(loaded) == 1 and "/proc/self/fd/" in loaded[0]
+    installed.replace("cp")
+    path = closures.plain(live.files, name)
+    live.push(path)
+    assert live.wait(live.deploy(name, path), 30) == "Succeeded"
+    assert agent.stop() == 0
 
 
 @pytest.mark.promise(8)

@@ -59,9 +59,16 @@ def test_the_commands_of_the_readme(reader):
     follow(reader, "Deploy from CI")
     path = wait_until(host.profile)
     assert host.path(path).read_text() == "hello\n"
+    follow(reader, "At the machine")
 
 
 def test_every_section_with_commands_is_followed():
     sections = re.findall(r"^(.+)\n-{3,}\n", TEXT, flags=re.M)
     names = [name for name in sections if blocks(re.escape(name))]
-    assert names == ["Try it", "Run an agent", "Host a workspace", "Deploy from CI"]
+    assert names == [
+        "Try it",
+        "Host a workspace",
+        "Run an agent",
+        "Deploy from CI",
+        "At the machine",
+    ]

@@ -292,7 +292,8 @@ def test_a_flipped_bit_in_a_journal_is_noticed_or_changes_only_its_value():
     assert count < 8 * len(text) / 2, "most flipped bits are noticed"
 
 
-OPTIONAL = ("version", "outcome", "confirmed", "signature")
+OPTIONAL = ("version", "outcome", "confirmed", "signature", "by_hand", "needs_workspace")
+OPTIONAL += ("operation", "reboot", "reboots")
 
 
 def test_no_key_may_be_missing_in_a_journal_of_this_version():
@@ -311,6 +312,17 @@ def test_a_journal_of_version_1_is_read_without_the_keys_of_version_2():
     assert read(json.dumps(values).encode()) == expected
     del values["previous_running"]
     assert read(json.dumps(values).encode()) is None
+
+
+@pytest.mark.parametrize("step", [journal.RECEIVED, journal.READY, journal.COMMITTING])
+@pytest.mark.parametrize("wish", [{"operation": "boot"}, {"reboot": "window"}, {}])
+def test_an_older_agent_does_not_begin_an_operation(step, wish):
+    """It knows no operations, and would switch: to it the journal is none before anything began."""
+    record = dataclasses.replace(WHOLE, step=step, **wish)
+    values = json.loads(record.to_json())
+    assert read(record.to_json()) == record
+    is_hidden = bool(wish) and step != journal.COMMITTING
+    assert isinstance(values["rooted"], list) != is_hidden  # older ones make a tuple of it
 
 
 @pytest.mark.parametrize("version", [None, 0])
@@ -350,3 +362,21 @@ def test_a_directory_in_the_place_of_a_report_is_set_aside(tmp_path):
     (tmp_path / "reported.json").mkdir()
     assert Reported.load(str(tmp_path / "reported.json")) == Reported()
     assert not (tmp_path / "reported.json").exists()
+
+
+def test_a_journal_is_read_again_when_its_file_was_replaced(tmp_path, monkeypatch):
+    """Also when the new file has all marks of the old one, which was written a moment ago."""
+    record = journal.Record("x", 1, "web", "http://a", "/nix/store/x", times={"received": 1.0})
+    entry = journal.Journal(str(tmp_path), record)
+    parsed, parse = [], journal.Record.from_json
+    monkeypatch.setattr(
+        journal.Record, "from_json", lambda text: parsed.append(text) or parse(text)
+    )
+    entry.enter(journal.RECEIVED)
+    assert journal.load(str(tmp_path)).record == journal.load(str(tmp_path)).record
+    assert len(parsed) == 2, "a file this new may be replaced by one with the same marks"
+    os.utime(entry.path("journal.json"), (1, 1))
+    assert journal.load(str(tmp_path)).record == journal.load(str(tmp_path)).record
+    assert len(parsed) == 3, "an old one is remembered"
+    entry.enter(journal.DOWNLOADING)
+    assert journal.load(str(tmp_path)).record.step == journal.DOWNLOADING

@@ -14,6 +14,7 @@ import pytest
 from hosts import wait_until
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from quiet import QuietServer
 
 import cachix_protocol
 import cachix_reports
@@ -142,10 +143,10 @@ def test_a_record_that_nests_too_deep_counts_as_the_beginning(tmp_path):
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
-    written = Reported(True, True, 7, 300, False, True, 4096, "t")
-    (tmp_path / "reported.json").write_text(json.dumps(asdict(written)))
+    text = Reported(True, True, 7, 300, False, True, 4096, "t")
+    (tmp_path / "reported.json").write_text(json.dumps(asdict(text)))
     read = Reported.load(str(tmp_path / "reported.json"))
-    assert {**asdict(read), "time": "t"} == asdict(written)
+    assert {**asdict(read), "time": "t"} == asdict(text)
     assert Reported.load(str(tmp_path / "none")) == Reported()
 
 
@@ -391,11 +392,10 @@ def test_slow_frames_have_a_deadline_together():
     frames = []
 
     class Socket:
-        def send(self, frame):
-            frames.append(frame)
-            time.sleep(0.1)
-
-        def ping(self, mark):
+        def send_all(self, all_frames, timeout):
+            for frame in all_frames:
+                frames.append(frame)
+                time.sleep(0.1)
             raise AssertionError("all frames were sent")
 
         settimeout = shutdown = lambda self, *_: None
@@ -584,8 +584,7 @@ class Server:
             def log_message(self, *_):
                 pass
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
+        self.server = QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -739,6 +738,7 @@ def talk(rounds, count):
     return f"for i in $(seq 1 {rounds}); do {lines}; sleep 0.03; done"
 
 
+@pytest.mark.long
 def test_a_workspace_that_is_killed_during_a_deployment(make_workspace, make_machine):
     """It gets all log lines exactly once and in order, and one end."""
     workspace = make_workspace()

@@ -1,4 +1,4 @@
-"""What setup.cfg requires and requirements-*.txt pin: everything, by hashes, for each Python."""
+"""The packages of setup.cfg are pinned by requirements-*.txt: by hashes, for each Python."""
 
 import configparser
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""What is said of a deployment."""
+"""The sentences about a deployment."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from cachix_workspace import sentences
 from cachix_workspace.agents import AgentRow
 from cachix_workspace.deployments import DeploymentRow
+from cachix_workspace.fetched import Progress
 
 OLD, PATH = "/nix/store/old", "/nix/store/new"
 TIME, LATER = "2020-01-02T14:02:00.5Z", "2020-01-02T14:02:41.000001Z"
@@ -23,6 +24,19 @@ DAY = "2020-01-02 14:02 UTC"
 def told(agent: dict[str, Any], **row: Any) -> str:
     changed = dataclasses.replace(ROW, **row)
     return sentences.tell(changed, dataclasses.replace(AGENT, **agent)).sentence
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "expected"),
+    [
+        (120_000_000, 300_000_000, "Downloading 120 of 300 MB"),
+        (0, 2_100_000, "Downloading 0 of 2 MB"),
+        (7_000, 9_700, "Downloading 7 of 10 kB"),
+    ],
+)
+def test_a_download_says_how_much_has_come(done: int, total: int, expected: str) -> None:
+    row = dataclasses.replace(ROW, status="InProgress", step="downloading", closure_size=9)
+    assert sentences.tell(row, AGENT, progress=Progress(done, total)).sentence == expected
 
 
 @pytest.mark.parametrize(
@@ -110,3 +124,16 @@ def test_the_step_line_shows_what_was_what_is_and_what_comes() -> None:
 )
 def test_a_duration(seconds: float, text: str) -> None:
     assert sentences.lasting(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("a newer deployment came first", "A newer deployment came first."),
+        (None, "It did not come to the reboot."),
+    ],
+)
+def test_a_reboot_that_did_not_come(reason: str | None, advice: str) -> None:
+    row = {"status": "Succeeded", "outcome": "reboot-needed", "reboot": "window"}
+    telling = sentences.tell(dataclasses.replace(ROW, **row, reason=reason), AGENT)
+    assert telling == sentences.Telling("Succeeded: web needs a reboot", advice)

@@ -1,6 +1,7 @@
 """Whose signature a path needs before it may run, with real Nix and real signatures."""
 
 import os
+import sqlite3
 
 import closures
 import pytest
@@ -156,12 +157,37 @@ def test_the_database_and_nix_tell_the_same(host, cache, monkeypatch):
     host.fetch(cache.url, cache.key.public, path)
     added = add(host, "some")
     monkeypatch.setattr(database, "DIRECTORY", str(host.path("/nix/var/nix/db")))
-    told = database.content_addresses([path, added])
-    assert list(told) == [added] and told[added].startswith("fixed:")
+    facts = database.content_addresses([path, added])
+    assert list(facts) == [added] and facts[added].startswith("fixed:")
     assert database.content_addresses([path, "/nix/store/" + "0" * 32 + "-none"]) is None
     text = host.output("nix", "path-info", "--json", path, added, *nix.EXPERIMENTAL)
     monkeypatch.setattr(signatures, "output", lambda *_: text)
-    assert signatures.content_addresses([path, added], 1) == told
+    assert signatures.content_addresses([path, added], 1) == facts
+
+
+def test_nix_is_asked_once_about_the_same_contents_and_keys(host, cache, monkeypatch):
+    paths = [closures.plain(cache, number) for number in (1, 2)]
+    host.fetch(cache.url, cache.key.public, *paths)
+    monkeypatch.setattr(database, "DIRECTORY", str(host.path("/nix/var/nix/db")))
+    asked, answers = [], [False, True]
+
+    def are_signed(paths, keys, _timeout):
+        asked.append((*paths, *keys))
+        return answers[min(len(asked), len(answers)) - 1]
+
+    monkeypatch.setattr(signatures, "are_signed", are_signed)
+    monkeypatch.setattr(signatures, "_seen", set())
+    ask = signatures.are_known_signed
+    assert [ask(paths, ("k:1",)) for _ in range(4)] == [False, True, True, True]
+    assert len(asked) == 2, "a refusal is not remembered, a signature is"
+    assert ask(paths[:1], ("k:1",)) and len(asked) == 2
+    assert ask(paths, ("l:2",)) and len(asked) == 3
+    query = "UPDATE ValidPaths SET hash = 'sha256:1' WHERE path = ?"
+    with sqlite3.connect(host.path("/nix/var/nix/db/db.sqlite")) as nix_database:
+        nix_database.execute(query, (paths[1],))
+    assert ask(paths, ("k:1",)) and len(asked) == 4
+    monkeypatch.setattr(database, "DIRECTORY", "/nowhere")
+    assert ask(paths, ("k:1",)) and ask(paths, ("k:1",)) and len(asked) == 6
 
 
 OTHERS = [place for place in os.environ.get("CACHIX_DEPLOY_NIX", "").split(":") if place]

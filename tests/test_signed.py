@@ -11,7 +11,7 @@ import closures
 import pytest
 from hosts import clean_environment, command, wait_until
 
-from cachix_protocol import Spec, Undecodable, UsageError
+from cachix_protocol import Spec, Undecodable, UsageError, Wish
 from cachix_signed import SecretKey, Signature, Statement, deployment_keys, plain_host
 from cachix_workspace.reports import check_signatures
 
@@ -41,9 +41,9 @@ class Site:
     def statement(self, path, sequence=100, **more):
         return Statement(plain_host(self.peer.url), "web", path, sequence, **more)
 
-    def deploy(self, path, signature=None, script=None):
+    def deploy(self, path, signature=None, script=None, **more):
         """Deploy; the reason of a refusal, empty if it succeeded."""
-        deployment = self.peer.deploy(path, script, signature=signature)
+        deployment = self.peer.deploy(path, script, signature=signature, **more)
         if self.peer.finished(deployment, 30):
             return ""
         wait_until(lambda: self.peer.log(deployment), 20, "the log")
@@ -62,6 +62,15 @@ def test_the_statement_is_what_the_protocol_says():
         b'{"agent":"web","allowDowngrade":false,"expires":9,"host":"x.example:8080",'
         b'"rollbackScript":{"x86_64-linux":"/nix/store/b"},"sequence":7,'
         b'"storePath":"/nix/store/a","type":"cachix-deploy deployment 1"}'
+    )
+
+
+def test_the_statement_of_another_operation():
+    """A plain one has the same bytes as before there were operations."""
+    statement = Statement("h", "web", "/nix/store/a", 7, wish=Wish("boot", "window"))
+    assert (
+        b'"host":"h","options":{"operation":"boot","reboot":"window"},"rollbackScript":{}'
+        in statement.to_bytes()
     )
 
 
@@ -203,6 +212,24 @@ def test_only_what_is_signed_runs(site):
 
 
 @pytest.mark.promise(13)
+@pytest.mark.parametrize("sent", [{"operation": "dry-activate"}, {"reboot": "when-needed"}])
+def test_whoever_has_stolen_a_token_turns_no_operation(site, sent):
+    """Neither into another one, nor into a plain one, nor into one without a signature."""
+    site.start()
+    path = site.paths[0]
+    plain = KEY.sign(site.statement(path))
+    assert "is not one for agent web" in site.deploy(path, plain, options=sent)
+    wish = Wish(**sent)
+    signature = KEY.sign(site.statement(path, wish=wish))
+    assert "is not one for agent web" in site.deploy(path, signature)
+    assert site.host.profile() is None
+    # by its own signature it gets as far as the kind, which refuses it
+    reason = site.deploy(path, signature, options=sent)
+    assert "makes no sense for a plain path" in reason or "only NixOS is rebooted" in reason
+    assert site.signed(path, 200) == ""
+    assert "asks for another operation, or for a reboot" in site.deploy(path, options=sent)
+
+
 def test_the_rollback_script_is_signed_too(site):
     site.start()
     path = site.paths[0]

@@ -10,6 +10,8 @@ import time
 import pytest
 from hosts import PROJECT, wait_until
 
+import cachix_entry
+import cachix_options
 from activate import environment, lock
 from activate.agent import single
 
@@ -220,3 +222,56 @@ def test_an_agent_writes_nothing_there_and_follows_no_link(host, live, name, tmp
     assert victim.read_text() == "important"
     assert [path.name for path in locks.iterdir()] == [f"agent-{name}.pid"]
     assert agent.stop() == 0
+
+
+@pytest.mark.parametrize("lost", [(), ("cache",), ("pid",), ("cache", "pid")], ids=str)
+def test_cron_starts_an_agent_in_place_of_a_killed_one(make_machine, lost):
+    """As a line of cron does each minute, whatever the killed agent has left in its files."""
+    machine = make_machine(env=SHORT)
+    assert second(machine, "--if-stopped").wait(20) == 0  # nothing to do as long as one runs
+    machine.agent.kill()
+    if "cache" in lost:
+        empty_cache(machine)
+    if "pid" in lost:  # it names a process that runs, and is no agent
+        for path in machine.host.directory.glob("**/agent-*.pid"):
+            path.write_text(str(os.getpid()))
+    machine.agent = second(machine, "--if-stopped")
+    machine.agent.wait_for(r"(?s)is connected to.*is connected to")  # both write into one file
+    assert second(machine, "--if-stopped").wait(20) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("agent web --if-stopped", "web"),
+        ("deploy agent web --if-stopped --host=http://x --token-file=/etc/token", "web"),
+        ("--host=http://x agent --if-stopped web profile", "web"),
+        ("agent --if-stopped", os.uname().nodename.partition(".")[0]),
+        ("agent web", None),
+        ("agent web --if-stopped --bootstrap", None),
+        ("agent web --if-stopped --hots=http://x", None),
+        ("agent web --if-stopped --host http://x", None),
+        ("agent web --if-stopped --verbose", None),
+        ("agent a b c --if-stopped", None),
+        ("agent ../x --if-stopped", None),
+        ("push agent --if-stopped", None),
+    ],
+)
+def test_lines_of_cron_that_are_answered_at_once(line, name):
+    assert cachix_entry.agent_named(line.split()) == name
+
+
+def test_options_of_lines_of_cron_are_those_of_the_usage_text():
+    names = cachix_entry.VALUED.pattern[3 : cachix_entry.VALUED.pattern.index(")")].split("|")
+    for name in names:
+        parsed = cachix_options.parse([f"--{name}=x", "agent", "web", "--if-stopped"])
+        assert "x" in (parsed[f"--{name}"] or []) and parsed["--if-stopped"]
+
+
+def test_cron_loads_nothing_of_the_network_while_an_agent_runs(make_machine):
+    machine = make_machine(env=SHORT)
+    argv = [sys.executable, "-X", "importtime", str(PROJECT / "cachix_entry.py")]
+    words = ["agent", machine.name, "--if-stopped", f"--host={machine.workspace.url}"]
+    result = machine.host.run([*argv, *words])
+    assert result.returncode == 0 and " activate.agent.single" in result.stderr
+    assert "websocket" not in result.stderr and "docopt" not in result.stderr

@@ -364,3 +364,57 @@ def test_a_plain_session_if_no_scope_can_be_made(make_machine, how):
     assert len(calls) == 2 and all(line.startswith(options) for line in calls)
     assert machine.workspace.token("agent") not in json.dumps(calls)
     wait_until(lambda: "sleep 250" not in str(host.processes()), 5, "the hung command to be gone")
+
+
+# --- by hand --------------------------------------------------------------------------------------
+
+
+def begin_rollback(machine, system, back_to):
+    """Deploy `system`, and roll back from it in a session; wait until `back_to` is activated."""
+    assert machine.deploy(back_to).status == "Succeeded"
+    assert machine.deploy(system).status == "Succeeded"
+    machine.host.path(GO_ON).unlink()
+    before = machine.host.record().count(("test", back_to))
+    argv = ["systemd-run", "--unit=session", "--collect", "cachix-deploy", "rollback"]
+    machine.host.output(*argv)
+    wait_until(lambda: machine.host.record().count(("test", back_to)) > before, 30, "the rollback")
+    (entry,) = (entry for entry in machine.journals() if entry.get("by_hand"))
+    return entry["id"]
+
+
+def systems(machine):
+    """A system that waits in its activation, and one that does not."""
+    wait = closures.wait_for(GO_ON)
+    go_on(machine)
+    return [
+        closures.nixos(machine.files, f"{machine.name}-{number}", after=extra)
+        for number, extra in ((2, wait), (3, ""))
+    ]
+
+
+def test_a_rollback_outlives_the_session_that_began_it(make_service):
+    """Everything in the session is killed. The agent is not needed for the rest, either."""
+    machine, _ = make_service()
+    back_to, system = systems(machine)
+    deployment = begin_rollback(machine, system, back_to)
+    leaders = [pid for pid, line in machine.host.processes().items() if "by hand" in line]
+    assert all(machine.unit_of(pid).endswith(".scope") for pid in leaders) and leaders
+    machine.host.output("systemctl", "kill", "--signal=KILL", "session")
+    machine.stop()
+    wait_until(lambda: machine.host.systemctl("is-active", "session").stdout != "active\n", 20)
+    go_on(machine)
+    wait_until(lambda: machine.host.step(deployment) == "succeeded", 20, "the end of the rollback")
+    assert machine.host.running() == machine.host.profile() == back_to
+    machine.host.output("systemctl", "start", UNIT)
+
+
+def test_poweroff_in_the_middle_of_a_rollback(make_service):
+    machine, _ = make_service()
+    back_to, system = systems(machine)
+    deployment = begin_rollback(machine, system, back_to)
+    machine.host.poweroff()
+    machine.boot()
+    wait_until(lambda: machine.host.step(deployment) == "rolled-back", 30, "the way back")
+    assert machine.host.running() == machine.host.profile() == system
+    entry = machine.host.journal(deployment)
+    assert entry["reason"].startswith("the machine restarted before it was confirmed")
