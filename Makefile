@@ -3,18 +3,25 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 4
 SECONDS ?= 60
+ON_POSTGRESQL := $(patsubst %,tests/test_workspace_%.py,audit life links logs management orders \
+  owners retention state tokens) tests/test_webhooks.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PARALLEL := -n $(WORKERS) --dist worksteal
 AGENT := $(wildcard cachix_*.py) activate
+PREFIX ?= /usr/local
+TO = $(DESTDIR)$(PREFIX)
+SHARED := man/man1 bash-completion/completions zsh/site-functions fish/vendor_completions.d \
+  cachix-deploy
 AGENT_SOURCES := $(shell find $(AGENT) -name '*.py')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-slow quick faults soak lint bench screenshots pyz relock clean
+.PHONY: help setup run test test-slow quick faults soak soak-workspace lint bench screenshots \
+  manuals pyz install relock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1	\2/p' Makefile | expand -t 20
 
-setup: .make/venv .make/nix .make/systemd .make/disks ## make .venv, and install Nix and test tools
+setup: .make/venv .make/nix .make/systemd .make/disks .make/shells ## make .venv, install test tools
 
 run: setup ## watch the whole thing: three hosts, a cache, a deployment, a rollback (build/run)
 	@$(BIN)/python tests/demo.py
@@ -22,8 +29,9 @@ run: setup ## watch the whole thing: three hosts, a cache, a deployment, a rollb
 test: setup ## run the tests, with real Nix, and some of the fault cases; ARGS="-k name" selects
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
-test-slow: setup .make/browser ## run those that take long: systemd, a browser, old Pythons, faults
+test-slow: setup .make/browser .make/proxies .make/postgresql ## run the long ones
 	$(BIN)/python -m pytest $(PARALLEL) --long $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --postgresql -m "not long" $(ON_POSTGRESQL) $(ARGS)
 
 quick: lint ## run lint and the tests that need neither Nix nor root, in under a minute
 	$(BIN)/python -m pytest $(PARALLEL) -q -m "not slow" $(ARGS)
@@ -33,6 +41,10 @@ faults: setup ## try every fault in every step of a deployment, and count the ca
 
 soak: setup ## try random faults in random deployments for SECONDS=60; SEED=n sets the first seed
 	$(BIN)/python -m pytest $(PARALLEL) tests/faults/test_soak.py --long --seconds $(SECONDS) \
+	  $(if $(SEED),--seed $(SEED))
+
+soak-workspace: setup .make/proxies .make/postgresql ## try random faults of the workspace
+	$(BIN)/python -m pytest -rP tests/test_soak_workspace.py --long --seconds $(SECONDS) \
 	  $(if $(SEED),--seed $(SEED))
 
 # The agent's side runs on Python 3.9: mypy checks it for the oldest version that it still knows.
@@ -50,7 +62,24 @@ bench: setup ## measure speed and size, as ratios
 screenshots: .make/venv .make/browser ## draw the pictures in docs/ anew; ALL=DIRECTORY: all pages
 	$(BIN)/python tools/screenshots.py $(if $(ALL),--all $(ALL))
 
+manuals: .make/venv .make/nix ## write completions, man pages and docs/options.rst anew
+	$(BIN)/python tools/manuals.py
+	$(BIN)/python tools/options.py
+
 pyz: dist/cachix-deploy.pyz ## build dist/cachix-deploy.pyz: agent and CI command in one file
+
+install: pyz ## copy agent, man pages, completions and contrib/ to PREFIX=/usr/local, below DESTDIR=
+	install -D -m 755 dist/cachix-deploy.pyz $(TO)/bin/cachix-deploy
+	install -d $(addprefix $(TO)/share/,$(SHARED))
+	install -m 644 contrib/man/cachix-deploy.1 $(TO)/share/man/man1
+	install -m 644 contrib/completions/cachix-deploy.bash \
+	  $(TO)/share/bash-completion/completions/cachix-deploy
+	install -m 644 contrib/completions/_cachix-deploy $(TO)/share/zsh/site-functions
+	install -m 644 contrib/completions/cachix-deploy.fish $(TO)/share/fish/vendor_completions.d
+	for kind in systemd launchd cron openrc ci; do \
+	  cp -R contrib/$$kind $(TO)/share/cachix-deploy || exit 1; done
+	find $(TO)/share/cachix-deploy -type f -exec sed -i.orig 's,/usr/local/bin,$(PREFIX)/bin,g' {} +
+	find $(TO)/share/cachix-deploy -name '*.orig' -exec rm {} +
 
 PACKER := tools/pyz.py cachix_workspace/program.py cachix_workspace/pyz_main.py
 dist/cachix-deploy.pyz: .make/venv $(PACKER) $(AGENT_SOURCES)
@@ -117,6 +146,28 @@ endef
 	@{ $(call provide,chromedriver,chromium chromium-driver fonts-dejavu-core); } \
 	  && { $(call provide,chromium,chromium); } \
 	  && touch $@ || { [ ! -e $@.log ] || tail -n 3 $@.log; }
+
+# tests/test_workspace_front.py tries contrib/nginx.conf and contrib/Caddyfile, where they are.
+# While policy-rc.d says no, Debian starts no services of packages that are installed.
+POLICY := /usr/sbin/policy-rc.d
+define without_services
+[ -e $(POLICY) ] || [ ! -w /usr/sbin ] || { trap 'rm -f $(POLICY)' EXIT; \
+  printf '#!/bin/sh\nexit 101\n' >$(POLICY); chmod 755 $(POLICY); }
+endef
+.make/proxies:
+	@$(without_services); { PATH="$$PATH:/usr/sbin"; $(call provide,nginx,nginx-light); } \
+	  && { $(call provide,caddy,caddy); } \
+	  && touch $@ || { [ ! -e $@.log ] || tail -n 3 $@.log; }
+
+# Tests of several nodes, and of the workspace on PostgreSQL, start clusters of their own.
+.make/postgresql:
+	@$(without_services); PATH="$$PATH:/usr/sbin:$$(echo /usr/lib/postgresql/*/bin | tr ' ' :)"; \
+	{ $(call provide,initdb,postgresql); } && { $(call provide,nft,nftables); } \
+	  && touch $@ || { [ ! -e $@.log ] || tail -n 3 $@.log; }
+
+# tests/test_manuals.py lets them read our completions and man pages, where they are.
+.make/shells:
+	@{ $(call provide,fish,fish zsh groff); } && touch $@ || { [ ! -e $@.log ] || tail -n 3 $@.log; }
 
 # tests/faults cuts the power of its own file systems, and checks by strace when they are synced.
 .make/disks:
