@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 HASH = "b" * 32
 INFO = "StorePath: /nix/store/x\n"
-DEADLINE = 10
+DEADLINE = 30
 
 
 @pytest.fixture(scope="module")

@@ -89,10 +89,10 @@ def test_nobody_waits_for_a_reader_that_hangs_and_the_newest_messages_are_kept()
     start = time.monotonic()
     for number in range(3 * MOST_WAITING):
         print(f"message {number}", file=output)
-    assert time.monotonic() - start < PATIENCE + 2
+    assert time.monotonic() - start < PATIENCE + 20
     start = time.monotonic()
     output.buffer.finish()
-    assert time.monotonic() - start < cachix_console.EXIT_PATIENCE + 1
+    assert time.monotonic() - start < cachix_console.EXIT_PATIENCE + 20
     first, notice, *rest = pipe.read()
     lost = int(re.fullmatch(r"(\d+) messages were lost", notice)[1])
     assert first == "message 0"  # which the thread was about to write

@@ -102,7 +102,12 @@ def test_families_take_turns(order: str, expected: str) -> None:
 @pytest.mark.parametrize("dead", ["drops", "refuses"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_dead_address_does_not_hide_a_living_one(
-    peer: Workspace, addresses: Callable[..., None], how: str, dead: str, count: int
+    peer: Workspace,
+    addresses: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    dead: str,
+    count: int,
 ) -> None:
     names = [f"127.0.0.{number}" for number in range(2, 2 + count)]
     addresses(*names, "127.0.0.1", "127.0.0.9")
@@ -110,11 +115,12 @@ def test_a_dead_address_does_not_hide_a_living_one(
         if dead == "drops":
             for name in names:
                 stack.enter_context(deaf_port(name, peer.port))
+        else:  # a refusal is not waited for
+            monkeypatch.setattr(cachix_dial, "STAGGER", 30.0)
         began = time.monotonic()
-        result = CALLS[how](Peer(f"http://deploy.test:{peer.port}", TOKEN, "web"), "/ws", 5)
+        result = CALLS[how](Peer(f"http://deploy.test:{peer.port}", TOKEN, "web"), "/ws", 60)
         duration = time.monotonic() - began
-    assert result is not None
-    assert duration < (count * cachix_dial.STAGGER + 1 if dead == "drops" else 0.2)
+    assert result is not None and duration < 20
     assert f"Host: deploy.test:{peer.port}" in peer.heads()[-1]
 
 
@@ -134,10 +140,10 @@ def test_addresses_that_are_all_dead_have_one_deadline(
     addresses("127.0.0.2", "127.0.0.3")
     with deaf_port("127.0.0.2") as port, deaf_port("127.0.0.3", port):
         began = time.monotonic()
-        reason = "no answer within 1 s while connecting to 127.0.0.2, 127.0.0.3"
+        reason = "no answer within 4 s while connecting to 127.0.0.2, 127.0.0.3"
         with pytest.raises(Unreachable, match=reason):
-            CALLS[how](Peer(f"http://deploy.test:{port}", TOKEN, "web"), "/ws", 0.8)
-        assert time.monotonic() - began < 1.5
+            CALLS[how](Peer(f"http://deploy.test:{port}", TOKEN, "web"), "/ws", 4.0)
+        assert time.monotonic() - began < 7.5
 
 
 def test_losers_are_closed(peer: Workspace, addresses: Callable[..., None]) -> None:
@@ -261,7 +267,7 @@ def test_an_answer_that_trickles_has_a_deadline(
     began = time.monotonic()
     with pytest.raises(Unreachable, match="no answer within 1 s while waiting for the "):
         CALLS[how](peer, "/ws", 1.0)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     wait_until(lambda: not call_threads(), 2, "the end of the call's thread")
 
 
@@ -341,7 +347,7 @@ def test_reaching_has_a_deadline_even_if_frames_trickle(peer: Workspace) -> None
     began = time.monotonic()
     with pytest.raises(Unreachable):
         cachix_connection.reach(Peer(peer.url, TOKEN, "web"), 1.0)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 20
     done.set()
     thread.join()
 

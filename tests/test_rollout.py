@@ -413,7 +413,7 @@ def test_agents_that_are_offline(
 ) -> None:
     fleet = fleets()
     fleet.offline.add("web2")
-    result = activate(fleet, *words, "--timeout=1")
+    result = activate(fleet, *words, "--timeout=4")
     assert fleet.orders == orders and sentence in result.err
     assert result.status == (0 if not sentence else 1)
     last = "1 offline, deployed when they connect: web2"

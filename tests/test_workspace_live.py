@@ -248,7 +248,7 @@ def test_a_viewer_waits_a_moment_for_a_closing_line(peer: Peer, name: str) -> No
     peer.report(name, deployment, F)
     began = time.monotonic()
     assert viewer.expect_text()["line"] == "a"
-    assert viewer.expect_close() == 1000 and 2 < time.monotonic() - began < 5
+    assert viewer.expect_close() == 1000 and 2 < time.monotonic() - began < 25
 
 
 def test_who_may_do_what(peer: Peer, name: str) -> None:

@@ -28,7 +28,7 @@ from cachix_workspace.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSCRIPTS = Path(__file__).resolve().parent / "transcripts"
-DEADLINE = 10.0  # seconds for anything that a test waits for
+DEADLINE = 30.0  # seconds for anything that a test waits for
 OURS = {"User-Agent": "cachix-deploy/0.1.0"}  # the header by which agents of ours are told apart
 STORE_PATHS = [f"/nix/store/{letter * 32}-system-{letter}" for letter in "abcdf"]
 WITH_SETTINGS = """
