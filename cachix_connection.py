@@ -246,8 +246,8 @@ def reach(peer: Peer, timeout: float) -> None:
     sock = connect(peer, "/ws-deployment", timeout)
     try:
         within(timeout, lambda: round_trip(sock, timeout), lambda: hang_up(sock))
-    finally:
-        close(sock)
+    finally:  # nobody has to wait for the workspace's answer to our close
+        threading.Thread(target=close, args=(sock,), name="close", daemon=True).start()
 
 
 # --- requests -------------------------------------------------------------------------------------
@@ -296,23 +296,24 @@ def http(peer: Peer, method: str, path: str, timeout: float = 20.0, **kwargs: An
         call = functools.partial(session.fetch, method, url, proxy, limit, **kwargs)
         answer = Answer(*within(timeout, call, dialer.hang_up))
     except (Unreachable, OSError, ValueError) as error:  # also those of requests
-        _sessions.session = None
         problem = cachix_diagnosis.reason(peer.host, error, dialer)
         sent = dialer.is_connected or proxy is not None
         raise Unreachable(f"{method} {url} failed: {problem}", sent=sent) from None
     is_page = answer.status == 400 and not answer.is_json
     if is_page and (problem := cachix_diagnosis.speaks_https(peer.host, dialer)):
         raise Unreachable(f"{method} {url} failed: {problem}")
+    _sessions.append(session)
     return answer
 
 
-_sessions = threading.local()
+_sessions: list[cachix_session.Session] = []  # those that no thread uses, the latest one last
 
 
 def _session() -> cachix_session.Session:
-    """The calling thread's session, whose connections are kept alive."""
+    """A session for this thread alone. Its connection may be open, whichever thread opened it."""
     import cachix_session
 
-    if getattr(_sessions, "session", None) is None:
-        _sessions.session = cachix_session.Session()
-    return _sessions.session  # type: ignore[no-any-return]
+    try:
+        return _sessions.pop()
+    except IndexError:
+        return cachix_session.Session()

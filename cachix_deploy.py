@@ -33,7 +33,6 @@ from activate.agent import conductor, linger, mark, netrc, single
 from activate.agent.hooks import AgentHooks, Ended
 from activate.text import brief
 from activate.values import replace
-from cachix_channels import HttpChannel
 from cachix_connection import (
     CALL_TIMEOUT,
     backoff,
@@ -49,13 +48,11 @@ from cachix_inbox import Inbox
 from cachix_options import AgentOptions, agent_options, create_key, parse
 from cachix_postdeploy import PostDeploy
 from cachix_protocol import (
-    IN_PROGRESS,
     PLAIN,
     AgentRegistered,
     AlreadyRunning,
     Deployment,
     Error,
-    Gone,
     Refused,
     Undecodable,
     Unreachable,
@@ -105,6 +102,7 @@ class Worker(threading.Thread):
             download_timeout=options.waits.download,
             stop=stop,
             source=self.source,
+            is_cancelled=reporter.is_cancelled,
             still_wanted=self.still_wanted,
             changed=self.note_change,
             measured=reporter.measured,
@@ -300,15 +298,8 @@ class Worker(threading.Thread):
     def still_wanted(self, entry: journal.Journal) -> None:
         """Check that the deployment is still to be activated, right before anything changes.
 
-        Raises Ended if it was cancelled or superseded, Error if the agent is exiting.
+        Raises Ended if it was superseded, Error if the agent is exiting.
         """
-        if self.registered is not None and self.registered.reports == "http":
-            timeout = self.options.waits.call / 2
-            channel = HttpChannel(self.options.peer, entry.record.id, timeout)
-            with contextlib.suppress(Refused, Unreachable, Gone):
-                if not channel.status(IN_PROGRESS, None, step=entry.record.step):
-                    reason = "it was cancelled before it was activated"
-                    raise Ended(journal.CANCELLED, reason)
         if self.inbox.has_newer(entry.record.index):
             reason = "a newer deployment arrived before this one was activated"
             raise Ended(journal.SUPERSEDED, reason)

@@ -28,6 +28,7 @@ from cachix_protocol import (
     AgentRegistered,
     Error,
     Gone,
+    Refused,
     Unreachable,
     utc_now,
 )
@@ -37,6 +38,7 @@ from cachix_reported import Reported, prune
 BATCH_LINES = 2000  # lines of a log in one report
 LOG_SECONDS = 5.0  # for which a log is sent before other reports have their turn
 STALL_SECONDS = 0.4  # for which the other reports wait for the answer to lines of a log
+HEAD_START = 0.01  # seconds in which a deployment begins to download before it is reported
 HURRY_SECONDS = 0.05  # between two looks whether an end is to be reported meanwhile
 LONG_STEPS = (journal.AWAITING_REBOOT, journal.REBOOTING)  # each has a report of its own
 LOCK_SECONDS = 5.0  # between two attempts to take over a report from another agent
@@ -268,6 +270,15 @@ class Reporter(threading.Thread):
         """Send the closure's size, in bytes, with the next report."""
         self.sizes[entry.record.id] = size
 
+    def is_cancelled(self, entry: journal.Journal) -> bool:
+        """Whether the workspace says that a deployment was cancelled, as long as it can be."""
+        if self.registered is None or self.registered.reports != "http":
+            return False
+        channel = HttpChannel(self.peer, entry.record.id, self.waits.call / 2)
+        with contextlib.suppress(Refused, Unreachable, Gone):
+            return not channel.status(IN_PROGRESS, None, step=entry.record.step)
+        return False
+
     def channel(self, delivery: Delivery, registered: AgentRegistered) -> Channel:
         """The kind of channel that the workspace asked for."""
         if registered.reports == "http":
@@ -286,6 +297,8 @@ class Reporter(threading.Thread):
         while True:
             self.wake.wait(self.pause(bool(waiting)))
             self.wake.clear()
+            if not self.added.empty():
+                time.sleep(HEAD_START)  # both need the processor
             while not self.added.empty():
                 waiting.append(self.added.get())
             waiting = [entry for entry in waiting if not self.take(entry)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from typing import Optional
 
 from activate import (
@@ -27,6 +28,28 @@ from activate.values import replace
 
 SWITCH_TIMEOUT = 48 * 3600.0  # seconds for a step of a switch process; its own are shorter
 SIZE_TIMEOUT = 10.0  # seconds for which an end waits for the closure's size
+LATELY = 1.0  # seconds for which the answer counts whether a deployment was cancelled
+
+
+class Cancelled(threading.Thread):
+    """Asks the workspace whether a deployment was cancelled, while the switch process begins."""
+
+    def __init__(self, hooks: AgentHooks, entry: journal.Journal) -> None:
+        super().__init__(name="cancelled", daemon=True)
+        self.hooks, self.entry, self.answer = hooks, entry, False
+        self.asked = time.monotonic()
+        self.start()
+
+    def run(self) -> None:
+        self.answer = self.hooks.is_cancelled(self.entry)
+
+    def require_not(self) -> None:
+        """Wait for the answer; ask again if this was long ago. Raises Ended."""
+        self.join()
+        if time.monotonic() > self.asked + LATELY:
+            self.run()
+        if self.answer:
+            raise Ended(journal.CANCELLED, "it was cancelled before it was activated")
 
 
 class Attempt:
@@ -36,6 +59,7 @@ class Attempt:
         """`sizes` has the closure size, in bytes, of the path that was deployed last."""
         self.hooks, self.entry, self.sizes = hooks, entry, sizes
         self.switch: Optional[launch.SwitchProcess] = None
+        self.cancelled: Optional[Cancelled] = None
         self.refusal: Optional[Exception] = None  # why the switch process must not begin
 
     def run(self, action: recovery.Action, taken: holder.Locks) -> None:
@@ -46,6 +70,7 @@ class Attempt:
         try:
             if action.do == recovery.START:
                 self.download()
+                self.cancelled = Cancelled(self.hooks, self.entry)
             switch.go(action.do, self.entry.record)
             measuring = threading.Thread(target=self.measure, name="measure", daemon=True)
             measuring.start()
@@ -135,6 +160,8 @@ class Attempt:
             elif cancellation.is_requested(self.entry):
                 raise Ended(journal.FAILED, cancellation.REASON)
             else:
+                if self.cancelled is not None:
+                    self.cancelled.require_not()
                 self.hooks.still_wanted(self.entry)
                 switch.step = journal.ACTIVATING
         except Exception as error:

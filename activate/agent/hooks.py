@@ -40,5 +40,6 @@ class AgentHooks:
     measured: Callable[[journal.Journal, int], None]  # the closure has this many bytes
     tell: Callable[[str], None]  # a message for the operator
     reach: Reach  # looks at the workspace over a new connection
+    is_cancelled: Callable[[journal.Journal], bool] = lambda entry: False  # asks the workspace
     switch_files: tuple[int, ...] = ()  # descriptors that a switch process is loaded from
     is_replaced: Callable[[journal.Journal], bool] = lambda entry: False  # a newer one waits
