@@ -75,6 +75,11 @@ class Network:
             return
         self.own = load_reach(self.config)
 
+    def look_ahead(self, timeout: float) -> None:
+        """Let the agent begin to look, as `reach` will want it to."""
+        if self.own is None and self.config["host"]:
+            self.agent.begin_to_ask(f"{pipe.LOOK} {timeout}")
+
     def reach(self, timeout: float) -> None:
         """Look once. Raises Error with the reason if the workspace can't be reached."""
         if self.own is None:
@@ -143,7 +148,7 @@ def main() -> int:
     progress = Progress(entry, log, Policy(**config["policy"]), agent)
     handle_signals(progress)
     try:
-        steps.Switch(progress, network.reach, network.load).perform(action)
+        steps.Switch(progress, network).perform(action)
         leave(progress, config)
     except Stopping:
         progress.uncount()

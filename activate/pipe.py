@@ -128,7 +128,7 @@ class SwitchEnd(Pipe):
         self.pid = os.getppid()
         self.has_left = False  # the agent has said goodbye
         self.is_leaving = False  # the agent exits, for whatever reason
-        self.questions = 0
+        self.questions, self.early = 0, ""  # an early question is one that was sent in advance
         self.answers: dict[str, str] = {}
 
     def wait_for_config(self) -> Optional[dict[str, Any]]:
@@ -152,15 +152,21 @@ class SwitchEnd(Pipe):
 
     def ask(self, question: str, timeout: float) -> Optional[str]:
         """The agent's answer; None if the agent ends. Raises Error after `timeout` seconds."""
-        self.questions += 1
+        if question != self.early:
+            self.begin_to_ask(question)
+        self.early = ""
         number, deadline = str(self.questions), time.monotonic() + timeout
-        self.report(f"{ASK} {number} {question}")
         while number not in self.answers and not self.has_left:
             if not self._hear(max(0.0, deadline - time.monotonic())):
                 if self.at_end:
                     return None
                 raise Error(f"the agent did not answer within {timeout:.0f} s")
         return self.answers.get(number)
+
+    def begin_to_ask(self, question: str) -> None:
+        """Send a question in advance: `ask` takes its answer, if it is for the same question."""
+        self.questions, self.early = self.questions + 1, question
+        self.report(f"{ASK} {self.questions} {question}")
 
     def _hear(self, timeout: float) -> bool:
         """Take in an answer or a goodbye. False if neither comes within `timeout` seconds."""

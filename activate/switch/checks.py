@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from typing import Optional
+from typing import Optional, Protocol
 
 from activate import cancellation, lock, machine
 from activate.kinds import verdict
@@ -18,6 +18,19 @@ from activate.switch.progress import Progress
 
 ATTEMPT = 20.0  # seconds for one look at the workspace
 PAUSE = 1.0  # seconds between two looks
+
+
+class Network(Protocol):
+    """Looks at the workspace, see cachix_switch.py."""
+
+    def load(self) -> None:
+        """Load all that `reach` needs."""
+
+    def look_ahead(self, timeout: float) -> None:
+        """Begin to look once, as `reach` will."""
+
+    def reach(self, timeout: float) -> None:
+        """Look once. Raises Error."""
 
 
 def run_script(script: Optional[str], run: Run) -> None:
@@ -59,6 +72,11 @@ def confirm_boot(progress: Progress, reach: Reach) -> None:
         _wait_for_workspace(progress, reach, deadline, "reboot")
 
 
+def patience(policy: verdict.Policy) -> float:
+    """Seconds for one look at the workspace: there is time for at least four."""
+    return min(ATTEMPT, policy.confirm_timeout / 4)
+
+
 def _wait_for_workspace(
     progress: Progress, reach: Reach, deadline: float, event: str = "activation"
 ) -> None:
@@ -71,7 +89,7 @@ def _wait_for_workspace(
             duration = f"{timeout:.0f} s after the {event}"
             raise Error(f"the workspace could not be reached for {duration}: {problem}")
         last = problem
-        problem = _look(reach, min(ATTEMPT, timeout / 4, left))  # time for at least four looks
+        problem = _look(reach, min(patience(progress.policy), left))
         if not problem:
             return
         if problem != last:

@@ -33,6 +33,7 @@ class Progress:
     ) -> None:
         self.journal, self.log, self.policy, self.agent = entry, log, policy, agent
         self.stop = threading.Event()
+        self.is_synced = False  # no command was run since the last sync
 
     def lock_machine(self, profile: str, wanted: Callable[[], bool] = lambda: True) -> None:
         """Lock the profile, and end a command that the last holder of the lock left running.
@@ -62,6 +63,7 @@ class Progress:
         Stopping instead, if it is too late for commands: recovery repeats the step.
         """
         self.check_stopping()
+        self.is_synced = False
         fd, timeout = self.machine_lock.fd, self.policy.activation_timeout
         try:
             return run(argv, self.log, timeout, before=leftovers.marker(fd))
@@ -77,7 +79,8 @@ class Progress:
     def enter(self, step: str, **facts: Any) -> None:
         """Make all effects so far durable, then record that `step` is starting."""
         self.check_stopping(step)
-        self.sync()
+        if step != journal.COMMITTING or not self.is_synced:  # the checks may have run nothing
+            self.sync()
         self.journal.enter(step, **facts)
         self.agent.report(step)
 
@@ -85,16 +88,16 @@ class Progress:
         self, step: str, reason: Optional[str] = None, outcome: Optional[str] = None
     ) -> None:
         """Record the end. The log ends here too, even if a service goes on writing into it."""
-        size = self.log.size()
+        size, is_good = self.log.size(), step == journal.SUCCEEDED
         facts = {"outcome": outcome, "detail": self.log.missing() or None}
         try:
-            with contextlib.suppress(*([] if step == journal.SUCCEEDED else [Error])):
-                self.sync()
-            if step == journal.SUCCEEDED and self.journal.record.operation != DRY_ACTIVATE:
+            with contextlib.suppress(*([] if is_good else [Error])):
+                self.sync(log_only=is_good and self.is_synced)
+            if is_good and self.journal.record.operation != DRY_ACTIVATE:
                 holder.note_confirmed(self.machine_lock.fd, self.journal.record.id)
             self.journal.enter(step, reason=reason, log_size=size, **facts)
         except (Error, OSError) as error:
-            if step == journal.SUCCEEDED:
+            if is_good:
                 raise
             say(self.log, f"the end of the deployment could not be written: {error}")
             self.log.settle()  # the agent takes the log's end for itself
@@ -113,7 +116,12 @@ class Progress:
         if self.stop.is_set() or (step in journal.EFFECTS and machine.is_stopping()):
             raise Stopping
 
-    def sync(self) -> None:
+    def sync(self, log_only: bool = False) -> None:
         """Make all effects durable. Raises Error if that takes too long."""
+        if log_only:
+            with contextlib.suppress(OSError):  # it may be /dev/null
+                os.fsync(self.log.log)
+            return
         profile = os.path.dirname(str(self.journal.record.profile))
         files.sync([nix.STORE, profile, self.journal.directory])
+        self.is_synced = True

@@ -7,13 +7,12 @@ recovery then goes on from the step on disk.
 from __future__ import annotations
 
 import time
-from typing import Callable
 
 from activate import cancellation, history, holder, journal, kinds, machine, outcomes, recovery
 from activate.kinds import verdict
 from activate.kinds.change import Change
 from activate.operation import BOOT, DRY_ACTIVATE, TEST
-from activate.pipe import BEGIN, Reach
+from activate.pipe import BEGIN
 from activate.process import Error, say
 from activate.switch import activation, checks, others, previous, reboot, rollback
 from activate.switch.activation import Untouched
@@ -28,9 +27,8 @@ class Switch:
 
     kind: kinds.Kind
 
-    def __init__(self, progress: Progress, reach: Reach, load: Callable[[], None]) -> None:
-        """`reach` looks at the workspace; `load` loads all that it needs."""
-        self.progress, self.reach, self.load = progress, reach, load
+    def __init__(self, progress: Progress, network: checks.Network) -> None:
+        self.progress, self.network, self.reach = progress, network, network.reach
         self.log, self.policy, self.run = progress.log, progress.policy, progress.run
         self.began = time.time()
 
@@ -188,12 +186,14 @@ class Switch:
     def activate(self) -> verdict.Verdict:
         """Activate, and judge the result. Raises Error unless the deployment may go on."""
         if self.kind.MAY_REMOVE_FILES:
-            self.load()
+            self.network.load()
         self.began = time.time()
         return activation.activate(self.progress, self.kind, self.change)
 
     def check(self) -> None:
         """Check the new system. Raises Error if a check fails."""
+        if self.record.rollback_script is None and self.record.needs_workspace:
+            self.network.look_ahead(checks.patience(self.policy))  # which changes nothing
         self.progress.enter(journal.CHECKING, boot_id=machine.boot_id())
         checks.run_script(self.record.rollback_script, self.run)
         checks.confirm(self.progress, self.reach, self.began)
