@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import io
 import os
 import signal
@@ -51,7 +50,7 @@ def load_while_silent(agent: pipe.SwitchEnd, config: dict[str, Any]) -> None:
         if not agent.has_no_word(GRACE if name == PIECES[0] else 0):
             return
         with contextlib.suppress(ImportError):  # not everything needs it
-            importlib.import_module(name)
+            __import__(name)
 
 
 class Network:

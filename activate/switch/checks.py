@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
+import re
 import threading
 import time
 from typing import Optional, Protocol
@@ -133,9 +133,12 @@ def registered_since(state: str, moment: float, boot: str, lost: int) -> bool:
 
     `lost` is the PID of the agent that does not count.
     """
-    for path in glob.glob(os.path.join(glob.escape(state), "registered-*.json")):
+    names: list[str] = []
+    with contextlib.suppress(OSError):
+        names = [name for name in os.listdir(state) if re.fullmatch(r"registered-.*\.json", name)]
+    for name in names:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            with open(path, encoding="utf-8") as file:
+            with open(os.path.join(state, name), encoding="utf-8") as file:
                 mark = json.load(file)
             if mark["time"] >= moment and mark["boot_id"] == boot and mark["pid"] != lost:
                 return True

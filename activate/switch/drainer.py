@@ -13,8 +13,9 @@ import mmap
 import os
 import select
 import signal
-import socket
 import struct
+from _socket import socket as Socket
+from _socket import socketpair  # `socket` makes enums of hundreds of constants: 2 ms
 
 READ_BYTES = 1 << 16
 PIPE_BYTES = 1 << 20  # more than any pipe holds by default
@@ -70,7 +71,7 @@ class Tally:
 class Drainer:
     """Empties the pipe `source` into the file `log`; answers each byte of `control` with it."""
 
-    def __init__(self, source: int, control: socket.socket, log: int, tally: Tally) -> None:
+    def __init__(self, source: int, control: Socket, log: int, tally: Tally) -> None:
         self.source, self.control, self.log, self.tally = source, control, log, tally
         self.writes = True
 
@@ -151,9 +152,9 @@ def describe(lost: int) -> str:
     return f"{lost} bytes of the output are missing: the disk of the log did not take them"
 
 
-def fork(source: int, log: int, tally: Tally) -> tuple[int, socket.socket]:
+def fork(source: int, log: int, tally: Tally) -> tuple[int, Socket]:
     """Start a drainer; its PID, and our end of its control socket. Raises OSError."""
-    ours, theirs = socket.socketpair()
+    ours, theirs = socketpair()
     try:
         pid = os.fork()
     except OSError:

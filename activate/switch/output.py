@@ -6,10 +6,11 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import stat
 import threading
 import time
+from _socket import socket as Socket
+from _socket import socketpair
 from typing import Any
 
 from activate.switch import drainer
@@ -25,7 +26,7 @@ class Output:
     kernel says so: as long as one of both lives no command sees a broken pipe.
     """
 
-    control: socket.socket
+    control: Socket
 
     def __init__(self, log: int) -> None:
         """Start to drain into the file `log`. Raises OSError. To be called by the main thread."""
@@ -51,7 +52,7 @@ class Output:
         try:
             self.pid, self.control = drainer.fork(self.source, self.log, self.tally)
         except OSError:
-            self.control, theirs = socket.socketpair()
+            self.control, theirs = socketpair()
             drain = drainer.Drainer(os.dup(self.source), theirs, self.log, self.tally)
             self.pid = 0
             threading.Thread(target=drain.run, name="drainer", daemon=True).start()
