@@ -10,11 +10,10 @@ import hashlib
 import os
 import re
 import urllib.parse
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from sqlalchemy import Connection, insert, select, update
 
@@ -298,10 +297,10 @@ def upload(
     store: Store, name: str, body: Readable, length: int | None, limit: int | None
 ) -> Iterator[tuple[Path, bytes]]:
     """Write an upload into a temporary file; its path and the SHA-256. Raises Refusal."""
-    temporary = store.place(name) / f"{TEMPORARY}{uuid.uuid4()}"
+    place = store.place(name)
+    temporary = place / f"{TEMPORARY}{os.urandom(16).hex()}"
     try:
-        make_directory(temporary.parent)
-        with open(temporary, "xb") as file:
+        with _opened(temporary, place) as file:
             received, digest = _copy(body, file, limit)
             if length is not None and received != length:
                 raise Refusal(400, f"the upload broke off after {received} of {length} bytes")
@@ -315,7 +314,16 @@ def upload(
         raise
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            os.unlink(temporary)
+
+
+def _opened(temporary: Path, place: Path) -> IO[bytes]:
+    """A new file, in a directory that is made if it is not there."""
+    try:
+        return open(temporary, "xb")
+    except FileNotFoundError:
+        make_directory(place)
+        return open(temporary, "xb")
 
 
 def _copy(body: Readable, file: Any, limit: int | None) -> tuple[int, bytes]:

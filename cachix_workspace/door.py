@@ -122,7 +122,7 @@ def note_token(environ: dict[str, Any]) -> None:
 
 
 def note_read(environ: dict[str, Any], reader: str) -> None:
-    """Note that a request was a plain read of a narinfo, and by whom."""
+    """Note that a request was a plain read of a narinfo, or a plain upload, and by whom."""
     door = environ.get("gunicorn.socket")
     if isinstance(door, Door):
         door.reader = reader

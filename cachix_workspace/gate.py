@@ -17,7 +17,7 @@ from typing import Any
 
 from cachix_workspace.door import Door
 from cachix_workspace.parking import Lot, Parked
-from cachix_workspace.quick import Quick, Read
+from cachix_workspace.quick import Quick, Read, Write
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class Visitor(Parked):
             self._needs = end + len(END) + length
             if length and len(self.head) < self._needs:
                 self._give(self.gate.receive_timeout)
-        if len(self.head) >= self._needs:
+        if len(self.head) >= self._needs and not self._write():
             self.gate.pass_on(self)
 
     def _bid_go_on(self, head: bytes) -> bool:
@@ -223,11 +223,11 @@ class Visitor(Parked):
         return True
 
     def _read(self) -> bool:
-        """Answer reads of narinfos from memory, or have a thread do it; whether this is one."""
+        """Answer reads of narinfos at once, or have a thread do it; whether this is one."""
         answers: list[bytes] = []
         read = self.gate.quick.ask(self.head)
         while read is not None and len(answers) < TOGETHER:
-            answer = self.gate.quick.remembered(read)
+            answer = self.gate.quick.remembered(read) or self.gate.quick.absent(read)
             if answer is None:
                 break
             answers.append(answer)
@@ -238,18 +238,39 @@ class Visitor(Parked):
         elif answers:
             self.put(b"".join(answers))
         elif read is not None:
-            self._is_busy = True
-            self.gate.forget_waiting(self)
-            try:
-                self.gate.work(self._read_file, read)
-            except RuntimeError:  # the server has ended
-                self.gate.lot.hang_up(self)
+            self._have_done(self._read_file, read)
         return bool(answers) or read is not None
+
+    def _write(self) -> bool:
+        """Have a thread store a small upload; whether this is one."""
+        write = self.gate.quick.ask_to_write(self.head, self._needs)
+        if write is not None:
+            self._have_done(self._store, write, bytes(self.head[write.start : write.size]))
+        return write is not None
+
+    def _have_done(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Have a thread do what is asked for, while nothing more is read."""
+        self._is_busy = True
+        self.gate.forget_waiting(self)
+        try:
+            self.gate.work(work, *arguments)
+        except RuntimeError:  # the server has ended
+            self.gate.lot.hang_up(self)
 
     def _note_read(self, read: Read) -> None:
         self.gate.forget_waiting(self)
         self.is_new, self.is_known = False, self.is_known or bool(read.reader)
+        self._needs = 0
         del self.head[: read.size]
+
+    def _store(self, write: Write, body: bytes) -> None:
+        """Store an upload, in a thread."""
+        answer = None
+        try:
+            answer = self.gate.quick.store(write, body)
+        except Exception:
+            logger.exception("an upload could not be answered")
+        self.gate.lot.call(self._send_answer, write, answer)
 
     def _read_file(self, read: Read) -> None:
         """Read a narinfo, in a thread."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cachix_protocol import BASE32, is_store_path
 from cachix_workspace.refusal import Refusal
@@ -136,15 +138,22 @@ def _is_number(fields: dict[str, str], name: str) -> bool:
     return NUMBER.fullmatch(fields.get(name, "")) is not None
 
 
+@functools.lru_cache(maxsize=1000)
+def _public_key(raw: bytes) -> Any:
+    """The public key of these bytes. Raises ValueError."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    return Ed25519PublicKey.from_public_bytes(raw)
+
+
 def _verifies(signature: str, keys: dict[str, bytes], text: bytes) -> bool:
     """Whether a signature, NAME:BASE64, is by the public key of that name."""
     from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     name, _, encoded = signature.partition(":")
     try:
         raw = base64.b64decode(encoded, validate=True)
-        Ed25519PublicKey.from_public_bytes(keys[name]).verify(raw, text)
+        _public_key(keys[name]).verify(raw, text)
     except (KeyError, InvalidSignature, binascii.Error, ValueError):
         return False
     return True

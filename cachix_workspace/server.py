@@ -185,7 +185,7 @@ class WorkspaceWorker(ThreadWorker):
     def _quick(self, workspace: Workspace) -> Quick:
         application: Any = self.app
         note = application.wsgi().extensions[health.REQUESTS].note
-        return Quick(workspace.settings, workspace.known, note)
+        return Quick(workspace, note)
 
     def _work(self, function: Callable[..., None], *arguments: Any) -> None:
         """Have a thread call a function. Raises RuntimeError if the server has ended."""

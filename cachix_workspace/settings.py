@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import urllib.parse
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ class Settings:
         """Whether a bucket has the caches."""
         return self.cache_store.startswith("s3://")
 
-    @property
+    @functools.cached_property
     def caches(self) -> Path:
         """The directory of the caches, unless a bucket has them."""
         named = "" if self.is_bucket else self.cache_store

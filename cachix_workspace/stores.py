@@ -7,7 +7,7 @@ import functools
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cachix_workspace.durable import sync_directory
@@ -23,12 +23,12 @@ def store_of(settings: Settings, cache_name: str) -> Store:
         from cachix_workspace.bucket import bucket_of  # without boto3 there are none
 
         return bucket_of(settings.cache_store, cache_name, settings.data / "uploads")
-    return _directory(settings.caches / cache_name)
+    return _directory(settings.caches, cache_name)
 
 
 @functools.lru_cache(maxsize=1000)
-def _directory(root: Path) -> Directory:
-    return Directory(root)
+def _directory(caches: Path, cache_name: str) -> Directory:
+    return Directory(caches / cache_name)
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,12 @@ class Directory:
     """A cache in a directory."""
 
     root: Path
+    # made once: pathlib would cost an upload a tenth
+    folders: dict[str, Path] = field(default_factory=dict, compare=False, repr=False)
 
     def place(self, name: str) -> Path:
-        return (self.root / name).parent
+        folder = name.rpartition("/")[0]
+        return self.folders.get(folder) or self.folders.setdefault(folder, self.root / folder)
 
     def read(self, name: str) -> Content | None:
         try:
@@ -68,15 +71,17 @@ class Directory:
             yield from self.entries("" if folder == "." else f"{folder}/")
 
     def create(self, temporary: Path, name: str) -> bool:
-        target = self._prepared(name)
-        is_new = _link(temporary, target)
-        sync_directory(target.parent)  # also if it was there: another upload may be about to
+        place = self.place(name)
+        make_directory(place)
+        is_new = _link(temporary, self._at(name))
+        sync_directory(place)  # also if it was there: another upload may be about to
         return is_new
 
     def replace(self, temporary: Path, name: str) -> None:
-        target = self._prepared(name)
-        os.replace(temporary, target)
-        sync_directory(target.parent)
+        place = self.place(name)
+        make_directory(place)
+        os.replace(temporary, self._at(name))
+        sync_directory(place)
 
     def touch(self, name: str) -> None:
         os.utime(self._at(name))
@@ -96,12 +101,6 @@ class Directory:
     def _at(self, name: str) -> str:
         return f"{self.root}/{name}"  # pathlib would cost a read of a narinfo a tenth
 
-    def _prepared(self, name: str) -> Path:
-        """The path of a file, with its directories there and durable."""
-        target = self.root / name
-        make_directory(target.parent)
-        return target
-
 
 def make_directory(path: Path) -> None:
     """Make a directory, durably. Raises OSError."""
@@ -111,14 +110,14 @@ def make_directory(path: Path) -> None:
         sync_directory(path.parent)
 
 
-def _link(temporary: Path, target: Path) -> bool:
+def _link(temporary: Path, target: str) -> bool:
     """Give a file a name, unless there is a file of that name already."""
     try:
         os.link(temporary, target)
     except FileExistsError:
         return False
     except OSError:  # a file system without hard links
-        if target.exists():
+        if os.path.exists(target):
             return False
         os.replace(temporary, target)
     return True

@@ -115,7 +115,8 @@ class Upload:
         except Refusal:
             self._uploads.check(self, 0)  # if we have ended it, say so
             raise
-        self._uploads.check(self, len(block))
+        if block or self.ended:
+            self._uploads.check(self, len(block))
         return block
 
     def end(self) -> None:

@@ -258,3 +258,38 @@ def test_a_nar_that_is_not_there_is_told_by_the_thread_of_all_connections(server
     url = f"{server.url}/cache/{file}"
     assert requests.put(url, content, headers=mine, timeout=DEADLINE).status_code == 201
     assert raw(server, request(file, fields, "HEAD"), 1)[0].startswith("HTTP/1.1 200")
+
+
+def upload(content: bytes, fields: str, name: bytes | None = None, length: str = "") -> bytes:
+    digest = base32(hashlib.sha256(content if name is None else name).digest())
+    length = length or f"Content-Length: {len(content)}\r\n"
+    return request(f"open/nar/{digest}.nar", f"{length}{fields}", "PUT") + content
+
+
+def test_uploads_that_follow_each_other_are_answered_in_order(server: Server) -> None:
+    _, mine = token(server, "--cache=open")
+    fields = f"{FIELDS}Authorization: {mine['Authorization']}\r\n"
+    raw(server, upload(b"first", fields), 1)
+    raw(server, upload(b"second", fields), 1)  # now the fields are known
+    contents = [os.urandom(200) for _ in range(20)]
+    parts = [upload(content, fields) for content in contents]
+    parts[10:10] = [upload(b"bytes", fields, b"others"), upload(b"first", fields)]
+    answers = raw(server, b"".join(parts), len(parts))
+    statuses = [answer[9:12] for answer in answers]
+    assert statuses == [*["201"] * 10, "400", "200", *["201"] * 10]
+    nars = server.data / "cache/open/nar"
+    for content in contents:
+        file = nars / f"{base32(hashlib.sha256(content).digest())}.nar"
+        assert file.read_bytes() == content
+    assert not list(nars.glob(".*"))
+
+
+@pytest.mark.parametrize("fields", ["Content-Range: bytes 0-4/5\r\n", "Content-Length: 4\r\n"])
+def test_known_fields_with_others_are_no_known_fields(server: Server, fields: str) -> None:
+    _, mine = token(server, "--cache=open")
+    known = f"{FIELDS}Authorization: {mine['Authorization']}\r\n"
+    for _ in range(2):
+        assert raw(server, upload(b"bytes", known), 1)[0].startswith("HTTP/1.1 20")
+        assert raw(server, upload(b"bytes", known + fields), 1)[0].startswith("HTTP/1.1 400")
+        nothing = raw(server, upload(b"", known, length=FIELDS[:9]), 1)[0]
+        assert nothing.startswith("HTTP/1.1 4")
