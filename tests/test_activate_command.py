@@ -1203,13 +1203,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str,
     with log.open("wb") as file:
         process = subprocess.Popen(argv, env=env, stdout=file, stderr=file)
     try:
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while not (match := re.search(r"listening on (http://\S+)", log.read_text())):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         yield match[1], agent_token, activate_token
         process.terminate()
-        process.wait(15)
+        process.wait(60)
     finally:
         process.kill()
         process.wait()

@@ -46,11 +46,11 @@ def follow(reader, section):
             program.wait_for({"serve": "listening on", "agent": "is connected to"}[name])
             continue
         script = re.sub(r"^make test$", "", script, flags=re.M)
-        result = host.run(["/bin/sh", "-euc", script], 110, cwd=checkout)
+        result = host.run(["/bin/sh", "-euc", script], 250, cwd=checkout)
         assert result.returncode == 0, f"{script}\n{result.stdout}\n{result.stderr}"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_commands_of_the_readme(reader):
     host, _ = reader
     follow(reader, "Try it")

@@ -630,7 +630,7 @@ OF_JSON = {"Content-Type": "application/json"}
 )
 def test_answers_to_a_status(server, status, headers, body, result):
     server.queue.append((status, headers, body))
-    channel = HttpChannel(Peer(server.url, "t", "web"), ID, timeout=1.0)
+    channel = HttpChannel(Peer(server.url, "t", "web"), ID, timeout=4.0)
     if isinstance(result, bool):
         assert channel.status(IN_PROGRESS, None) is result
     else:
