@@ -20,6 +20,8 @@ LABEL = re.compile(r"[a-z0-9-]{1,40}")
 MAX_LABELS = 20
 MAX_DESCRIPTION = 300  # characters
 MAX_FACT = 64  # characters of what an agent says about its machine
+FIND = select(agents).where(agents.c.name == bindparam("name"))  # made once: see logs.py
+FIND_TO_CHANGE = FIND.with_for_update(key_share=True)
 # what an agent says itself, see machine_state
 SAID = ("state_on", "running", "running_since", "profile", "kind", "reboot_since", "by_hand")
 
@@ -261,9 +263,7 @@ def find(connection: Connection, name: str | None, lock: bool = False) -> AgentR
 
     With `lock` it and its deployments are this transaction's: others that decide by them wait.
     """
-    query = select(agents).where(agents.c.name == (name or ""))
-    locked = query.with_for_update(key_share=True)
-    row = connection.execute(locked if lock else query).one_or_none()
+    row = connection.execute(FIND_TO_CHANGE if lock else FIND, {"name": name or ""}).one_or_none()
     if row is None:
         raise Refusal(
             403,

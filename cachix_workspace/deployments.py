@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, select, update
 
 from cachix_protocol import (
     CANCELLED,
@@ -49,6 +49,8 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?Z")
 MAX_INDEX = (1 << 31) - 1  # more than a database's integers hold is no index
 MAX_REASON = 1 << 16  # characters
 MAX_STEPS = 50
+FIND = select(deployments).where(deployments.c.id == bindparam("id"))  # made once: see logs.py
+FIND_TO_CHANGE = FIND.with_for_update(key_share=True)
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ class DeploymentRow:
 
 def find(connection: Connection, deployment_id: str, lock: bool = False) -> DeploymentRow:
     """The deployment, with `lock` locked for the rest of the transaction. Raises Refusal (404)."""
-    query = select(deployments).where(deployments.c.id == deployment_id.lower())
-    row = connection.execute(query.with_for_update(key_share=True) if lock else query).one_or_none()
+    values = {"id": deployment_id.lower()}
+    row = connection.execute(FIND_TO_CHANGE if lock else FIND, values).one_or_none()
     if row is None:
         raise Refusal(404, f"there is no deployment {deployment_id[:64]}")
     return DeploymentRow(**row._mapping)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterator, Sequence
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 
 from cachix_protocol import (
     FAILURE_LINE,
@@ -30,6 +31,19 @@ BATCH_ROWS = 256
 LATE = datetime.timedelta(hours=24)  # after the end of a deployment, lines are taken for so long
 MAX_CLOSING = 1 << 16  # characters of a closing line that comes beyond the limit
 
+# A line in JSON that differs from what is stored by blanks at most, as nearly all do.
+BARE, ESCAPE = r"[ !#-\[\]-~]*", r"\\(?:[\\\"bfnrt]|u00(?:0[0-7bef]|1[0-9a-f]))"
+TEXT = f"({BARE}(?:{ESCAPE}{BARE})*)"
+USUAL = re.compile(f'\\{{"line": ?"{TEXT}", ?"time": ?"{TEXT}"\\}}')
+# Statements are made once: SQLAlchemy takes longer to make them than the database to obey.
+OF_LOG = log_chunks.c.deployment_id == bindparam("log")
+FIRST = select(func.max(log_chunks.c.first)).where(OF_LOG & (log_chunks.c.first <= bindparam("at")))
+FROM_FIRST = log_chunks.c.first >= func.coalesce(FIRST.scalar_subquery(), 0)
+CHUNKS = select(log_chunks.c.first, log_chunks.c.body).where(OF_LOG & FROM_FIRST)
+NEXT = CHUNKS.order_by(log_chunks.c.first).limit(BATCH_ROWS)
+CHUNK = insert(log_chunks)
+GROWTH = update(deployments).where(deployments.c.id == bindparam("mine"))
+
 
 class Gap(Exception):
     """Lines were left out. `next` is the offset to continue at."""
@@ -49,6 +63,10 @@ class Closed(Exception):
 
 def decode(text: object) -> str:
     """A line as it is stored: its JSON, with the names of the protocol only. Raises Undecodable."""
+    if isinstance(text, bytes) and text.isascii():
+        text = text.decode("ascii")
+    if isinstance(text, str) and (usual := USUAL.fullmatch(text)):
+        return f'{{"line":"{usual[1]}","time":"{usual[2]}"}}'
     record = LogLine.from_json(loads(text if isinstance(text, (str, bytes)) else b""))
     line = dumps(record.to_json())
     # JSON may escape half a surrogate pair, which UTF-8 can't encode
@@ -96,18 +114,16 @@ def append(
         raise Closed(following)
     first = deployment.log_next
     for chunk in split(kept):
-        query = insert(log_chunks).values(
-            deployment_id=deployment.id, first=first, count=len(chunk), body="\n".join(chunk)
-        )
-        connection.execute(query)
+        body = "\n".join(chunk)
+        values = {"deployment_id": deployment.id, "first": first, "count": len(chunk), "body": body}
+        connection.execute(CHUNK, values)
         first += len(chunk)
     following += len(lines)
     size = (deployment.log_size or 0) + sum(map(_size, kept))
     changes = {"log_next": first, "log_size": size}
     if dropped:
         changes["log_dropped"] = following - first
-    mine = deployments.c.id == deployment.id
-    connection.execute(update(deployments).where(mine).values(**changes))
+    connection.execute(GROWTH, {"mine": deployment.id, **changes})
     return following
 
 
@@ -136,7 +152,7 @@ def taken(deployment: DeploymentRow) -> int:
 
 def _size(line: str) -> int:
     """The bytes that a line takes."""
-    return len(line.encode()) + 1
+    return (len(line) if line.isascii() else len(line.encode())) + 1
 
 
 def _has_end(connection: Connection, deployment: DeploymentRow) -> bool:
@@ -202,13 +218,9 @@ def split(lines: Sequence[str]) -> list[list[str]]:
 
 def read(connection: Connection, deployment_id: str, offset: int) -> list[str]:
     """The next lines from `offset` on, about BATCH_CHARACTERS of them; none at the end."""
-    mine = log_chunks.c.deployment_id == deployment_id
-    before = mine & (log_chunks.c.first <= offset)
-    first = select(func.max(log_chunks.c.first)).where(before).scalar_subquery()
-    query = select(log_chunks).where(mine & (log_chunks.c.first >= func.coalesce(first, 0)))
     lines: list[str] = []
     size = 0
-    with connection.execute(query.order_by(log_chunks.c.first).limit(BATCH_ROWS)) as rows:
+    with connection.execute(NEXT, {"log": deployment_id, "at": offset}) as rows:
         for row in rows:
             lines += row.body.split("\n")[max(0, offset - row.first) :]
             size += len(row.body)

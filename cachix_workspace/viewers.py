@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from sqlalchemy import Connection
+
 from cachix_protocol import TERMINAL
 from cachix_workspace import deployments, logs
 from cachix_workspace.context import Workspace
@@ -16,6 +18,7 @@ from cachix_workspace.refusal import Refusal
 from cachix_workspace.websocket import COMPLETE, Socket, frame_of
 
 LOG_GRACE = 3.0  # seconds that a viewer waits for the last lines of a deployment that has ended
+AT_ONCE = 50  # logs that are looked at in one transaction
 PAUSE = 0.1  # seconds between two looks at a log that grows: lines meanwhile are sent together
 
 
@@ -44,26 +47,31 @@ class ViewHandler(Handler):
                 handler.look_again(handler.looked + PAUSE - now)
             else:
                 together[handler.log_id, handler.offset].append(handler)
-        for (log_id, offset), handlers in together.items():
-            try:
-                _look(handlers, log_id, offset)
-            except Refusal as refusal:  # its deployment was removed
-                cls._end(handlers, refusal)
+        looks = list(together.items())
+        for start in range(0, len(looks), AT_ONCE):
+            with visits[0][0].workspace.database.read() as connection:
+                for (log_id, offset), handlers in looks[start : start + AT_ONCE]:
+                    try:
+                        _look(connection, handlers, log_id, offset)
+                    except Refusal as refusal:  # its deployment was removed
+                        cls._end(handlers, refusal)
 
 
-def _look(handlers: list[ViewHandler], log_id: str, offset: int) -> None:
+def _look(connection: Connection, handlers: list[ViewHandler], log_id: str, offset: int) -> None:
     """Send viewers at the same line what follows it. Raises Refusal."""
-    with handlers[0].workspace.database.read() as connection:
-        row = deployments.find(connection, log_id)
-        lines = logs.read(connection, row.id, offset)
+    row = deployments.find(connection, log_id)
+    lines = logs.read(connection, row.id, offset) if offset < row.log_next else []
     now = time.monotonic()
     frames = b"".join(map(frame_of, lines))
+    following = offset + len(lines)
+    # then whoever adds to the log wakes its viewers, and they need not look meanwhile
+    has_all = row.status not in TERMINAL and following >= row.log_next
     for handler in handlers:
         if lines:
-            handler.offset, handler.last = offset + len(lines), lines[-1]
+            handler.offset, handler.last = following, lines[-1]
             handler.quiet_since = now
-            handler.sock.send_many(frames)
-        else:
+            handler.sock.send_many(frames, will_wake=not has_all)
+        if has_all or not lines:
             handler.looked = now
             _wait_for_more(handler, row, now)
 

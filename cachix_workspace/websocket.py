@@ -192,10 +192,10 @@ class Socket(Parked):
         if self.lot is not None:
             self.lot.call(self._put_frames, b"".join(map(frame_of, texts)))
 
-    def send_many(self, frames: bytes) -> None:
+    def send_many(self, frames: bytes, will_wake: bool = True) -> None:
         """Send these frames, and wake the handler once the peer may be sent more."""
         if self.lot is not None:
-            self.lot.call(self._put_frames, frames, True)
+            self.lot.call(self._put_frames, frames, will_wake)
 
     # --- for the lot's thread ---------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from machines import Machine
 from sqlalchemy import select, update
 from workspace_support import STORE_PATHS, Peer, running
 
-from cachix_protocol import FAILURE_LINE, SUCCESS_LINE
+from cachix_protocol import FAILURE_LINE, SUCCESS_LINE, Undecodable, dumps
 from cachix_workspace import logs
 from cachix_workspace.database import Database, open_database
 from cachix_workspace.deployments import DeploymentRow
@@ -247,3 +247,27 @@ def test_an_agent_with_a_large_log_neither_stops_nor_loops(
         assert "not reported yet" not in machine.agent.text()
     finally:
         workspace.kill()
+
+
+USUAL = ["", "a line", 'with "quotes" and \\', "\x1b[31mred\x1b[0m", "\t\b\f\x00\x1f"]
+UNUSUAL = ["\x7f", "é", "😀", "a\nb\rc"]
+
+
+@pytest.mark.parametrize("text", [*USUAL, *UNUSUAL])
+def test_usual_lines_are_stored_as_unusual_ones_are(text: str) -> None:
+    stored = dumps({"line": text, "time": "T"})
+    usual, other = json.dumps({"line": text, "time": "T"}), json.dumps({"time": "T", "line": text})
+    for form in (stored, usual, other, f" {usual} ", usual.replace("}", ', "more": [1]}')):
+        assert logs.decode(form) == logs.decode(form.encode()) == stored
+    assert logs.decode_many(f"{usual}\n{other}\n".encode()) == [stored, stored]
+    assert (text in USUAL) <= (logs.USUAL.fullmatch(stored) is not None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"line":"a\tb","time":"T"}', '{"line":"a","time":7}', '{"line":"\\x","time":"T"}', "{}", ""]
+    + ['{"line":"a","time":"T"}}', '{"line":"a" "time":"T"}', '{"line":"\\u00g0","time":"T"}'],
+)
+def test_lines_that_are_none(text: str) -> None:
+    with pytest.raises(Undecodable):
+        logs.decode(text)
