@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import threading
 import time
+import types
 import urllib.parse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Optional
@@ -40,6 +42,7 @@ MAX_BODY = 1 << 26  # bytes of an answer to `activate`
 MAX_REPORT_BODY = 1 << 20  # of an answer to an agent
 MAX_MESSAGE = 1 << 20  # of a message on a websocket
 MAX_LOG_MESSAGE = 1 << 25  # on that of a log
+UNUSED = ("websocket._app", "websocket._dispatcher")  # they load `inspect`, which takes 6 ms
 LOG_PATH = "/api/v1/deploy/log/"
 MAX_RETRY_AFTER = 3600.0  # seconds for which a workspace may ask to be left alone
 
@@ -150,9 +153,19 @@ def load(peer: Peer) -> None:
 # --- websockets -----------------------------------------------------------------------------------
 
 
+class _Unused(types.ModuleType):
+    """In the place of a module of which we use nothing. Any name in it is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 def connect(peer: Peer, path: str, timeout: float = CONNECT_TIMEOUT) -> cachix_websocket.WebSocket:
     """Open a websocket to `path`. Raises Refused (the token), or Unreachable with the reason."""
     with _importing:
+        for name in UNUSED:
+            sys.modules.setdefault(name, _Unused(name))
         import websocket
 
         from cachix_websocket import WebSocket

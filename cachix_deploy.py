@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     import websocket
 
 STOP_TIMEOUT = 8.0  # seconds from SIGTERM to the exit, whatever hangs
+PRECEDENCE = 0.3  # seconds for which an agent that registers has the processor for itself
 BY_HAND_PAUSE = 0.2  # seconds between two looks whether somebody deploys by hand
 EXIT_TIMEOUT = 6.0  # seconds for a deployment to stop before "go"; `still_wanted` takes up to 5
 
@@ -89,6 +90,7 @@ class Worker(threading.Thread):
         self.options, self.state, self.reporter, self.stop = options, state, reporter, stop
         self.inbox = Inbox()
         self.registered: Optional[AgentRegistered] = None
+        self.greeted = threading.Event()
         self.nix_config: dict[str, str] = {}
         self.deployed = threading.Event()
         self.accepted: set[str] = set()  # ids of those that wait or are in progress
@@ -128,6 +130,7 @@ class Worker(threading.Thread):
             self.textfile.wake.set()
 
     def run(self) -> None:
+        self.greeted.wait(PRECEDENCE)
         self.nix_config = nix.show_config()
         if self.textfile is not None:
             self.textfile.start()
@@ -503,6 +506,7 @@ class Agent:
         if message.expires:
             tell(f"warning: this agent's token expires on {message.expires[:10]}")
         self.worker.registered = replace(message, secret=None)
+        self.worker.greeted.set()
         self.reporter.register(message)
         self.worker.machine.register(message)
         known = AgentRegistered(message.id, None, message.reports).to_json()

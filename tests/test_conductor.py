@@ -9,10 +9,10 @@ import threading
 import pytest
 
 from activate import holder, journal, outcomes, pipe
-from activate.agent import conductor
-from activate.agent.attempt import Attempt
+from activate.agent import attempt, conductor
+from activate.agent.attempt import Attempt, Cancelled
 from activate.agent.failure import DownloadFailed
-from activate.agent.hooks import AgentHooks
+from activate.agent.hooks import AgentHooks, Ended
 from activate.process import CommandFailed, Error
 
 NEW = "/nix/store/" + "a" * 32 + "-new"
@@ -103,6 +103,28 @@ def test_only_what_a_signal_may_have_done_is_looked_at_twice(
     assert outcomes.of(entry.record) == outcomes.NOTHING_CHANGED
 
 
+@pytest.mark.promise(14)
+@pytest.mark.parametrize("answers", [[False], [True]])
+def test_an_early_answer_about_a_cancellation_counts_for_a_moment(
+    entry, hooks, monkeypatch, answers
+):
+    asked = []
+    hooks = dataclasses.replace(
+        hooks, is_cancelled=lambda entry: asked.append(entry) or answers[-1]
+    )
+    outcome = pytest.raises(Ended) if answers[0] else contextlib.nullcontext()
+    with outcome:
+        Cancelled(hooks, entry).require_not()
+    assert asked == [entry]
+    early = Cancelled(hooks, entry)
+    early.join()
+    answers[-1] = True
+    monkeypatch.setattr(attempt, "LATELY", -1.0)
+    with pytest.raises(Ended, match="cancelled before it was activated") as end:
+        early.require_not()
+    assert end.value.step == journal.CANCELLED and asked == [entry] * 3
+
+
 @pytest.fixture
 def ends():
     """Both ends of a pipe."""
@@ -144,6 +166,19 @@ def test_questions_on_the_pipe(ends):
     agent.say_goodbye()
     agent.sink.close()
     assert switch.ask(pipe.BEGIN, 10) is None and not switch.is_alive() and not switch.was_lost()
+
+
+def test_a_question_in_advance(ends):
+    """`ask` takes its answer. One that nobody waits for is not taken for that of the next one."""
+    agent, switch = ends
+    for question, problem in ((f"{pipe.LOOK} 2.5", "no route"), (f"{pipe.LOOK} 1.5", "late")):
+        switch.begin_to_ask(question)
+        agent.answer(agent.listen(10), problem)
+    assert switch.ask(f"{pipe.LOOK} 1.5", 10) == "late"
+    switch.begin_to_ask(f"{pipe.LOOK} 2.5")
+    agent.answer(agent.listen(10), "early")
+    agent.answer(pipe.Question("4", pipe.BEGIN, 0.0), "")
+    assert switch.ask(pipe.BEGIN, 10) == ""
 
 
 def test_an_agent_that_ends_without_a_goodbye_was_lost(ends):

@@ -8,6 +8,8 @@ import re
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -353,6 +355,31 @@ def test_reaching_has_a_deadline(peer):
             cachix_connection.reach(Peer(peer.url, TOKEN, "web"), 0.5)
         assert time.monotonic() - began < 20
     cachix_connection.reach(Peer(peer.url, TOKEN, "web"), 5)
+
+
+def test_an_agent_connects_without_what_it_does_not_use(peer):
+    code = f"""
+import sys
+from cachix_connection import Peer, reach
+reach(Peer({peer.url!r}, {TOKEN!r}, "web"), 5)
+print("inspect" in sys.modules)
+"""
+    argv = [sys.executable, "-I", "-c", f"import sys; sys.path[:] = {sys.path!r}\n{code}"]
+    assert subprocess.run(argv, capture_output=True, text=True).stdout == "False\n"
+
+
+def test_requests_of_several_threads_share_their_connections(peer):
+    ways = []
+
+    def ask():
+        cachix_connection.http(Peer(peer.url, TOKEN, "web"), "GET", "/nothing")
+        ways.append(cachix_connection._sessions[-1])
+
+    for _ in range(3):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+    assert len(set(map(id, ways))) == 1
 
 
 # --- messages -------------------------------------------------------------------------------------
