@@ -15,14 +15,15 @@ from pathlib import Path
 from peer import Answer, Peer, Request
 
 
-def figure(name: str, value: float, unit: str, target: float, at_least: bool = False) -> None:
-    """Print a figure, its target, their ratio, and whether it meets the target. Never fails."""
+def figure(name: str, value: float, unit: str, target: float, at_least: bool = False) -> bool:
+    """Print a figure, its target, their ratio, and whether it meets the target; return that."""
     met = value >= target if at_least else value <= target
     bound = "at least" if at_least else "at most"
     say(
         f"{name}: {value:.1f}{unit and ' ' + unit}, target {bound} {target:.1f},"
         f" ratio {value / target:.2f}, {'met' if met else 'missed'}"
     )
+    return met
 
 
 def say(text: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -40,11 +41,26 @@ def wake_ups(host: Host) -> int:
 def memory(host: Host) -> float:
     """Return the PSS of all processes of a host in MiB, once they are at rest."""
     time.sleep(REST)
-    total = 0
-    for pid in host.processes():
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        total += int(re.findall(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[0])
-    return total / 1024
+    return sum(map(pss, host.processes()))
+
+
+def say_why(python: str) -> None:
+    """Print how much of that a Python has by itself, and with the libraries of an agent."""
+    texts = []
+    for what, names in (("Python alone", "time"), ("with websocket-client", "time, websocket")):
+        code = f"import {names}; print(flush=True); time.sleep(60)"
+        with subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE) as program:
+            assert program.stdout is not None
+            program.stdout.readline()
+            texts.append(f"{what} {pss(program.pid):.1f} MiB")
+            program.kill()
+    say(f"  missed because of: {', '.join(texts)}")
+
+
+def pss(pid: int) -> float:
+    """Return the PSS of a process in MiB."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(re.findall(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)[0]) / 1024
 
 
 def keep_pinging(light: Light, stop: threading.Event) -> None:
@@ -59,7 +75,8 @@ def measure(host: Host, light: Light, way: str, words: list[str], path: str) -> 
     argv = [*words, f"--host={light.url}", "agent", "bench"]
     agent = host.start("bench", argv, {"CACHIX_AGENT_TOKEN": "bench"})
     agent.wait_for("is connected to")
-    figure(f"at rest, {way}: PSS", memory(host), "MiB", MEMORY)
+    if not figure(f"at rest, {way}: PSS", memory(host), "MiB", MEMORY):
+        say_why(words[0])
     before = wake_ups(host)
     time.sleep(SECONDS)
     count = 60 * (wake_ups(host) - before) / SECONDS

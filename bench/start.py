@@ -150,7 +150,12 @@ def measure(starter: Starter, programs: dict[str, list[str]]) -> None:
     for what in quick:
         for way in programs:
             name = f"{way}, {what}"
-            figure(f"  {what} where an agent runs, {way}", times[name].middle, "ms", QUICK)
+            if not figure(f"  {what} where an agent runs, {way}", times[name].middle, "ms", QUICK):
+                used, alone = times[name].processor, times["-c pass"].processor
+                say(
+                    f"    missed because of: processor {statistics.median(used):.0f} ms,"
+                    f" of it Python alone {statistics.median(alone):.0f} ms"
+                )
 
 
 def main() -> None:
