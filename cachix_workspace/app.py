@@ -174,9 +174,12 @@ def _watch_tokens(workspace: Workspace) -> None:
             used = workspace.hub.token_ids() | workspace.uploads.token_ids()
             if used:
                 with workspace.database.read() as connection:
-                    invalid = tokens.invalid_ids(connection)
-                workspace.hub.revoke(used & invalid)
-                workspace.uploads.revoke(used & invalid)
+                    ended = used & tokens.invalid_ids(connection)
+                if ended:  # nobody comes back by what is remembered
+                    workspace.roster.forget()
+                    workspace.known.tokens.clear()
+                workspace.hub.revoke(ended)
+                workspace.uploads.revoke(ended)
             changed = _hear_of_changes(workspace, changed)
             if time.monotonic() > corrected + PRESENCE_INTERVAL:
                 corrected = time.monotonic()

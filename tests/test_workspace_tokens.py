@@ -11,7 +11,12 @@ import pytest
 from workspace_support import STORE_PATHS, Connection, Peer, command, handshake, running
 
 from cachix_protocol import UsageError
-from cachix_workspace import tokens
+from cachix_workspace import app, tokens
+from cachix_workspace.context import Workspace
+from cachix_workspace.database import open_database
+from cachix_workspace.hub import Hub
+from cachix_workspace.life import Signs
+from cachix_workspace.settings import Settings
 from cachix_workspace.tokens import Token
 
 RUNNING, SUCCEEDED = "InProgress", "Succeeded"
@@ -279,3 +284,26 @@ def test_tokens_for_a_list_of_agents(peer: Peer, tmp_path: Path) -> None:
     names.write_text("good\nno good\n")
     assert "not no good" in command(*arguments, data, status=1).stderr
     assert count(peer) == before and not (directory / "good").exists()
+
+
+def test_a_token_is_forgotten_before_its_sockets_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = open_database(Settings(tmp_path), create=True)
+    workspace = Workspace(Settings(tmp_path, revocation_interval=0.01), database, Hub(9), Signs())
+    with database.write() as connection:
+        number, _ = tokens.create(connection, tokens.AGENT)
+        tokens.revoke(connection, number)
+    steps: list[object] = []
+
+    def close(ended: set[int]) -> None:
+        steps.append(ended)
+        raise SystemExit  # which ends the thread
+
+    monkeypatch.setattr(workspace.hub, "token_ids", lambda: {number, number + 1})
+    monkeypatch.setattr(workspace.hub, "revoke", close)
+    monkeypatch.setattr(workspace.roster, "forget", lambda: steps.append("forgotten"))
+    with pytest.raises(SystemExit):
+        app._watch_tokens(workspace)
+    assert steps == ["forgotten", {number}]
+    database.close()
