@@ -1,6 +1,7 @@
 """`nix copy` of 1,000 small paths to a workspace, to a bare cache that keeps nothing, to files.
 
-The bare cache shows what Nix itself takes, on the same machine at the same time.
+The bare cache shows what Nix itself takes, on the same machine at the same time, and a loop that
+only writes as many files, how long the disk takes until each has its bytes, then its name.
 """
 
 from __future__ import annotations
@@ -42,9 +43,29 @@ def forget(host: Host) -> None:
         file.unlink()
 
 
+def synced(place: Path) -> float:
+    """The seconds for as many files as a push has, each on the disk before the next one.
+
+    Nix waits for the answer to each upload. No name may be there without the bytes.
+    """
+    place.mkdir()
+    names = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    start = time.monotonic()
+    for number in range(2 * PATHS):  # a NAR and a narinfo of each path
+        with open(place / "new", "wb") as file:
+            file.write(bytes(400))
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(place / "new", place / str(number))
+        os.fsync(names)
+    seconds = time.monotonic() - start
+    os.close(names)
+    return seconds
+
+
 def measure(host: Host, workspace: Workspace, port: int, path: str, place: Path) -> None:
     """Measure in turns, and print the figures."""
-    times: dict[str, list[float]] = {"ours": [], "bare": [], "file": []}
+    times: dict[str, list[float]] = {"ours": [], "bare": [], "file": [], "disk": []}
     server, nix = [], []
     for number in range(ROUNDS):
         workspace.cache(f"cache{number}")
@@ -58,9 +79,20 @@ def measure(host: Host, workspace: Workspace, port: int, path: str, place: Path)
         forget(host)
         target = f"file://{place}/target{number}?secret-key={host.directory / 'key'}"
         times["file"].append(timed(host, ["nix", "copy", "--to", target, path]))
+        times["disk"].append(synced(place / f"synced{number}"))
     middle = {name: statistics.median(values) for name, values in times.items()}
     figure(f"nix copy of {PATHS} small paths to a workspace", middle["ours"], "s", TARGET)
     say(f"  to a bare cache {middle['bare']:.2f} s, to files {middle['file']:.2f} s")
+    least = middle["bare"] + middle["disk"]
+    say(
+        f"  the disk takes {middle['disk']:.2f} s for {2 * PATHS} files, one after the other:"
+        f" a server that keeps what it acknowledges takes at least {least:.2f} s here"
+    )
+    if middle["ours"] > TARGET:
+        own, reason = middle["ours"] - least, "Nix and the disk alone take longer than the target"
+        if least <= TARGET:
+            reason = "the server's own work takes too long"
+        say(f"  missed because {reason}; beyond Nix and the disk it takes {own:.2f} s")
     cpu = f"{statistics.median(server):.2f} s of the server, {statistics.median(nix):.2f} s of Nix"
     say(f"  CPU {cpu}; load {os.getloadavg()[0]:.1f}")
 
