@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -11,6 +12,8 @@ from typing import Any, Optional
 from caches import Files
 from hosts import Host, Program
 from live import Workspace
+
+from cachix_protocol import FAILURE_LINE, SUCCESS_LINE
 
 FINAL = ("succeeded", "failed", "cancelled", "superseded", "rolled-back", "rollback-failed")
 
@@ -67,6 +70,7 @@ class Machine:
     def outcome(self, deployment_id: str, timeout: float = 60.0) -> Outcome:
         """Wait for the end of a deployment, and return how it ended."""
         status = self.workspace.wait(deployment_id, timeout)
+        self.wait_for_log(deployment_id)
         reason = self.workspace.deployment(deployment_id).get("reason")
         return Outcome(
             deployment_id,
@@ -75,6 +79,15 @@ class Machine:
             self.workspace.text(deployment_id),
             self.host.step(deployment_id),
         )
+
+    def wait_for_log(self, deployment_id: str) -> None:
+        """Give the log a moment to close, as whoever views it does: its end may overtake it."""
+        deadline = time.monotonic() + 3.0
+        while time.monotonic() < deadline:
+            lines = self.workspace.log(deployment_id)
+            if not lines or lines[-1] == SUCCESS_LINE or lines[-1].startswith(FAILURE_LINE):
+                return
+            time.sleep(0.02)
 
     def deploy(
         self, path: str, script: Optional[str] = None, push: bool = True, timeout: float = 60.0

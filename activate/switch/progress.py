@@ -88,8 +88,9 @@ class Progress:
         self, step: str, reason: Optional[str] = None, outcome: Optional[str] = None
     ) -> None:
         """Record the end. The log ends here too, even if a service goes on writing into it."""
-        size, is_good = self.log.size(), step == journal.SUCCEEDED
+        # the size comes last: the log may say at any time what is missing
         facts = {"outcome": outcome, "detail": self.log.missing() or None}
+        size, is_good = self.log.size(), step == journal.SUCCEEDED
         try:
             with contextlib.suppress(*([] if is_good else [Error])):
                 self.sync(log_only=is_good and self.is_synced)
