@@ -69,9 +69,11 @@ class Server:
         started = threading.Event()
         arguments = (self.process.stderr, started)
         threading.Thread(target=self._read, args=arguments, daemon=True).start()
-        assert started.wait(DEADLINE), self.lines
+        has_started = started.wait(DEADLINE)
         url = [line for line in self.lines if line.startswith("listening on ")]
-        assert url, self.lines
+        if not has_started or not url:
+            self.kill()  # no test would
+        assert has_started and url, self.lines
         self.url = url[-1].split()[-1]
         self.port = int(self.url.rpartition(":")[2])
 
@@ -104,7 +106,8 @@ class Server:
 
     def kill(self) -> None:
         """End both processes at once, as a power cut would."""
-        os.killpg(self.process.pid, 9)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(self.process.pid, 9)
         self.process.wait(DEADLINE)
 
 
