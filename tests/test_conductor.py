@@ -125,6 +125,23 @@ def test_an_early_answer_about_a_cancellation_counts_for_a_moment(
     assert end.value.step == journal.CANCELLED and asked == [entry] * 3
 
 
+@pytest.mark.promise(10)
+def test_an_answer_about_a_cancellation_that_never_comes_holds_up_nothing(
+    entry, hooks, monkeypatch
+):
+    ended, asked = threading.Event(), []
+    hooks = dataclasses.replace(
+        hooks, is_cancelled=lambda entry: asked.append(entry) or ended.wait(60)
+    )
+    monkeypatch.setattr(attempt, "ASKING", 0.1)
+    monkeypatch.setattr(attempt, "LATELY", -1.0)
+    unanswered = Cancelled(hooks, entry)
+    unanswered.require_not()
+    assert unanswered.is_alive() and asked == [entry]
+    ended.set()
+    unanswered.join(10)
+
+
 @pytest.fixture
 def ends():
     """Both ends of a pipe."""

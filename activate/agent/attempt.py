@@ -29,6 +29,7 @@ from activate.values import replace
 SWITCH_TIMEOUT = 48 * 3600.0  # seconds for a step of a switch process; its own are shorter
 SIZE_TIMEOUT = 10.0  # seconds for which an end waits for the closure's size
 LATELY = 1.0  # seconds for which the answer counts whether a deployment was cancelled
+ASKING = 10.0  # seconds for that answer: without one the deployment goes on
 
 
 class Cancelled(threading.Thread):
@@ -45,8 +46,8 @@ class Cancelled(threading.Thread):
 
     def require_not(self) -> None:
         """Wait for the answer; ask again if this was long ago. Raises Ended."""
-        self.join()
-        if time.monotonic() > self.asked + LATELY:
+        self.join(ASKING)
+        if time.monotonic() > self.asked + LATELY and not self.is_alive():
             self.run()
         if self.answer:
             raise Ended(journal.CANCELLED, "it was cancelled before it was activated")
