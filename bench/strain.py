@@ -18,7 +18,8 @@ from workspace_support import Server
 from cachix_protocol import base32
 
 SECONDS = float(os.environ.get("STRAIN", "15"))
-DEPLOYMENTS, VIEWERS, LINES = 200, 500, 100  # lines of a deployment in a second
+DEPLOYMENTS, VIEWERS, LINES = 200, 500, 110  # lines of a deployment in a second
+GOAL = 20_000  # lines a second, of the 22,000 that are sent
 NAR = f"nar/{'b' * 52}.nar"
 INFO = f"{base32(bytes(20))}.narinfo"
 DRIPPING, DOWNLOADS, UPLOADS = 4000, 500, 50
@@ -47,8 +48,7 @@ def logs(server: Server, agent: str, ci: str) -> None:
         after, seen = writers.do(do="state"), crowd.do(do="state", count=VIEWERS)
         took = time.monotonic() - begin
         taken = (after["answers"] - before["answers"]) * LINES / took
-        goal = DEPLOYMENTS * LINES
-        figure("log lines taken", taken, "a second", goal * 0.99, at_least=True)
+        figure("log lines taken", taken, "a second", GOAL, at_least=True)
         say(f"lines sent to {seen['open']} viewers: {seen['texts'] / took:.0f} a second")
         figure("from the writing of a line to a viewer, p99", p99(seen["lag"]), "s", 2)
 
