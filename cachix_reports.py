@@ -37,7 +37,7 @@ from cachix_reported import Reported, prune
 
 BATCH_LINES = 2000  # lines of a log in one report
 LOG_SECONDS = 5.0  # for which a log is sent before other reports have their turn
-STALL_SECONDS = 0.4  # for which the other reports wait for the answer to lines of a log
+STALL_SECONDS = 0.25  # for which the other reports wait for the answer to lines of a log
 HEAD_START = 0.01  # seconds in which a deployment begins to download before it is reported
 HURRY_SECONDS = 0.05  # between two looks whether an end is to be reported meanwhile
 LONG_STEPS = (journal.AWAITING_REBOOT, journal.REBOOTING)  # each has a report of its own
