@@ -112,6 +112,7 @@ def test_an_early_answer_about_a_cancellation_counts_for_a_moment(
     hooks = dataclasses.replace(
         hooks, is_cancelled=lambda entry: asked.append(entry) or answers[-1]
     )
+    monkeypatch.setattr(attempt, "LATELY", 60.0)
     outcome = pytest.raises(Ended) if answers[0] else contextlib.nullcontext()
     with outcome:
         Cancelled(hooks, entry).require_not()

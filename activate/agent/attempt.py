@@ -13,6 +13,7 @@ from activate import (
     holder,
     journal,
     kinds,
+    lock,
     logfile,
     machine,
     nix,
@@ -28,7 +29,9 @@ from activate.values import replace
 
 SWITCH_TIMEOUT = 48 * 3600.0  # seconds for a step of a switch process; its own are shorter
 SIZE_TIMEOUT = 10.0  # seconds for which an end waits for the closure's size
-LATELY = 1.0  # seconds for which the answer counts whether a deployment was cancelled
+# Seconds for which the answer counts whether a deployment was cancelled: less than any wait for a
+# lock, in which somebody may have cancelled it.
+LATELY = lock.POLL
 ASKING = 10.0  # seconds for that answer: without one the deployment goes on
 
 
