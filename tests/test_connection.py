@@ -135,8 +135,9 @@ def test_it_survives_every_close_that_cachix_survives(host, peer):
         assert [answer["close_code"] for answer in answers] == [code]
         assert agent.process.poll() is None
         agent.wait_for(rf"closed the connection \({code}\): some reason")
-    peer.agent().close(None)
-    assert agent.wait(12) == 0
+    last = peer.agent()
+    last.close(None)
+    assert agent.wait(12) == 0 and last.ended.wait(5)
     assert peer.frames("/ws", "close")[-1]["payload"] == ""
 
 
@@ -588,7 +589,7 @@ def test_it_says_goodbye(host, peer):
     agent = start(host, peer)
     agent.wait_for("is connected")
     stop_in_time(agent)
-    closes = peer.frames("/ws", "close")
+    closes = wait_until(lambda: peer.frames("/ws", "close"), what="the goodbye")
     assert [frame["close_code"] for frame in closes] == [1000]
 
 

@@ -161,7 +161,8 @@ def test_plain_paths_as_recorded(host, cache, peer):
     assert agent.process.poll() is None and len(peer.heads("/ws")) == 1
     assert agent.stop() == 0
     assert close_codes(scenarios("agent-deployments")["sigterm"])[0] == 1000
-    assert close_codes(peer.frames("/ws", "close", ""))[0] == 1000
+    closes = wait_until(lambda: peer.frames("/ws", "close", ""), 10, "the agent's close")
+    assert close_codes(closes)[0] == 1000
 
 
 SET_PROFILE = "nix-env --profile /nix/var/nix/profiles/system --set PATH"
@@ -265,7 +266,7 @@ def test_asked_to_stop_as_recorded(host, peer):
     agent = start(host, peer)
     peer.agent().send("close", bytes.fromhex(frames[0]["payload"]))
     assert agent.wait(12) == 0
-    ours = peer.frames("/ws", "close")
+    ours = wait_until(lambda: peer.frames("/ws", "close"), 10, "the agent's answer")
     assert [frame["close_code"] for frame in ours] == [frames[1]["close_code"]] == [1000]
     assert "asked this agent to stop" in agent.text() and len(peer.heads("/ws")) == 1
 
