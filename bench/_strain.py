@@ -96,9 +96,8 @@ class Strain:
         while (now := time.monotonic()) < end:
             for peer in self.peers:
                 if peer.due <= now:
-                    peer.due = (
-                        max(peer.due, now - SECOND) + SECOND
-                    )  # late once is not late ever after
+                    # late once is not late ever after
+                    peer.due = max(peer.due, now - SECOND) + SECOND
                     self.step(peer)
             for key, _ in self.selector.select(0.02):
                 if key.data is not None:

@@ -22,7 +22,6 @@ LARGEST = 1 << 62  # bytes of a NAR
 NAR = re.compile(f"nar/([{BASE32}]{{52}})\\.nar(\\.[a-z0-9]{{1,8}})?")  # by the file's SHA-256
 HASH = re.compile(f"sha256:[{BASE32}]{{52}}")
 NUMBER = re.compile(r"[0-9]{1,19}")
-SIGNATURE_BYTES = 64
 COMPRESSIONS = frozenset(
     ("none", "br", "bzip2", "compress", "grzip", "gzip", "lrzip", "lz4", "lzip", "lzma", "lzop")
     + ("xz", "zstd")
