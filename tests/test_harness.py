@@ -282,3 +282,19 @@ def test_the_summary_of_faults_survives_an_error_at_collection(tmp_path: Path) -
     result = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert "RuntimeError: broken" in result.stdout
     assert "1 cases, 1 failed, 0 skipped" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("option", [[], ["--long"]])
+def test_a_case_that_failed_among_others_is_found_again_alone(
+    tmp_path: Path, option: list[str]
+) -> None:
+    """`make test` and `make test-slow` take each so many of the fault cases, and count them."""
+    case = "tests/faults/test_endings.py::test_an_orderly_end_in_a_step[nixos-received-{}-often]"
+    failed = [case.format(ending) for ending in ("shutdown", "stop-agent")]
+    cache = tmp_path / "v/cache/lastfailed"
+    cache.parent.mkdir(parents=True)
+    cache.write_text(json.dumps(dict.fromkeys(failed, True)))
+    select = ["--collect-only", "-q", "--last-failed", "-o", f"cache_dir={tmp_path}"]
+    command = [sys.executable, "-m", "pytest", *select, *option]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=PROJECT)
+    assert result.stdout.splitlines()[:2] == failed, result.stdout + result.stderr

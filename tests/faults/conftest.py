@@ -54,6 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         long and sampled.get(item, True) if is_long(item) else sampled.get(item, not long)
         for item in items
     ]
+    if config.getoption("--last-failed"):  # these few have been selected by the run before
+        stays = [long or not is_long(item) for item in items]
     left_out = [item for item, stay in zip(items, stays) if not stay]
     if left_out:
         items[:] = [item for item, stay in zip(items, stays) if stay]
