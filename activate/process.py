@@ -15,6 +15,7 @@ from activate.text import MOST_LINE, clean
 
 KILL_AFTER = 5.0  # seconds between SIGTERM and SIGKILL for a process group
 WAIT = 5.0  # seconds after which a handler of a signal runs that came just before a wait
+INTERRUPTED = "interrupted by the user"  # Nix, of a signal; it ends with status 1 then
 
 Run = Callable[[list[str]], int]  # runs a command, its output in the log; returns its exit status
 Before = Callable[[], None]  # called by the process that becomes the command
@@ -119,7 +120,7 @@ def start(
 
 
 def ask(argv: list[str], timeout: float = 30.0) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of a short question. Raises CommandFailed, DeadlinePassed."""
+    """Exit status, stdout and stderr of a question. Raises CommandFailed, also after a signal."""
     process = start(argv, subprocess.PIPE, subprocess.PIPE)
     try:
         stdout, stderr = process.communicate(timeout=timeout)
@@ -128,7 +129,10 @@ def ask(argv: list[str], timeout: float = 30.0) -> tuple[int, str, str]:
         raise DeadlinePassed(argv, timeout) from None
     finally:
         _running.discard(process)
-    return process.returncode, stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace")
+    status, messages = process.returncode, stderr.decode("utf-8", "replace")
+    if status < 0 or (status and INTERRUPTED in messages):
+        raise CommandFailed(argv, "was ended by a signal", messages)
+    return status, stdout.decode("utf-8", "replace"), messages
 
 
 def output(argv: list[str], timeout: float = 30.0) -> str:
@@ -141,8 +145,7 @@ def output(argv: list[str], timeout: float = 30.0) -> str:
 
 def checked(run: Run, argv: list[str]) -> None:
     """Run `argv` where any status but 0 is a failure. Raises CommandFailed."""
-    status = run(argv)
-    if status:
+    if status := run(argv):
         raise CommandFailed(argv, f"ended with status {status}")
 
 
@@ -168,9 +171,8 @@ def wait(process: subprocess.Popen[bytes], timeout: float) -> bool:
 def forget(process: subprocess.Popen[bytes]) -> None:
     """Close the pipes of a command that has ended, or that nobody waits for any more."""
     _running.discard(process)
-    for pipe in (process.stdout, process.stderr):
-        if pipe is not None:
-            pipe.close()
+    for pipe in filter(None, (process.stdout, process.stderr)):
+        pipe.close()
 
 
 def end_all() -> None:

@@ -31,6 +31,15 @@ def test_the_command_stands_before_its_output_and_always_on_a_line_of_its_own(lo
     assert content(log) == "$ /bin/sh -c printf one; printf two >&2\nonetwo\n$ /bin/sh -c exit 7\n"
 
 
+@pytest.mark.parametrize("command", ["kill -TERM $$", "echo interrupted by the user >&2; exit 1"])
+def test_a_question_that_a_signal_ended_has_no_answer(command):
+    """Nix, when it is asked whether a path is signed or damaged, must not seem to say no."""
+    with pytest.raises(process.CommandFailed, match="ended by a signal") as info:
+        process.ask(["/bin/sh", "-c", command], 10)
+    assert not info.value.is_clear
+    assert process.ask(["/bin/sh", "-c", "exit 1"], 10) == (1, "", "")
+
+
 @pytest.mark.promise(10)
 def test_a_deadline_ends_the_whole_group(log, tmp_path, monkeypatch):
     monkeypatch.setattr(process, "KILL_AFTER", 0.2)

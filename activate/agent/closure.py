@@ -31,11 +31,11 @@ def complete(paths: list[str], source: nix.Source, log: int, timeout: float) -> 
     if not absent:
         return
     say(log, f"gone from the disk, downloading again: {' '.join(absent)}")
-    cause, output = "Nix did not say why", ""
+    cause, output, by_signal = "Nix did not say why", "", False
     try:
         replace_contents(absent, source, log, timeout)
     except DownloadFailed as error:
-        cause, output = str(error), error.detail
+        cause, output, by_signal = str(error), error.detail, not error.is_clear
     absent = missing(paths)
     if absent:
         raise DownloadFailed(
@@ -43,6 +43,7 @@ def complete(paths: list[str], source: nix.Source, log: int, timeout: float) -> 
             f"downloaded again ({cause}): push it to the cache, or run as root "
             f"`nix-store --repair-path {absent[0]}`; nothing was changed",
             output,
+            by_signal,
         )
 
 

@@ -42,7 +42,7 @@ def estimate(route: Route) -> Optional[tuple[int, int]]:
     if not answer.has_everything and route.refresh(answer):
         answer = route.dry_run()
     if answer.status == -SIGTERM:  # the agent exits
-        raise DownloadFailed(route.reason(answer))
+        raise DownloadFailed(route.reason(answer), answer.text, by_signal=True)
     if not answer.has_everything and answer.kind in ("missing", *LOCAL):
         say(route.log, f"$ nix-store --realise --dry-run {' '.join(route.paths)}\n{answer.text}")
         raise DownloadFailed(route.reason(answer), answer.text)
@@ -105,7 +105,7 @@ def attempt(route: Route, act: Act, total: Optional[tuple[int, int]]) -> bool:
         return False
     progress.show(answer.messages)
     if answer.status and not route.remedy(answer):
-        raise DownloadFailed(route.reason(answer), answer.text)
+        raise DownloadFailed(route.reason(answer), answer.text, answer.status < 0)
     return answer.status == 0
 
 
@@ -131,7 +131,7 @@ def repair(paths: list[str], source: nix.Source, log: int, timeout: float) -> No
             replace_contents(damaged, source, log, timeout)
     except DownloadFailed as error:
         reason = f"a power loss damaged {damaged[0]}, and it could not be downloaded again"
-        raise DownloadFailed(f"{reason}: {error}", error.detail) from None
+        raise DownloadFailed(f"{reason}: {error}", error.detail, not error.is_clear) from None
 
 
 class Progress:

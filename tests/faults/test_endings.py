@@ -3,6 +3,8 @@
 None of them counts as an attempt, so that they may happen more often than there are attempts.
 """
 
+import os
+import signal
 import time
 
 import pytest
@@ -51,6 +53,25 @@ def test_an_orderly_end_in_a_step(make_world, finish, case):
     end = world.ended(deployment)
     assert end == STEPS[expected(kind, point, ending)], world.workspace.deployment(deployment)
     assert order.times < times, "the fault has not happened"
+    finish(world)
+
+
+@pytest.mark.parametrize("command", [r"--realise --dry-run", r"--realise (?!--dry-run)"])
+def test_a_command_of_the_download_is_stopped_a_little_before_its_agent(
+    make_world, finish, command
+):
+    """systemd sends SIGTERM to all processes of a unit, one after the other."""
+    world = make_world()
+
+    def stop(world, visit: Visit) -> str:
+        os.killpg(visit.session, signal.SIGTERM)
+        time.sleep(0.1)
+        return scenes.stop_agent(world, visit)
+
+    order = world.order(f"^nix-store {command}", stop, OFTEN)
+    deployment = scenes.deploy(world, "second")
+    assert world.ended(deployment) == "succeeded", world.workspace.deployment(deployment)
+    assert order.times == 0
     finish(world)
 
 
