@@ -23,6 +23,8 @@ from typing import Any, Callable, Optional, Union
 
 from hosts import PROJECT, wait_until
 
+from cachix_protocol import FAILURE_LINE, SUCCESS_LINE
+
 AGENT_ID = "11111111-2222-4333-8444-555555555555"
 OPCODES = {0: "continuation", 1: "text", 2: "binary", 8: "close", 9: "ping", 10: "pong"}
 NUMBERS = {name: number for number, name in OPCODES.items()}
@@ -358,7 +360,17 @@ class Peer:
                 status == "Succeeded" for status in statuses if status != "InProgress"
             ]
 
-        return bool(wait_until(results, timeout, f"the final report of {deployment_id}")[0])
+        end = wait_until(results, timeout, f"the final report of {deployment_id}")[0]
+        self.wait_for_log(deployment_id)
+        return bool(end)
+
+    def wait_for_log(self, deployment_id: str) -> None:
+        """Give a log that has begun a moment to close: the report of its end may overtake it."""
+        deadline = time.monotonic() + 3.0
+        while (lines := self.log(deployment_id)) and time.monotonic() < deadline:
+            if lines[-1].startswith((SUCCESS_LINE, FAILURE_LINE)):
+                return
+            time.sleep(0.02)
 
     def log(self, deployment_id: str) -> list[str]:
         """Return the lines of a deployment's log so far."""

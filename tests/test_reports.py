@@ -772,7 +772,8 @@ def test_bad_answers_for_a_while(host, cache, peer):
         return [(500, b"<h1>oops</h1>"), (429, b""), (502, b""), (413, b"")][left["n"] % 4]
 
     def take(request):
-        return peer._take_log(ID, int(request.path.partition("offset=")[2]), request.body)
+        offset = request.path.partition("offset=")[2]
+        return peer._take_log(ID, int(offset), request.body) if offset else (404, b"")
 
     peer.answer("PUT /api/v1/deploy/", bad)
     host.fetch(cache.url, cache.key.public, path := closures.plain(cache, 1))

@@ -170,6 +170,11 @@ def outcome(world, deployment):
     return "L" if reason.startswith("state lost") else "F"
 
 
+def has_begun(world, deployment):
+    """Whether the workspace knows that the agent has begun with a deployment."""
+    return world.workspace.deployment(deployment)["status"] != "Pending"
+
+
 def is_closed(world, deployment):
     """Whether the workspace has the closing line of a log, which nothing may hold back."""
     return "".join(world.workspace.log(deployment)[-1:]).startswith((SUCCESS_LINE, FAILURE_LINE))
@@ -213,6 +218,10 @@ def make_damaged(make_world):
         def strike(world, visit):
             world.blind = True
             world.lost = {asked.id for asked in world.asked}
+            # one whose begin was not reported is sent again
+            wait_until(
+                lambda: all(has_begun(world, id_) for id_ in world.lost), 10, "the first report"
+            )
             DAMAGES[damage][0](world)
             return scenes.kill_both(world, visit) if killed else "go"
 
