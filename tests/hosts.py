@@ -265,6 +265,19 @@ class Host:
 
     # --- running things ---
 
+    def exposing(self, token: str, agent: int) -> list[str]:
+        """Return the processes but for the agent whose command line or environment has a token."""
+        places, lines = [], self.processes()
+        for pid, line in lines.items():
+            with contextlib.suppress(OSError):
+                environment = token.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+                parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+                # A fork of the agent has its environment until it runs another program.
+                is_fork = parent == agent and line == lines.get(agent)
+                if token in line or (environment and pid != agent and not is_fork):
+                    places.append(f"process {pid}: {line}")
+        return places
+
     def enter(self, cwd: Union[str, Path] = "/") -> list[str]:
         """Return the words that, put before a command, run it in this host."""
         assert self.holder is not None

@@ -6,7 +6,6 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Optional
 
 from caches import Files
@@ -126,9 +125,4 @@ class Machine:
             with contextlib.suppress(FileNotFoundError):  # it was just replaced
                 if secret in path.read_bytes():
                     places.append(str(path))
-        for pid, line in self.host.processes().items():
-            with contextlib.suppress(OSError):
-                environment = secret in Path(f"/proc/{pid}/environ").read_bytes()
-                if token in line or (environment and pid != self.agent.pid):
-                    places.append(f"process {pid}: {line}")
-        return places
+        return places + self.host.exposing(token, self.agent.pid)

@@ -474,14 +474,7 @@ class World:
                 with contextlib.suppress(FileNotFoundError):  # it was just replaced
                     if path.is_file() and not path.is_symlink() and secret in path.read_bytes():
                         places.append(str(path))
-        agent, lines = self.agent.pid, self.host.processes()
-        for pid, line in lines.items():
-            with contextlib.suppress(OSError):
-                environment = secret in Path(f"/proc/{pid}/environ").read_bytes()
-                # A fork of the agent has its environment until it runs another program.
-                fork = _parent(pid) == agent and line == lines.get(agent)
-                if self.token in line or (environment and pid != agent and not fork):
-                    places.append(f"process {pid}: {line}")
+        places += self.host.exposing(self.token, self.agent.pid)
         places += [str(agent.output) for agent in self.agents if self.token in agent.text()]
         return places
 
