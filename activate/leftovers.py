@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import time
+from collections.abc import Iterator
 from typing import Callable, Optional
 
 from activate import process
@@ -86,11 +88,46 @@ def end_commands(directory: str) -> None:
     They are commands of a deployment, and the process that waited for them was killed.
     """
     prefix = os.fsencode(directory) + b"/"
+    for pid, words in _leaders():
+        if any(word.startswith(prefix) for word in words):
+            _end_group(pid)
+
+
+def end_starters(deployment_id: str) -> None:
+    """End every systemd-run that hangs with a deployment's locks: its agent was killed.
+
+    It has not become a switch process yet, and nobody would tell that to begin.
+    """
+    for pid, words in _leaders():
+        options = words[: words.index(b"--")] if b"--" in words else []
+        is_starter = words[-1] == deployment_id.encode() and any(
+            word.endswith(b"systemd-run") for word in options
+        )
+        if is_starter and _is_deserted(pid):
+            _end_group(pid)
+
+
+def _leaders() -> Iterator[tuple[int, list[bytes]]]:
+    """The leaders of process groups, each with its command line."""
     for pid in _pids():
         with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = file.read(1 << 20).split(b"\0")
-            if any(word.startswith(prefix) for word in words) and os.getpgid(pid) == pid:
-                _end_group(pid)
+            words = file.read(1 << 20).rstrip(b"\0").split(b"\0")
+            if os.getpgid(pid) == pid:
+                yield pid, words
+
+
+def _is_deserted(pid: int) -> bool:
+    """Whether the stdin of a process is a pipe that nobody writes to any more."""
+    try:
+        fd = os.open(f"/proc/{pid}/fd/0", os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return any(event & select.POLLHUP for _, event in poll.poll(0))
+    finally:
+        os.close(fd)
 
 
 def _end_group(pid: int) -> None:

@@ -122,3 +122,30 @@ def test_commands_are_found_by_their_arguments(tmp_path):
     assert ours.wait(10) == -15 and other.poll() is None
     os.killpg(other.pid, 9)
     other.wait()
+
+
+def test_only_a_systemd_run_whose_agent_is_gone_is_ended():
+    """A switch process goes on without its agent, and an agent may still wait for its own."""
+    switch = ["python3", "-c", "…", "cachix-deploy", "switch", "id"]
+    scope = ["/bin/systemd-run", "--scope", "--", *switch]
+    lines = [scope, scope, switch, [*scope[:-1], "other"]]
+    sleepers = [
+        subprocess.Popen(
+            ["/bin/sh", "-c", "sleep 300 & wait", *line],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        for line in lines
+    ]
+    for sleeper in sleepers:
+        file = pathlib.Path(f"/proc/{sleeper.pid}/cmdline")
+        wait_until(lambda file=file: b"switch" in file.read_bytes())
+    for sleeper in (sleepers[0], *sleepers[2:]):
+        sleeper.stdin.close()
+    leftovers.end_starters("id")
+    assert sleepers[0].wait(10) == -15
+    assert [sleeper.poll() for sleeper in sleepers[1:]] == [None, None, None]
+    for sleeper in sleepers[1:]:
+        os.killpg(sleeper.pid, 9)
+        sleeper.wait()
+    sleepers[1].stdin.close()

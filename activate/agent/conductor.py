@@ -99,6 +99,7 @@ class Conductor:
                 is_harmless = entry.record.step in journal.HARMLESS
                 step = journal.FAILED if is_harmless else journal.ROLLBACK_FAILED
                 raise Ended(step, f"{other} did not end within {hours}")
+            leftovers.end_starters(entry.record.id)
             self.hooks.stop.wait(ADOPTED_PAUSE)
             return
         if action.do == recovery.REPORT:

@@ -190,6 +190,22 @@ def test_systemd_run_hangs_while_the_download_fails(world, finish):
     finish(world)
 
 
+@pytest.mark.promise(2, 7, 10)
+@pytest.mark.parametrize("kill", [scenes.kill_agent, scenes.kill_both])
+def test_the_agent_is_killed_while_systemd_run_hangs(world, finish, kill):
+    """It has the locks, and would keep them for as long as it hangs."""
+
+    def strike(world, visit):
+        kill(world, visit)
+        return "hang"
+
+    world.order(r"^systemd-run", strike, 2)
+    assert world.ended(scenes.deploy(world, "second"), 30) == "succeeded"
+    assert [visit.point for visit in world.visits].count("systemd-run") == 3
+    assert not any("systemd-run" in line for line in world.host.processes().values())
+    finish(world)
+
+
 @pytest.mark.promise(2, 7)
 def test_power_is_lost_in_each_download(world, finish):
     world.order(DOWNLOAD, scenes.power, ALWAYS)

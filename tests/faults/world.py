@@ -249,6 +249,9 @@ class World:
     def kill(self, switch: bool = False, agent: bool = False) -> None:
         """Kill the switch processes, the agent or both. A killed agent is replaced by a new one."""
         switches = self.switches() if switch else []
+        lines = self.host.processes()
+        starters = [pid for pid in switches if "systemd-run --scope" in lines.get(pid, "")]
+        switches += self.descendants(starters)[len(starters) :]  # the real one has no children
         # The agent first: it must not see the end of the switch process.
         pids = [*([self.agent.pid] if agent else []), *switches]
         for pid in pids:
