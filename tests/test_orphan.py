@@ -184,7 +184,7 @@ def test_an_agent_that_stays(scene):
     """Its switch process ends at once, as always."""
     scene.begin(env=waits(orphan=30))
     scene.end()
-    scene.ends_soon(1)
+    scene.ends_soon()
     scene.check()
 
 
@@ -246,7 +246,7 @@ def test_a_signal_ends_it_at_once(scene, when):
     time.sleep(1)
     for pid in scene.switches():
         os.kill(pid, signal.SIGTERM)
-    scene.ends_soon(1)
+    scene.ends_soon()
     scene.peer.restart()
     scene.start()
     scene.check()

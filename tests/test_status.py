@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -186,15 +184,8 @@ def test_another_user_is_told_what_root_sees(monkeypatch, tmp_path):
     assert "sudo cachix-deploy status" in cachix_status.withheld("/somewhere")[0]
 
 
-def test_it_answers_at_once(host):
-    """CPU time of the best of some runs: the machine of the tests is busy."""
+def test_it_loads_little(host):
+    """bench/start.py has the time that it takes."""
     code = "import sys, cachix_entry; cachix_entry.main(['status']); print(*sys.modules)"
     loaded = host.output(sys.executable, "-c", code).split()
-    assert not HEAVY & set(loaded)
-    times = []
-    for _ in range(10):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([*command("cachix-deploy"), "status"], stdout=subprocess.DEVNULL, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(times) < 0.06, times
+    assert "cachix_status" in loaded and not HEAVY & set(loaded)
