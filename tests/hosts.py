@@ -263,8 +263,6 @@ class Host:
                     lines[pid] = command_line(pid)
         return lines
 
-    # --- running things ---
-
     def exposing(self, token: str, agent: int) -> list[str]:
         """Return the processes but for the agent whose command line or environment has a token."""
         places, lines = [], self.processes()
@@ -277,6 +275,8 @@ class Host:
                 if token in line or (environment and pid != agent and not is_fork):
                     places.append(f"process {pid}: {line}")
         return places
+
+    # --- running things ---
 
     def enter(self, cwd: Union[str, Path] = "/") -> list[str]:
         """Return the words that, put before a command, run it in this host."""

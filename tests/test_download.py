@@ -16,6 +16,7 @@ from machines import Machine
 
 from activate import nix
 from activate.agent import download, failure
+from activate.agent.failure import DownloadFailed
 from activate.agent.listen import Messages
 from activate.agent.route import Answer, Route
 from activate.agent.substituters import Substituters
@@ -237,6 +238,26 @@ def test_old_narinfos_are_asked_for_once_more(monkeypatch, route, status):
     answer = answer_of(status, "error: file 'nar/1.nar' does not exist in binary cache 'http://o'")
     assert route.remedy(answer) == route.source.fresh == (status > 0)
     assert not route.remedy(answer)
+
+
+@pytest.mark.parametrize(
+    ("status", "line"), [(1, "error: interrupted by the user"), (-15, "error: path is not valid")]
+)
+def test_a_download_that_a_signal_has_ended(monkeypatch, route, status, line):
+    """The agent exits: nothing else is asked or tried, and no substituter is to blame."""
+    pretend(monkeypatch, [OURS], [])
+    answer = answer_of(status, line)
+    assert not route.culprits(answer, retried=True) and not route.remedy(answer)
+    assert not route.refresh(answer)
+    with monkeypatch.context() as patch:
+        patch.setattr(route, "dry_run", lambda: answer)
+        with pytest.raises(DownloadFailed) as info:
+            download.estimate(route)
+    assert not info.value.is_clear
+    monkeypatch.setattr(route, "run", lambda act, tick: answer)
+    with pytest.raises(DownloadFailed) as info:
+        download.attempt(route, lambda source, run: status, None)
+    assert not info.value.is_clear
 
 
 # --- on a machine ---------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import time
-from signal import SIGTERM
 from typing import Optional
 
 from activate import nix
@@ -41,7 +40,7 @@ def estimate(route: Route) -> Optional[tuple[int, int]]:
     answer = route.dry_run()
     if not answer.has_everything and route.refresh(answer):
         answer = route.dry_run()
-    if answer.status == -SIGTERM:  # the agent exits
+    if answer.was_interrupted:
         raise DownloadFailed(route.reason(answer), answer.text, by_signal=True)
     if not answer.has_everything and answer.kind in ("missing", *LOCAL):
         say(route.log, f"$ nix-store --realise --dry-run {' '.join(route.paths)}\n{answer.text}")
@@ -105,7 +104,7 @@ def attempt(route: Route, act: Act, total: Optional[tuple[int, int]]) -> bool:
         return False
     progress.show(answer.messages)
     if answer.status and not route.remedy(answer):
-        raise DownloadFailed(route.reason(answer), answer.text, answer.status < 0)
+        raise DownloadFailed(route.reason(answer), answer.text, answer.was_interrupted)
     return answer.status == 0
 
 

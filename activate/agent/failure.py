@@ -10,7 +10,7 @@ import re
 from typing import Optional
 
 from activate import environment, nix
-from activate.process import INTERRUPTED, Error
+from activate.process import Error
 from activate.text import STORE_PATH, format_size, last_lines
 
 # Patterns of Nix's messages for each class. The order counts: Nix says of whatever it could not
@@ -55,13 +55,12 @@ VAGUE = re.compile("build of .* failed$|some substitutes for the outputs of deri
 class DownloadFailed(Error):
     """A closure could not be downloaded. `detail` has the last lines of Nix's output.
 
-    Nix that has said nothing may have been ended by a signal, of which `by_signal` is sure.
+    Nix that has said nothing may have been ended by a signal; `by_signal`: it was.
     """
 
     def __init__(self, reason: str, output: Optional[str] = None, by_signal: bool = False) -> None:
         super().__init__(reason)
         self.detail = last_lines(output or "")
-        by_signal = by_signal or INTERRUPTED in (output or "")
         self.is_clear = not by_signal and (output is None or bool(classify(output)))
 
 

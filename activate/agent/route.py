@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from signal import SIGTERM
 from typing import Callable, Optional
 
 from activate import nix
 from activate.agent import failure
 from activate.agent.listen import Hear, Messages, listen
 from activate.agent.substituters import Failures, Substituters
-from activate.process import DeadlinePassed, Run, say
+from activate.process import INTERRUPTED, DeadlinePassed, Run, say
 from activate.values import dataclass, replace
 
 DRY_RUN_DEADLINE = 120.0  # seconds; a download goes on without an estimate
@@ -35,6 +36,11 @@ class Answer:
     def kind(self) -> str:
         """The class of the failure."""
         return failure.classify(self.text)
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether a signal asked Nix to end: the agent exits, or the machine stops."""
+        return self.status == -SIGTERM or (self.status > 0 and INTERRUPTED in self.text)
 
     @property
     def has_everything(self) -> bool:
@@ -118,21 +124,22 @@ class Route:
         failures: Failures = {}
         for line in answer.messages.lines:
             failures.update(self.substituters.blame(line, retried))
-        if failures or answer.status <= 0 or answer.kind in (*MAYBE_STALE, *failure.LOCAL):
+        known = answer.kind in (*MAYBE_STALE, *failure.LOCAL)
+        if failures or answer.status <= 0 or answer.was_interrupted or known:
             return failures
         why = failure.first_error(answer.text, answer.status)
         return dict.fromkeys(self.substituters.others(), why)
 
     def remedy(self, answer: Answer) -> bool:
         """Change the source so that another attempt may succeed; whether there is a way."""
-        if answer.status < 0 or answer.kind in failure.LOCAL:
+        if answer.status < 0 or answer.was_interrupted or answer.kind in failure.LOCAL:
             return False
         failures = self.culprits(answer, retried=False) if answer.kind else {}
         return self.detour(failures) is not None or self.refresh(answer)
 
     def refresh(self, answer: Answer) -> bool:
         """Let Nix ask for narinfos that it remembers; whether that is new, and may help."""
-        if self.source.fresh or answer.kind not in MAYBE_STALE:
+        if self.source.fresh or answer.was_interrupted or answer.kind not in MAYBE_STALE:
             return False
         self.source = replace(self.source, fresh=True)
         say(self.log, "what Nix remembers of the substituters may be old: asking them again")
