@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Optional
 
-import requests
-from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
@@ -14,6 +12,11 @@ from urllib3.exceptions import HTTPError
 from cachix_diagnosis import root_cause
 from cachix_dial import Dialer
 from cachix_proxy import Proxy
+from cachix_unguessed import no_guesser
+
+with no_guesser():
+    import requests
+    from requests.adapters import HTTPAdapter
 
 READ_BYTES = 1 << 16
 

@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "cachix_textfile": f"cachix_report_state cachix_repeats {FLOOR} activate activate.agent",
     "cachix_source": "cachix_cache cachix_connection cachix_protocol cachix_proxy activate"
     " activate.agent",
+    "cachix_unguessed": "",
     "cachix_signed": "cachix_cache cachix_ed25519 cachix_protocol",
     "cachix_ed25519": "",
     "cachix_state": "cachix_protocol activate.text",
@@ -72,7 +73,7 @@ MAY_IMPORT = {
     "cachix_channels": f"cachix_websocket {FLOOR}",
     "cachix_connection": "cachix_session cachix_websocket cachix_diagnosis cachix_dial cachix_proxy"
     " cachix_protocol activate.text",
-    "cachix_session": "cachix_diagnosis cachix_dial cachix_proxy",
+    "cachix_session": "cachix_diagnosis cachix_dial cachix_proxy cachix_unguessed",
     "cachix_diagnosis": "cachix_dial cachix_proxy cachix_protocol cachix_errors activate.text",
     "cachix_dial": "cachix_proxy cachix_errors",
     "cachix_proxy": "cachix_protocol cachix_errors",

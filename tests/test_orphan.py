@@ -302,7 +302,7 @@ def test_a_deployment_of_another_agent_is_only_finished(tmp_path, other):
 
 # --- files that are gone --------------------------------------------------------------------------
 
-PACKAGES = ("requests", "urllib3", "idna", "certifi", "charset_normalizer", "websocket")
+PACKAGES = ("requests", "urllib3", "idna", "certifi", "websocket")
 
 
 def pyz(directory):
