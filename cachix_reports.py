@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Collection
 from typing import Any, Callable, Optional
 
 from activate import journal, lock, logfile, outcomes
@@ -38,8 +39,8 @@ from cachix_reported import Reported, prune
 BATCH_LINES = 2000  # lines of a log in one report
 LOG_SECONDS = 5.0  # for which a log is sent before other reports have their turn
 STALL_SECONDS = 0.25  # for which the other reports wait for the answer to lines of a log
-HEAD_START = 0.01  # seconds in which a deployment begins to download before it is reported
 HURRY_SECONDS = 0.05  # between two looks whether an end is to be reported meanwhile
+HEAD_START = 0.01  # seconds in which a deployment begins to download before it is reported
 LONG_STEPS = (journal.AWAITING_REBOOT, journal.REBOOTING)  # each has a report of its own
 LOCK_SECONDS = 5.0  # between two attempts to take over a report from another agent
 
@@ -84,9 +85,11 @@ class Delivery:
         lock_: lock.Lock,
         sizes: dict[str, int],
         send: Callable[[Lines], None] = Lines.run,
+        begun: Collection[str] = (),
     ) -> None:
-        """`send` makes a call, or lets another thread make it."""
+        """`send` makes a call, or lets another thread make it. `begun`: ids, see `is_cancelled`."""
         self.entry, self.lock, self.sizes, self.send = entry, lock_, sizes, send
+        self.begun = begun
         self.sending: Optional[Lines] = None  # the call that is being made
         self.reported = Reported.load(entry.path("reported.json"))
         self.channel: Optional[Channel] = None
@@ -129,6 +132,8 @@ class Delivery:
 
     def ship_start(self, channel: Channel) -> None:
         """Report once that the deployment is in progress. Raises Error."""
+        if self.entry.record.id in self.begun and not self.reported.started:
+            self.note(started=True)
         if not (self.reported.started or self.reported.ended):
             channel.status(IN_PROGRESS, None, step=self.step())
             self.note(started=True)
@@ -251,6 +256,7 @@ class Reporter(threading.Thread):
         self.added: queue.SimpleQueue[journal.Journal] = queue.SimpleQueue()
         self.deliveries: list[Delivery] = []
         self.sizes: dict[str, int] = {}
+        self.begun: set[str] = set()  # of whose begin the workspace knows by `is_cancelled`
         self.calls: queue.SimpleQueue[Lines] = queue.SimpleQueue()
         self.repeats = Repeats(tell)
         self.idle.set()
@@ -276,7 +282,9 @@ class Reporter(threading.Thread):
             return False
         channel = HttpChannel(self.peer, entry.record.id, self.waits.call / 2)
         with contextlib.suppress(Refused, Unreachable, Gone):
-            return not channel.status(IN_PROGRESS, None, step=entry.record.step)
+            may_go_on = channel.status(IN_PROGRESS, None, step=entry.record.step)
+            self.begun.add(entry.record.id)
+            return not may_go_on
         return False
 
     def channel(self, delivery: Delivery, registered: AgentRegistered) -> Channel:
@@ -327,7 +335,11 @@ class Reporter(threading.Thread):
         except OSError:  # the state can't be written: report without a lock
             taken = lock.Lock("", os.open(os.devnull, os.O_RDONLY))
         if taken is not None:
-            self.deliveries.append(Delivery(entry, taken, self.sizes, self.calls.put))
+            delivery = Delivery(entry, taken, self.sizes, self.calls.put, self.begun)
+            if self.registered is not None and self.registered.reports == "http":
+                # a small deployment needs the processor, and `is_cancelled` tells of its begin
+                delivery.shipped = time.monotonic()
+            self.deliveries.append(delivery)
         return taken is not None
 
     def attend(self, delivery: Delivery, registered: AgentRegistered) -> None:
@@ -369,6 +381,7 @@ class Reporter(threading.Thread):
         """Finish a delivery whose report is whole, and make room for later ones."""
         self.deliveries.remove(delivery)
         self.sizes.pop(delivery.entry.record.id, None)
+        self.begun.discard(delivery.entry.record.id)
         if delivery.channel is not None:
             delivery.channel.close()
         delivery.lock.close()

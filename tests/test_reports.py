@@ -234,6 +234,34 @@ def test_an_end_after_the_log_waits_for_the_closing_line(make):
     assert events[2:] == [(SUCCEEDED, ["one", SUCCESS_LINE])] and delivery.reported.whole
 
 
+def test_a_begin_that_the_workspace_knows_is_not_told_again(make):
+    delivery, channel = make(b"one\n"), Channel()
+    delivery.begun = {ID}
+    delivery.ship(channel)
+    assert channel.statuses == [] and delivery.reported.started
+    delivery.entry.enter(journal.SUCCEEDED)
+    delivery.ship(channel)
+    assert channel.statuses == [(SUCCEEDED, None, None)] and delivery.reported.whole
+
+
+@pytest.mark.parametrize("problem", [None, Unreachable("cut"), Refused("no"), Gone("lost")])
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_the_question_for_a_cancellation_tells_of_the_begin(
+    make, monkeypatch, problem, is_cancelled
+):
+    def status(channel, *more, **facts):
+        if problem is not None:
+            raise problem
+        return not is_cancelled
+
+    monkeypatch.setattr(HttpChannel, "status", status)
+    entry, reporter = make(b"").entry, Reporter(Peer("http://a", "t", "web"), Waits())
+    assert not reporter.is_cancelled(entry) and not reporter.begun  # by sockets nobody can ask
+    reporter.register(cachix_protocol.AgentRegistered(ID, reports="http"))
+    assert reporter.is_cancelled(entry) == (is_cancelled and problem is None)
+    assert reporter.begun == ({ID} if problem is None else set())
+
+
 def test_a_failure_is_reported_with_its_reason(make):
     facts = {"reason": "the disk is full", "detail": "line\nline"}
     delivery, channel = make(b"", journal.ROLLED_BACK, **facts), Channel()
