@@ -7,6 +7,7 @@ some MiB more of that than one beside others. With the Python of `make bench` it
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import subprocess
 import threading
@@ -44,12 +45,14 @@ def memory(host: Host) -> float:
     return sum(map(pss, host.processes()))
 
 
-def say_why(python: str) -> None:
+def say_why(words: list[str]) -> None:
     """Print how much of that a Python has by itself, and with the libraries of an agent."""
     texts = []
+    environment = {**os.environ, **({"PYTHONPATH": str(PYZ)} if str(PYZ) in words else {})}
     for what, names in (("Python alone", "time"), ("with websocket-client", "time, websocket")):
         code = f"import {names}; print(flush=True); time.sleep(60)"
-        with subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE) as program:
+        argv = [words[0], "-c", code]
+        with subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE) as program:
             assert program.stdout is not None
             program.stdout.readline()
             texts.append(f"{what} {pss(program.pid):.1f} MiB")
@@ -76,7 +79,7 @@ def measure(host: Host, light: Light, way: str, words: list[str], path: str) -> 
     agent = host.start("bench", argv, {"CACHIX_AGENT_TOKEN": "bench"})
     agent.wait_for("is connected to")
     if not figure(f"at rest, {way}: PSS", memory(host), "MiB", MEMORY):
-        say_why(words[0])
+        say_why(words)
     before = wake_ups(host)
     time.sleep(SECONDS)
     count = 60 * (wake_ups(host) - before) / SECONDS
