@@ -39,8 +39,8 @@ from cachix_reported import Reported, prune
 BATCH_LINES = 2000  # lines of a log in one report
 LOG_SECONDS = 5.0  # for which a log is sent before other reports have their turn
 STALL_SECONDS = 0.25  # for which the other reports wait for the answer to lines of a log
-HURRY_SECONDS = 0.05  # between two looks whether an end is to be reported meanwhile
 HEAD_START = 0.01  # seconds in which a deployment begins to download before it is reported
+HURRY_SECONDS = 0.05  # between two looks whether an end is to be reported meanwhile
 LONG_STEPS = (journal.AWAITING_REBOOT, journal.REBOOTING)  # each has a report of its own
 LOCK_SECONDS = 5.0  # between two attempts to take over a report from another agent
 
@@ -132,11 +132,11 @@ class Delivery:
 
     def ship_start(self, channel: Channel) -> None:
         """Report once that the deployment is in progress. Raises Error."""
-        if self.entry.record.id in self.begun and not self.reported.started:
-            self.note(started=True)
-        if not (self.reported.started or self.reported.ended):
+        if self.reported.started or self.reported.ended:
+            return
+        if self.entry.record.id not in self.begun:
             channel.status(IN_PROGRESS, None, step=self.step())
-            self.note(started=True)
+        self.note(started=True)
 
     def ship_step(self, channel: Channel) -> None:
         """Report a step that may last for days. Raises Error."""

@@ -12,11 +12,7 @@ from urllib3.exceptions import HTTPError
 from cachix_diagnosis import root_cause
 from cachix_dial import Dialer
 from cachix_proxy import Proxy
-from cachix_unguessed import no_guesser
-
-with no_guesser():
-    import requests
-    from requests.adapters import HTTPAdapter
+from cachix_unguessed import requests
 
 READ_BYTES = 1 << 16
 
@@ -82,7 +78,7 @@ class Session(requests.Session):
         return sock
 
 
-class _Adapter(HTTPAdapter):
+class _Adapter(requests.adapters.HTTPAdapter):
     """Uses connections that ask their session for a socket."""
 
     def __init__(self, session: Session) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # What `load_reach` loads, in small pieces and in this order; the latter for plain requests only.
 PIECES = ("cachix_connection", "ssl", "http.client", "cachix_websocket", "cachix_orphan")
-FOR_REQUESTS = ("urllib3.util", "urllib3.connection", "requests", "cachix_session")
+FOR_REQUESTS = ("urllib3.util", "urllib3.connection", "cachix_unguessed", "cachix_session")
 GRACE = 0.25  # seconds in which "go" comes if there is nothing to download
 
 

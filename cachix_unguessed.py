@@ -1,6 +1,7 @@
-"""The import of requests without what guesses encodings: 2 MiB, for texts that nobody reads here.
+"""requests without what guesses encodings: 2 MiB, for texts that nobody reads here.
 
-It loads charset_normalizer, or chardet, for `Response.text` alone.
+It would load charset_normalizer, or chardet, for `Response.text` alone. All that our processes do
+with requests begins with the import of this module.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ GUESSERS = ("chardet", "charset_normalizer")
 
 
 @contextlib.contextmanager
-def no_guesser() -> Iterator[None]:
+def _no_guesser() -> Iterator[None]:
     """Let requests, if it is imported meanwhile for the first time, find one that knows nothing."""
     if "requests" in sys.modules:
         yield
@@ -32,3 +33,7 @@ def no_guesser() -> Iterator[None]:
                 del sys.modules[name]
             else:
                 sys.modules[name] = module
+
+
+with _no_guesser():
+    import requests as requests

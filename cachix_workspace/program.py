@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OWN = ("cachix_*.py", "activate")  # patterns; an agent has no use for cachix_workspace/
-PACKAGES = ("requests", "urllib3", "idna", "certifi", "websocket", "docopt")  # see no_guesser
+PACKAGES = ("requests", "urllib3", "idna", "certifi", "websocket", "docopt")  # see cachix_unguessed
 AT_START = ("cachix_", "activate/", "websocket/", "docopt")  # what each start loads
 NEVER_IMPORTED = ("__pycache__", "tests", "emscripten", "contrib")  # directories
 START = Path(__file__).with_name("pyz_main.py")

@@ -11,12 +11,13 @@ import cachix_session
 print(*(name for name in ("chardet", "charset_normalizer") if name in sys.modules))
 """
 KNOWN = "sys.modules['chardet'] = known = type(sys)('chardet'); known.__version__ = '5.1.0'"
+PIECES = "import cachix_switch as s; [*map(__import__, s.PIECES + s.FOR_REQUESTS)]"
 
 
 @pytest.mark.parametrize(
     ("before", "loaded"),
-    [("", ""), (KNOWN, "chardet"), ("import requests", "charset_normalizer")],
-    ids=["nothing", "a-guesser", "requests"],
+    [("", ""), (PIECES, ""), (KNOWN, "chardet"), ("import requests", "charset_normalizer")],
+    ids=["nothing", "a-switch-process", "a-guesser", "requests"],
 )
 def test_requests_loads_no_guesser_and_warns_of_nothing(tmp_path, before, loaded):
     argv = [sys.executable, "-W", "error", "-c", LOADED.format(before=before)]
